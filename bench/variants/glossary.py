@@ -1,0 +1,73 @@
+"""Reading comprehension over a made-up glossary: real WordNet definitions under invented words.
+
+The words are invented, so the answers are in the context alone; the definitions are real text. A context lists
+entries, a question asks either for the definition of a word or for the word that a definition belongs to.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+_ONSETS = ["b", "br", "d", "dr", "f", "fl", "g", "gl", "j", "k", "kr", "l", "m", "n", "p", "pl", "r", "s", "sk", "st", "t", "tr", "v", "z"]  # fmt: skip
+_VOWELS = ["a", "e", "i", "o", "u", "ai", "ou"]
+_CODAS = ["", "b", "d", "g", "k", "l", "m", "n", "nd", "p", "r", "rk", "s", "sh", "t", "x"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    word: str
+    definition: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One context with one question: text in the chat format that the variant is trained on."""
+
+    context: str
+    suffix: str
+    answer: str
+
+
+def read_definitions(wordnet: Path, split: str) -> list[str]:
+    """Definitions of 4 to 10 plain words from WordNet's ``data.noun``; a tenth of them, by hash, is the test split."""
+    found = set()
+    for line in (wordnet / "data.noun").read_text(encoding="latin-1").splitlines():
+        if " | " not in line:
+            continue
+        definition = line.split(" | ", 1)[1].split(";")[0].strip()
+        if re.fullmatch(r"[a-z][a-z ,'-]+", definition) and 4 <= len(definition.split()) <= 10:
+            found.add(definition)
+    return sorted(text for text in found if (zlib.crc32(text.encode()) % 10 == 0) == (split == "test"))
+
+
+def draw_entries(definitions: list[str], count: int, rng: random.Random) -> list[Entry]:
+    words: set[str] = set()
+    while len(words) < count:
+        syllables = (rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(2))
+        words.add("".join(syllables))
+    ordered = sorted(words)
+    rng.shuffle(ordered)
+    return [Entry(word, text) for word, text in zip(ordered, rng.sample(definitions, count), strict=True)]
+
+
+def context_text(entries: list[Entry]) -> str:
+    lines = "\n".join(f"{entry.word}: {entry.definition}" for entry in entries)
+    return f"<|im_start|>user\nHere is a glossary.\n\n{lines}<|im_end|>\n"
+
+
+def ask(entry: Entry, reverse: bool) -> tuple[str, str]:
+    """The question as a chat turn that ends where the answer starts, and the answer."""
+    question = f'Which word means "{entry.definition}"?' if reverse else f'What does "{entry.word}" mean?'
+    answer = entry.word if reverse else entry.definition
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", answer
+
+
+def draw_example(definitions: list[str], entries: int, rng: random.Random) -> Example:
+    """A context of `entries` entries (about 15 tokens each) with one question, in either direction."""
+    drawn = draw_entries(definitions, entries, rng)
+    suffix, answer = ask(rng.choice(drawn), reverse=rng.random() < 0.5)
+    return Example(context_text(drawn), suffix, answer)

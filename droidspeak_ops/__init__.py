@@ -1,0 +1,42 @@
+"""Reuse of a KV cache across fine-tuned models: Triton kernels for partial-layer prefill and everything around them.
+
+>>> plan = ds.Plan(bands=[(10, 20)], project="rest")
+>>> context = ds.capture(sender, input_ids, layers=plan.hidden_layers(num_layers))
+>>> cache = ds.partial_prefill(receiver, context, plan)
+>>> receiver.generate(prompt_ids, past_key_values=cache)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from . import ops
+from .context import SharedContext
+from .fingerprint import Fingerprint, ReuseError
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .hf import MixedCache, UnsupportedModelError, capture, partial_prefill
+
+__all__ = [
+    "Fingerprint",
+    "MixedCache",
+    "Plan",
+    "ReuseError",
+    "SharedContext",
+    "UnsupportedModelError",
+    "capture",
+    "ops",
+    "partial_prefill",
+]
+
+
+
+_HF = ("MixedCache", "UnsupportedModelError", "capture", "partial_prefill")
+
+
+def __getattr__(name: str) -> Any:
+    # transformers takes seconds to import, and the operators do not need it.
+    if name in _HF:
+        from . import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

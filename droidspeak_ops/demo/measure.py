@@ -1,0 +1,148 @@
+"""Measure full prefill and plans side by side on the same examples: answers, negative log-likelihood, time to first token."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torchmetrics.functional.text import squad
+
+import droidspeak_ops as ds
+
+MAX_ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Example:
+    """A shared context, the receiver's own suffix after it, and the answer that is wanted; text in chat format."""
+
+    context: str
+    suffix: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One example answered in one way."""
+
+    answer: str
+    exact_match: float
+    f1: float
+    nll: float  # nats per answer token, the end of the answer included
+    seconds: float  # time to first token
+
+
+@dataclass
+class Strategy:
+    """A plan, or full prefill where it is None, and what was measured of it, example by example."""
+
+    plan: ds.Plan | None
+    measured: list[Measured] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "full prefill" if self.plan is None else str(self.plan)
+
+    def mean(self, name: str) -> float:
+        return statistics.fmean(getattr(measured, name) for measured in self.measured)
+
+    def median_seconds(self) -> float:
+        return statistics.median(measured.seconds for measured in self.measured)
+
+    def speedup_over(self, other: Strategy) -> float:
+        """Median of the ratios of two times measured one after the other on the same example."""
+        pairs = zip(other.measured, self.measured, strict=True)
+        return statistics.median(theirs.seconds / ours.seconds for theirs, ours in pairs)
+
+
+def glossary_examples() -> list[Example]:
+    """The shipped held-out examples: questions over WordNet definitions under invented words, about 1,000 tokens each."""
+    text = files(__package__).joinpath("glossary", "examples.json").read_text(encoding="utf-8")
+    return [Example(**example) for example in json.loads(text)]
+
+
+def measure(
+    sender: Any, receiver: Any, tokenizers: tuple[Any, Any], strategies: Sequence[Strategy], examples: Sequence[Example]
+) -> Iterator[int]:
+    """Add a measurement of every example to every strategy; the context's token count is yielded after each example.
+
+    Full prefill is the strongest a transformers user has: the model's own attention, logits of the last token alone,
+    warm. The sender's pass is not timed: it has read the context already.
+    """
+    sender_tokenizer, tokenizer = tokenizers
+    depth = receiver.config.num_hidden_layers
+    layers = {layer for each in strategies if each.plan for layer in each.plan.hidden_layers(depth)}
+    for number, example in enumerate(examples):
+        context_ids, suffix_ids, answer_ids = (
+            tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(receiver.device)
+            for text in (example.context, example.suffix, example.answer)
+        )
+        stop_ids = torch.full((1, 1), receiver.generation_config.eos_token_id, device=receiver.device)
+        prompt_ids = torch.cat((context_ids, suffix_ids), dim=1)
+        answer_ids = torch.cat((answer_ids, stop_ids), dim=1)
+        context = ds.capture(sender, context_ids, layers=sorted(layers), tokenizer=sender_tokenizer)
+        for strategy in strategies:
+            start = _prefill(receiver, tokenizer, context, prompt_ids, strategy.plan)
+            if number == 0:
+                start()  # warm-up
+            strategy.measured.append(_measure_one(receiver, tokenizer, start, prompt_ids, answer_ids, example.answer))
+        yield context_ids.shape[1]
+
+
+def _prefill(
+    receiver: Any, tokenizer: Any, context: ds.SharedContext, prompt_ids: torch.Tensor, plan: ds.Plan | None
+) -> Callable[[], tuple[torch.Tensor, Any]]:
+    """What is timed: everything from having the sender's context to having the first token's logits."""
+
+    @torch.no_grad()
+    def run() -> tuple[torch.Tensor, Any]:
+        if plan is None:
+            out = receiver(prompt_ids, use_cache=True, logits_to_keep=1)
+        else:
+            cache = ds.partial_prefill(receiver, context, plan, prompt_ids=prompt_ids, tokenizer=tokenizer)
+            suffix_ids = prompt_ids[:, context.tokens.shape[1] :]
+            out = receiver(suffix_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits, out.past_key_values
+
+    return run
+
+
+@torch.no_grad()
+def _measure_one(
+    receiver: Any,
+    tokenizer: Any,
+    start: Callable[[], tuple[torch.Tensor, Any]],
+    prompt_ids: torch.Tensor,
+    answer_ids: torch.Tensor,
+    answer: str,
+) -> Measured:
+    _wait(receiver)
+    began = time.perf_counter()
+    first, cache = start()
+    _wait(receiver)
+    seconds = time.perf_counter() - began
+
+    rest = receiver(answer_ids[:, :-1], past_key_values=deepcopy(cache), use_cache=True).logits
+    logits = torch.cat((first, rest), dim=1).float()
+    nll = F.cross_entropy(logits[0], answer_ids[0]).item()
+
+    cache.crop(-1)  # generate wants at least one token to run
+    out = receiver.generate(prompt_ids, past_key_values=cache, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+    given = tokenizer.decode(out[0, prompt_ids.shape[1] :], skip_special_tokens=True).strip()
+    score = squad(
+        [{"prediction_text": given, "id": "0"}],
+        [{"answers": {"answer_start": [0], "text": [answer]}, "id": "0"}],
+    )
+    return Measured(given, score["exact_match"].item() / 100, score["f1"].item() / 100, nll, seconds)
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

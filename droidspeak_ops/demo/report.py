@@ -1,0 +1,66 @@
+"""What the demo shows: a table, a plot of quality against time, and example answers side by side."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from .measure import Example, Strategy
+
+
+def table(strategies: Sequence[Strategy], title: str) -> Table:
+    """One row per strategy; the first is what the others are compared with."""
+    out = Table(title=title)
+    for column in ("strategy", "layers run", "exact match", "F1", "NLL", "first token", "speed-up"):
+        out.add_column(column, justify="left" if column == "strategy" else "right")
+    for strategy in strategies:
+        out.add_row(
+            str(strategy),
+            "all" if strategy.plan is None else str(strategy.plan.layers_run()),
+            f"{strategy.mean('exact_match'):.2f}",
+            f"{strategy.mean('f1'):.2f}",
+            f"{strategy.mean('nll'):.3f}",
+            f"{strategy.median_seconds() * 1e3:.0f} ms",
+            f"{strategy.speedup_over(strategies[0]):.1f}x",
+        )
+    return out
+
+
+def answers(strategies: Sequence[Strategy], examples: Sequence[Example], count: int = 2) -> Table:
+    """The answers of every strategy to a few examples, those first where the strategies disagree most."""
+
+    def agreement(index: int) -> float:
+        return sum(strategy.measured[index].f1 for strategy in strategies[1:]) - strategies[0].measured[index].f1
+
+    shown = sorted(range(len(strategies[0].measured)), key=agreement)[:count]
+    out = Table(title="Example answers", show_lines=True)
+    out.add_column("strategy")
+    for index in shown:
+        question = examples[index].suffix.split("user\n")[-1].split("<|im_end|>")[0].strip()
+        out.add_column(textwrap.shorten(question, 120), overflow="fold")
+    out.add_row("[bold]reference[/bold]", *(examples[index].answer for index in shown))
+    for strategy in strategies:
+        out.add_row(str(strategy), *(strategy.measured[index].answer for index in shown))
+    return out
+
+
+def plot(strategies: Sequence[Strategy], title: str, path: Path) -> None:
+    """Quality against time to first token, as a PNG: answer F1 on the left, NLL on the right."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(1, 2)
+    for axes, name, label in zip(panels, ("f1", "nll"), ("answer F1 (higher is better)", "NLL per token (lower is better)")):
+        for index, strategy in enumerate(strategies):
+            milliseconds = strategy.median_seconds() * 1e3
+            axes.scatter(milliseconds, strategy.mean(name), s=60, color=f"C{index}", label=str(strategy), zorder=3)
+        axes.axhline(strategies[0].mean(name), color="C0", linewidth=0.8, linestyle="--", zorder=1)
+        axes.set_xscale("log")
+        axes.set_xlabel("time to first token, ms (median, log scale)")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3, which="both")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)

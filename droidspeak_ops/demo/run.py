@@ -1,0 +1,53 @@
+"""``droidspeak demo``: get the models, measure, show."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+import droidspeak_ops as ds
+
+from ..hf.pretrained import SMOLLM2, load_pretrained
+from . import report
+from .measure import Strategy, glossary_examples, measure
+
+
+def plans(depth: int) -> list[ds.Plan]:
+    """The plans that are compared: reuse, projection, a band of a third of the layers, and that band with projection."""
+    band = (depth // 2, depth // 2 + depth // 3)
+    return [ds.Plan(), ds.Plan(project="rest"), ds.Plan([band]), ds.Plan([band], project="rest")]
+
+
+def run(sender_name: str, receiver_name: str | None, num_examples: int, plot: Path) -> None:
+    """Run the demo and print its report. `receiver_name` is None for the shipped glossary adapter."""
+    console = Console()
+    sender, sender_tokenizer = load_pretrained(sender_name)
+    if receiver_name is None:
+        with as_file(files(__package__).joinpath("glossary")) as adapter:
+            receiver, tokenizer = load_pretrained(adapter)
+    else:
+        receiver, tokenizer = load_pretrained(receiver_name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sender, receiver = sender.to(device), receiver.to(device)
+
+    examples = glossary_examples()[:num_examples]
+    strategies = [Strategy(None), *map(Strategy, plans(receiver.config.num_hidden_layers))]
+    steps = measure(sender, receiver, (sender_tokenizer, tokenizer), strategies, examples)
+    tokens = list(track(steps, "Answering held-out questions", total=len(examples), console=console))
+
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    title = (
+        f"{sender_name} -> {receiver_name or 'glossary variant'}: {len(examples)} held-out examples, contexts of "
+        f"{min(tokens)} to {max(tokens)} tokens, {str(receiver.dtype).removeprefix('torch.')}, {where}"
+    )
+    console.print(report.table(strategies, title))
+    console.print(report.answers(strategies, examples))
+    report.plot(strategies, title, plot)
+    console.print(f"Quality against time: {plot.resolve()}")
+
+
+__all__ = ["SMOLLM2", "plans", "run"]

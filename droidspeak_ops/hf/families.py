@@ -1,0 +1,150 @@
+"""Reading the decoder layers of transformers models: one row of a table per family, checked against the loaded model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+from ..fingerprint import Fingerprint, vocabulary_digest, weights_digest
+
+
+class UnsupportedModelError(ValueError):
+    """The model's family is not known, or the loaded model is not what its family should be."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps what a K/V projection needs; paths are relative to the base model or to a decoder layer."""
+
+    model: str
+    layer: str
+    norm: str
+    embed: str = "embed_tokens"
+    layers: str = "layers"
+    rotary: str = "rotary_emb"
+    input_norm: str = "input_layernorm"
+    k_proj: str = "self_attn.k_proj"
+    v_proj: str = "self_attn.v_proj"
+
+
+# By `config.model_type`.
+FAMILIES = {
+    "llama": Family(model="LlamaModel", layer="LlamaDecoderLayer", norm="LlamaRMSNorm"),
+}
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The weights of one layer that its K/V depend on, as :func:`droidspeak_ops.ops.kv_project` names them."""
+
+    norm_weight: torch.Tensor
+    norm_eps: float
+    k_weight: torch.Tensor
+    v_weight: torch.Tensor
+    k_bias: torch.Tensor | None
+    v_bias: torch.Tensor | None
+
+
+class Decoder:
+    """A loaded model, read as a stack of decoder layers. Nothing in the model is changed.
+
+    Raises:
+        UnsupportedModelError: the model is of no known family, or a module is not what its family says.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config: Any = getattr(model, "config", None)
+        model_type = getattr(self.config, "model_type", type(model).__name__)
+        if model_type not in FAMILIES:
+            raise UnsupportedModelError(f"model: got the family {model_type!r}; one of {sorted(FAMILIES)} is needed")
+        family = FAMILIES[model_type]
+        self.model = model
+        self.base: Any = model.base_model
+        _check_class(family.model, "the base model", self.base)
+        self.embed: nn.Module = self.base.get_submodule(family.embed)
+        self.rotary: nn.Module = self.base.get_submodule(family.rotary)
+        self.layers = list(self.base.get_submodule(family.layers))[: self.config.num_hidden_layers]
+        self.head_dim: int = getattr(self.config, "head_dim", None) or (
+            self.config.hidden_size // self.config.num_attention_heads
+        )
+        self.num_kv_heads: int = self.config.num_key_value_heads
+        self._weights = [self._read(family, index) for index in range(len(self.layers))]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def weights(self, layer: int) -> LayerWeights:
+        """What the K/V projection of one layer needs, read from the layer's own modules."""
+        return self._weights[layer]
+
+    def positions(self, hidden_states: torch.Tensor) -> dict[str, Any]:
+        """What all layers share for a context at positions 0 to T - 1: position ids, RoPE's cos and sin, the causal mask."""
+        position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        return {
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary(hidden_states, position_ids=position_ids),
+            "attention_mask": create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=None,
+                past_key_values=None,
+                position_ids=position_ids,
+            ),
+        }
+
+    def run(self, layer: int, hidden_states: torch.Tensor, positions: dict[str, Any], cache: Any) -> torch.Tensor:
+        """Run one layer of the model as it is, attention and MLP, appending its K/V to `cache`."""
+        return self.layers[layer](hidden_states, past_key_values=cache, use_cache=True, **positions)
+
+    def fingerprint(self, tokenizer: Any = None) -> Fingerprint:
+        """The identity of the model, and of `tokenizer` if one is given. The weights are read the first time."""
+        config = self.config
+        names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+        return Fingerprint(
+            architecture={
+                **{name: getattr(config, name) for name in names},
+                "head_dim": self.head_dim,
+                "vocab_size": config.vocab_size,
+            },
+            rope=dict(config.rope_parameters),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            weights=weights_digest(self.model),
+            tokenizer=None if tokenizer is None else vocabulary_digest(tokenizer.get_vocab()),
+        )
+
+    def _read(self, family: Family, index: int) -> LayerWeights:
+        layer, where = self.layers[index], f"layer {index}"
+        _check_class(family.layer, where, layer)
+        norm = layer.get_submodule(family.input_norm)
+        _check_class(family.norm, f"{where} {family.input_norm}", norm)
+        shape = (self.num_kv_heads * self.head_dim, self.config.hidden_size)
+        k_proj, v_proj = (_linear(layer, path, where, shape) for path in (family.k_proj, family.v_proj))
+        return LayerWeights(
+            norm_weight=norm.weight,
+            norm_eps=norm.variance_epsilon,
+            k_weight=k_proj.weight,
+            v_weight=v_proj.weight,
+            k_bias=k_proj.bias,
+            v_bias=v_proj.bias,
+        )
+
+
+def _linear(layer: nn.Module, path: str, where: str, shape: tuple[int, int]) -> nn.Linear:
+    module = layer.get_submodule(path)
+    # Exactly nn.Linear: an adapter or a quantised layer computes something else from the same weight.
+    if type(module) is not nn.Linear or tuple(module.weight.shape) != shape:
+        got = f"{type(module).__name__} with weight {tuple(getattr(module, 'weight', torch.empty(0)).shape)}"
+        hint = "; merge the adapter into the model first" if hasattr(module, "base_layer") else ""
+        raise UnsupportedModelError(f"{where} {path}: got {got}; a torch.nn.Linear with {shape} is needed{hint}")
+    return module
+
+
+def _check_class(needed: str, where: str, module: nn.Module) -> None:
+    if type(module).__name__ != needed:
+        raise UnsupportedModelError(f"{where}: got {type(module).__name__}; {needed} is needed")

@@ -1,0 +1,125 @@
+"""Which layers of the receiver are recomputed, which are projected, and so which are reused."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Role = Literal["recompute", "project", "reuse"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a receiver does at each layer over a context that a sender has read.
+
+    A plan is independent of any model; :meth:`roles` says what it means for a model of a given depth.
+
+    Args:
+        bands: Contiguous layers ``[start, end)`` that the receiver runs itself, starting from the sender's hidden states
+            at ``start`` (paper, section 4.2), or from its own embeddings where ``start`` is 0. The last layer of a band
+            costs no more than a projected one: nothing reads its output.
+        project: Layers whose K/V the receiver projects from the sender's hidden states at that layer, without
+            attention or MLP; ``"rest"`` for all layers outside the bands.
+
+    Raises:
+        ValueError: a band is empty or negative, bands overlap, or a projected layer lies in a band.
+    """
+
+    bands: Sequence[tuple[int, int]] = ()
+    project: Sequence[int] | Literal["rest"] = ()
+
+    def __post_init__(self) -> None:
+        bands = tuple(sorted(_band(band) for band in _items("bands", self.bands)))
+        for (_, end), (start, _) in zip(bands, bands[1:], strict=False):
+            if start < end:
+                raise ValueError(f"bands: got {list(bands)}; bands that do not overlap are needed")
+        project: tuple[int, ...] | Literal["rest"] = "rest"
+        if self.project != "rest":
+            if isinstance(self.project, str):
+                raise ValueError(f"project: got {self.project!r}; layer indices or 'rest' are needed")
+            project = tuple(sorted({_layer("project", layer) for layer in _items("project", self.project)}))
+            for layer in project:
+                if any(start <= layer < end for start, end in bands):
+                    raise ValueError(f"project: layer {layer} lies in a band; it is recomputed there already")
+        object.__setattr__(self, "bands", bands)
+        object.__setattr__(self, "project", project)
+
+    def roles(self, num_layers: int) -> tuple[Role, ...]:
+        """The role of every layer of a model with `num_layers` layers.
+
+        Raises:
+            ValueError: the plan names a layer that such a model does not have.
+        """
+        last = max([end - 1 for _, end in self.bands] + [layer for layer in self.project if self.project != "rest"] + [0])
+        if last >= num_layers:
+            raise ValueError(f"plan: got a layer {last} in {self}; a model of {num_layers} layers ends at {num_layers - 1}")
+        roles: list[Role] = ["project" if self.project == "rest" else "reuse"] * num_layers
+        for layer in self.project if self.project != "rest" else ():
+            roles[layer] = "project"
+        for start, end in self.bands:
+            roles[start:end] = ["recompute"] * (end - start)
+        return tuple(roles)
+
+    def hidden_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers at which the sender's hidden states are needed: where bands start and at projected layers.
+
+        Layer 0 is never among them: what enters it are embeddings, and the receiver has its own.
+        """
+        projected = {layer for layer, role in enumerate(self.roles(num_layers)) if role == "project"}
+        return tuple(sorted((projected | {start for start, _ in self.bands}) - {0}))
+
+    def layers_run(self) -> int:
+        """How many layers run in full, attention and MLP included: a band of n layers runs n - 1."""
+        return sum(end - start - 1 for start, end in self.bands)
+
+    def to_json(self) -> str:
+        """The plan as a JSON object; :meth:`from_json` reads it back."""
+        return json.dumps({"bands": self.bands, "project": self.project})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: the text is not JSON, or not a plan.
+        """
+        loaded = json.loads(text)
+        if not isinstance(loaded, dict) or loaded.keys() - {"bands", "project"}:
+            raise ValueError(f"plan: got {text!r}; a JSON object with 'bands' and 'project' is needed")
+        return cls(**loaded)
+
+    def __str__(self) -> str:
+        parts = [f"band [{start}, {end})" for start, end in self.bands]
+        if self.project:
+            parts.append("rest projected" if self.project == "rest" else f"project {list(self.project)}")
+        return ", ".join(parts) or "all reused"
+
+
+def _items(name: str, value: Any) -> Iterable[Any]:
+    if not isinstance(value, Iterable):
+        raise ValueError(f"{name}: got {value!r}; a list is needed")
+    return value
+
+
+def _band(value: Any) -> tuple[int, int]:
+    try:
+        start, end = value
+    except (TypeError, ValueError):
+        raise ValueError(f"bands: got {value!r}; a pair (start, end) is needed") from None
+    band = (_layer("bands", start), _layer("bands", end))
+    if band[0] >= band[1]:
+        raise ValueError(f"bands: got {band}; (start, end) with 0 <= start < end is needed")
+    return band
+
+
+def _layer(name: str, value: Any) -> int:
+    try:
+        layer = operator.index(value)
+    except TypeError:
+        layer = -1
+    if layer < 0 or isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}; a layer index of 0 or more is needed")
+    return layer
