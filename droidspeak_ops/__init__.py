@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 
-
 _HF = ("MixedCache", "UnsupportedModelError", "capture", "partial_prefill")
 
 

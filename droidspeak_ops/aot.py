@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,8 +73,8 @@ class Compiled:
     async_copies: int
 
 
-def compile_all(targets: list[str]) -> Iterator[Compiled]:
-    """Compile every shipped configuration of every kernel for `targets`, keys of :data:`TARGETS`.
+def compile_all(targets: Sequence[str]) -> Iterator[Compiled]:
+    """Compile every shipped configuration of every kernel for `targets`, keys of :data:`TARGETS`, on all cores.
 
     Raises:
         ValueError: a target is not known.
@@ -79,14 +82,35 @@ def compile_all(targets: list[str]) -> Iterator[Compiled]:
     unknown = sorted(set(targets) - TARGETS.keys())
     if unknown:
         raise ValueError(f"targets: got {unknown}; some of {list(TARGETS)} are needed")
-    for target in targets:
-        for model, shape in SHAPES.items():
-            for norm in ("hf", "folded"):
-                yield compile_project_splice(target, model, shape, torch.bfloat16, norm)
-        for dtype in (torch.float16, torch.float32):
-            yield compile_project_splice(target, "Llama-3-8B", SHAPES["Llama-3-8B"], dtype, "folded")
-        yield from _compile_row_norm(target, 4096)
-        yield from _compile_kv_splice(target, 128)
+    jobs = [job for target in targets for job in _jobs(target)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_call, jobs)
+
+
+def num_configurations(targets: Sequence[str]) -> int:
+    """How many results :func:`compile_all` gives."""
+    return sum(len(_jobs(target)) for target in targets)
+
+
+def _jobs(target: str) -> list[Callable[[], Compiled]]:
+    llama = SHAPES["Llama-3-8B"]
+    return [
+        *(
+            partial(compile_project_splice, target, model, shape, torch.bfloat16, norm)
+            for model, shape in SHAPES.items()
+            for norm in ("hf", "folded")
+        ),
+        *(
+            partial(compile_project_splice, target, "Llama-3-8B", llama, dtype, "folded")
+            for dtype in (torch.float16, torch.float32)
+        ),
+        *(partial(compile_row_norm, target, llama.hidden_size, store_rows) for store_rows in (True, False)),
+        *(partial(compile_kv_splice, target, llama.head_dim, rotary_dim) for rotary_dim in (0, llama.head_dim)),
+    ]
+
+
+def _call(job: Callable[[], Compiled]) -> Compiled:
+    return job()
 
 
 def compile_project_splice(target: str, model: str, shape: Shape, dtype: torch.dtype, norm: str) -> Compiled:
@@ -111,29 +135,23 @@ def compile_project_splice(target: str, model: str, shape: Shape, dtype: torch.d
     )  # fmt: skip
 
 
-def _compile_row_norm(target: str, hidden_size: int) -> Iterator[Compiled]:
+def compile_row_norm(target: str, hidden_size: int, store_rows: bool) -> Compiled:
+    """Compile `_row_norm_kernel` for normalised rows, or for 1/rms alone; `hidden_size` is a power of two."""
     from .kernels import row_norm as module
 
-    for store_rows in (True, False):
-        constants = {"STORE_ROWS": store_rows, "BLOCK_C": hidden_size}
-        label = f"{hidden_size} bfloat16 {'rows' if store_rows else 'rstd'}"
-        yield _compile(
-            module._row_norm_kernel, label, target, torch.bfloat16, constants, num_warps=module.num_warps(hidden_size)
-        )
+    constants = {"STORE_ROWS": store_rows, "BLOCK_C": hidden_size}
+    label = f"{hidden_size} bfloat16 {'rows' if store_rows else 'rstd'}"
+    warps = module.num_warps(hidden_size)
+    return _compile(module._row_norm_kernel, label, target, torch.bfloat16, constants, num_warps=warps)
 
 
-def _compile_kv_splice(target: str, head_dim: int) -> Iterator[Compiled]:
+def compile_kv_splice(target: str, head_dim: int, rotary_dim: int) -> Compiled:
+    """Compile `_kv_splice_kernel`, copying or also rotating; `head_dim` is a power of two."""
     from .kernels import kv_splice as module
 
-    for rotary_dim in (0, head_dim):
-        constants = {
-            "HEAD_DIM": head_dim,
-            "ROTARY_DIM": rotary_dim,
-            "BLOCK_T": module.BLOCK_T,
-            "BLOCK_D": head_dim,
-        }
-        label = f"{head_dim} bfloat16 {'rotated' if rotary_dim else 'copied'}"
-        yield _compile(module._kv_splice_kernel, label, target, torch.bfloat16, constants, num_warps=module.NUM_WARPS)
+    constants = {"HEAD_DIM": head_dim, "ROTARY_DIM": rotary_dim, "BLOCK_T": module.BLOCK_T, "BLOCK_D": head_dim}
+    label = f"{head_dim} bfloat16 {'rotated' if rotary_dim else 'copied'}"
+    return _compile(module._kv_splice_kernel, label, target, torch.bfloat16, constants, num_warps=module.NUM_WARPS)
 
 
 _POINTER_DTYPES = {"rstd_ptr": "fp32", "slot_mapping_ptr": "i64"}

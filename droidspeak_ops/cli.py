@@ -1,8 +1,10 @@
-"""The command line: ``droidspeak demo``."""
+"""The command line: ``droidspeak demo`` and ``droidspeak compile``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from pathlib import Path
 
 
@@ -17,11 +19,35 @@ def main(arguments: list[str] | None = None) -> None:
     demo.add_argument("--examples", type=_positive, default=12, help="held-out examples to answer (default: 12)")
     demo.add_argument("--plot", type=Path, default=Path("droidspeak-demo.png"), help="where the PNG is written")
 
+    compiling = commands.add_parser("compile", help="compile all kernels ahead of time and show what they use")
+    compiling.add_argument("--targets", default="sm_80,sm_90a,sm_100a,gfx942", help="GPU architectures, with commas")
+    compiling.add_argument("--json", type=Path, help="also write the results to this file")
+
     options = parser.parse_args(arguments)
     if options.command == "demo":
         from .demo.run import run
 
         run(options.sender, options.receiver, options.examples, options.plot)
+    else:
+        _compile(options.targets.split(","), options.json)
+
+
+def _compile(targets: list[str], path: Path | None) -> None:
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from . import aot
+
+    console = Console()
+    steps = track(aot.compile_all(targets), "Compiling", total=aot.num_configurations(targets), console=console)
+    kernels = [dataclasses.asdict(compiled) for compiled in steps]
+    table = Table(*(name.replace("_", " ") for name in kernels[0]))
+    for kernel in kernels:
+        table.add_row(*map(str, kernel.values()))
+    console.print(table)
+    if path is not None:
+        path.write_text(json.dumps({"kernels": kernels}, indent=1) + "\n", encoding="utf-8")
 
 
 def _positive(text: str) -> int:

@@ -12,7 +12,7 @@ A KV cache is ``[blocks, kv_heads, block_size, head_dim]`` with any strides whos
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -112,12 +112,12 @@ def kv_project(
     x = _rows(hidden_states)
     num_tokens, hidden_size = x.shape
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    for name, tensor in (("k_weight", k_weight), ("v_weight", v_weight)):
-        _check(name, tensor, (num_kv_heads * head_dim, hidden_size), hidden_states)
+    for name, weight in (("k_weight", k_weight), ("v_weight", v_weight)):
+        _check(name, weight, (num_kv_heads * head_dim, hidden_size), hidden_states)
     if (k_bias is None) != (v_bias is None):
         raise ValueError("k_bias and v_bias: one is given and the other is not; both or neither are needed")
-    for name, tensor in (("k_bias", k_bias), ("v_bias", v_bias)):
-        _check(name, tensor, (num_kv_heads * head_dim,), hidden_states)
+    for name, bias in (("k_bias", k_bias), ("v_bias", v_bias)):
+        _check(name, bias, (num_kv_heads * head_dim,), hidden_states)
     _check("k_norm_weight", k_norm_weight, (head_dim,), hidden_states)
     _check_slots(slot_mapping, num_tokens, hidden_states)
     _check_rotation(cos, sin, num_tokens, head_dim, hidden_states)
@@ -229,7 +229,7 @@ def _check_rotation(
         _check(name, tensor, (num_tokens, cos.shape[-1]), cos if like is None else like)
 
 
-# --- torch.library -----------------------------------------------------------------------------------------------------
+# --- torch.library -------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("droidspeak_ops", "DEF")
 
@@ -259,20 +259,35 @@ def _check_slot_range(slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
             raise ValueError("slot_mapping: got a slot more than once; each at most once is needed")
 
 
+def _check_separate(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    for name, tensor in (("k", k), ("v", v)):
+        for target, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if torch._C._overlaps(tensor, cache):
+                raise ValueError(f"{name}: shares memory with {target}; tensors of its own are needed")
+
+
+# The references are made of differentiable operations, and the operators are not.
+
+
+@torch.no_grad()
 def _rms_rstd_cpu(x: torch.Tensor, eps: float, out: torch.Tensor) -> None:
     out.copy_(reference.rms_rstd_ref(x, eps))
 
 
+@torch.no_grad()
 def _row_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
     out.copy_(reference.row_norm_ref(x, weight, eps))
 
 
-def _kv_project_cpu(*args) -> None:
+@torch.no_grad()
+def _kv_project_cpu(*args: Any) -> None:
     _check_slot_range(args[-3], args[-2])
     reference.kv_project_ref(*args)
 
 
-def _kv_splice_cpu(*args) -> None:
+@torch.no_grad()
+def _kv_splice_cpu(*args: Any) -> None:
+    _check_separate(args[0], args[1], args[-2], args[-1])
     _check_slot_range(args[-3], args[-2])
     reference.kv_splice_ref(*args)
 
@@ -305,6 +320,7 @@ def _kv_project_gpu(x, rstd, k_weight, v_weight, k_bias, v_bias, k_norm_weight, 
 def _kv_splice_gpu(k, v, cos, sin, slot_mapping, k_cache, v_cache):
     from .kernels.kv_splice import kv_splice
 
+    _check_separate(k, v, k_cache, v_cache)
     kv_splice(k, v, cos, sin, k_cache, v_cache, slot_mapping)
 
 
@@ -316,7 +332,7 @@ def _target(device: int) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def _nothing(*args) -> None:
+def _nothing(*args: Any) -> None:
     """The fake implementation: only outputs that exist already are written."""
 
 

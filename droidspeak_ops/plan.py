@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import operator
 from collections.abc import Iterable, Sequence
@@ -33,7 +34,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         bands = tuple(sorted(_band(band) for band in _items("bands", self.bands)))
-        for (_, end), (start, _) in zip(bands, bands[1:], strict=False):
+        for (_, end), (start, _) in itertools.pairwise(bands):
             if start < end:
                 raise ValueError(f"bands: got {list(bands)}; bands that do not overlap are needed")
         project: tuple[int, ...] | Literal["rest"] = "rest"
@@ -53,11 +54,14 @@ class Plan:
         Raises:
             ValueError: the plan names a layer that such a model does not have.
         """
-        last = max([end - 1 for _, end in self.bands] + [layer for layer in self.project if self.project != "rest"] + [0])
+        projected = () if self.project == "rest" else tuple(self.project)
+        last = max((*(end - 1 for _, end in self.bands), *projected), default=0)
         if last >= num_layers:
-            raise ValueError(f"plan: got a layer {last} in {self}; a model of {num_layers} layers ends at {num_layers - 1}")
+            raise ValueError(
+                f"plan: got a layer {last} in {self}; a model of {num_layers} layers ends at {num_layers - 1}"
+            )
         roles: list[Role] = ["project" if self.project == "rest" else "reuse"] * num_layers
-        for layer in self.project if self.project != "rest" else ():
+        for layer in projected:
             roles[layer] = "project"
         for start, end in self.bands:
             roles[start:end] = ["recompute"] * (end - start)
@@ -94,7 +98,8 @@ class Plan:
     def __str__(self) -> str:
         parts = [f"band [{start}, {end})" for start, end in self.bands]
         if self.project:
-            parts.append("rest projected" if self.project == "rest" else f"project {list(self.project)}")
+            rest = "rest projected" if self.bands else "all projected"
+            parts.append(rest if self.project == "rest" else f"{list(self.project)} projected")
         return ", ".join(parts) or "all reused"
 
 

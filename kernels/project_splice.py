@@ -58,7 +58,6 @@ def _project_splice_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
     EVEN_C: tl.constexpr,
-    UPCAST: tl.constexpr,
     PAIRS_PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,8 +113,6 @@ def _project_splice_kernel(
             b_x = tl.load(x_ptrs, mask=m_k[None, :], other=0.0)
             b_w1 = tl.load(w1_ptrs, mask=m_k[:, None], other=0.0)
             b_w2 = tl.load(w2_ptrs, mask=m_k[:, None], other=0.0)
-        if UPCAST:  # the interpreter multiplies the bit patterns of bfloat16
-            b_x, b_w1, b_w2 = b_x.to(tl.float32), b_w1.to(tl.float32), b_w2.to(tl.float32)
         acc1 = tl.dot(b_x, b_w1, acc1, input_precision="ieee")
         acc2 = tl.dot(b_x, b_w2, acc2, input_precision="ieee")
         x_ptrs += BLOCK_K
@@ -208,7 +205,9 @@ def project_splice_config(
         block_m, block_k, num_warps, num_stages = 128, 32, 4, 2
     elif target.startswith("sm_9"):  # two warp groups halve the accumulator registers: 120 instead of 202
         block_m, block_n, block_k, num_warps, num_stages = 128, 64, 64, 8, 3
-    elif target.startswith("sm_1"):  # accumulators live in tensor memory, so 4 warps do, but not for the norm over heads
+    elif target.startswith(
+        "sm_1"
+    ):  # accumulators live in tensor memory, so 4 warps do, but not for the norm over heads
         block_m, block_n, block_k, num_warps, num_stages = 128, 64, 64, 8 if has_k_norm else 4, 3
     else:  # with 4 warps 240 to 255 registers, and spills where RoPE is partial
         block_m, block_n, block_k, num_warps, num_stages = 128, 64, 32, 8, 3
@@ -232,7 +231,6 @@ def project_splice_constants(
     has_rstd: bool,
     has_bias: bool,
     has_k_norm: bool,
-    upcast: bool = False,
 ) -> dict[str, int | bool]:
     """The kernel's compile-time constants; shared by the launch and by ahead-of-time compilation."""
     return {
@@ -243,7 +241,6 @@ def project_splice_constants(
         "HAS_BIAS": has_bias,
         "HAS_K_NORM": has_k_norm,
         "EVEN_C": hidden_size % config.block_k == 0,
-        "UPCAST": upcast,
         "PAIRS_PER_HEAD": pairs_per_head(head_dim, has_k_norm),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -266,7 +263,6 @@ def project_splice(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     config: ProjectSpliceConfig,
-    upcast: bool = False,
 ) -> None:
     """Launch `_project_splice_kernel`. Shapes as in its signature, checked by the caller; last dimensions contiguous."""
     num_tokens, hidden_size = x.shape
@@ -282,7 +278,6 @@ def project_splice(
         has_rstd=rstd is not None,
         has_bias=k_bias is not None,
         has_k_norm=k_norm_weight is not None,
-        upcast=upcast,
     )
     tiles = triton.cdiv(num_kv_heads * pairs_per_head(head_dim, k_norm_weight is not None), config.block_n)
     grid = (triton.cdiv(num_tokens, config.block_m) * 2 * tiles,)

@@ -12,9 +12,9 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-_ONSETS = ["b", "br", "d", "dr", "f", "fl", "g", "gl", "j", "k", "kr", "l", "m", "n", "p", "pl", "r", "s", "sk", "st", "t", "tr", "v", "z"]  # fmt: skip
-_VOWELS = ["a", "e", "i", "o", "u", "ai", "ou"]
-_CODAS = ["", "b", "d", "g", "k", "l", "m", "n", "nd", "p", "r", "rk", "s", "sh", "t", "x"]
+_ONSETS = "b br d dr f fl g gl j k kr l m n p pl r s sk st t tr v z".split()
+_VOWELS = "a e i o u ai ou".split()
+_CODAS = ["", *"b d g k l m n nd p r rk s sh t x".split()]
 
 
 @dataclass(frozen=True)

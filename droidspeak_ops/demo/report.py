@@ -53,7 +53,8 @@ def plot(strategies: Sequence[Strategy], title: str, path: Path) -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(1, 2)
-    for axes, name, label in zip(panels, ("f1", "nll"), ("answer F1 (higher is better)", "NLL per token (lower is better)")):
+    quantities = (("f1", "answer F1 (higher is better)"), ("nll", "NLL per token (lower is better)"))
+    for axes, (name, label) in zip(panels, quantities, strict=True):
         for index, strategy in enumerate(strategies):
             milliseconds = strategy.median_seconds() * 1e3
             axes.scatter(milliseconds, strategy.mean(name), s=60, color=f"C{index}", label=str(strategy), zorder=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.progress import track
 
 import droidspeak_ops as ds
 
-from ..hf.pretrained import SMOLLM2, load_pretrained
+from ..hf.pretrained import load_pretrained
 from . import report
 from .measure import Strategy, glossary_examples, measure
 
@@ -22,15 +23,17 @@ def plans(depth: int) -> list[ds.Plan]:
     return [ds.Plan(), ds.Plan(project="rest"), ds.Plan([band]), ds.Plan([band], project="rest")]
 
 
+def load_glossary_variant() -> tuple[Any, Any]:
+    """The shipped receiver: SmolLM2 with the glossary adapter merged into it, and its tokenizer."""
+    with as_file(files(__package__).joinpath("glossary")) as adapter:
+        return load_pretrained(adapter)
+
+
 def run(sender_name: str, receiver_name: str | None, num_examples: int, plot: Path) -> None:
     """Run the demo and print its report. `receiver_name` is None for the shipped glossary adapter."""
     console = Console()
     sender, sender_tokenizer = load_pretrained(sender_name)
-    if receiver_name is None:
-        with as_file(files(__package__).joinpath("glossary")) as adapter:
-            receiver, tokenizer = load_pretrained(adapter)
-    else:
-        receiver, tokenizer = load_pretrained(receiver_name)
+    receiver, tokenizer = load_glossary_variant() if receiver_name is None else load_pretrained(receiver_name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sender, receiver = sender.to(device), receiver.to(device)
 
@@ -48,6 +51,3 @@ def run(sender_name: str, receiver_name: str | None, num_examples: int, plot: Pa
     console.print(report.answers(strategies, examples))
     report.plot(strategies, title, plot)
     console.print(f"Quality against time: {plot.resolve()}")
-
-
-__all__ = ["SMOLLM2", "plans", "run"]

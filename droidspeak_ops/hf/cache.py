@@ -6,9 +6,11 @@ This is the only module that depends on transformers' cache classes.
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..context import SharedContext
@@ -71,8 +73,7 @@ class MixedLayer(DynamicLayer):
 
     def reset(self) -> None:
         # Not the inherited one, which in older versions zeroes the tensors in place: they may be shared.
-        self.keys = self.values = self._buffers = None
-        self.is_initialized = False
+        self.__init__()  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MixedLayer:
         other = type(self)()
@@ -110,13 +111,42 @@ class MixedCache(Cache):
 
     layers: list[MixedLayer]
 
-    def __init__(self, layers: list[MixedLayer], context: SharedContext) -> None:
+    def __init__(self, layers: list[MixedLayer], context: SharedContext, receiver: PreTrainedModel) -> None:
         super().__init__(layers=layers)
         self.context = context
+        self._receiver = weakref.ref(receiver)
 
     def check_prompt(self, prompt_ids: torch.Tensor) -> None:
         """Raise :class:`ReuseError` unless `prompt_ids` ``[B, N]`` are the context's tokens followed by a suffix."""
         self.context.check_prompt(prompt_ids)
 
+    def activate_past_recording(self) -> None:
+        """Called where assisted generation starts; makes its first step skip the tokens that are in the cache.
+
+        transformers (5.16 to 5.23) runs the whole prompt in that step, whatever cache it is given, so that every token of
+        the context would stand in the cache twice.
+        """
+        super().activate_past_recording()
+        receiver = self._receiver()
+        if receiver is None or not self.get_seq_length():
+            return
+
+        def skip_held_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            handle.remove()
+            input_ids, held = kwargs.get("input_ids"), self.get_seq_length()
+            tokens = self.context.tokens
+            if kwargs.get("past_key_values") is not self or input_ids is None or input_ids.shape[1] <= held:
+                return None
+            if not torch.equal(input_ids[:, : tokens.shape[1]], tokens):
+                return None
+            for name in ("input_ids", "position_ids"):
+                if kwargs.get(name) is not None:
+                    kwargs[name] = kwargs[name][:, held:]
+            return args, kwargs
+
+        handle = receiver.register_forward_pre_hook(skip_held_tokens, with_kwargs=True)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> MixedCache:
-        return MixedCache(copy.deepcopy(self.layers, memo), self.context)
+        other = copy.copy(self)
+        other.layers = copy.deepcopy(self.layers, memo)
+        return other

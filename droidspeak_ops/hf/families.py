@@ -58,21 +58,20 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.config: Any = getattr(model, "config", None)
-        model_type = getattr(self.config, "model_type", type(model).__name__)
+        config: Any = getattr(model, "config", None)
+        model_type = getattr(config, "model_type", type(model).__name__)
         if model_type not in FAMILIES:
             raise UnsupportedModelError(f"model: got the family {model_type!r}; one of {sorted(FAMILIES)} is needed")
         family = FAMILIES[model_type]
         self.model = model
+        self.config = config
         self.base: Any = model.base_model
         _check_class(family.model, "the base model", self.base)
         self.embed: nn.Module = self.base.get_submodule(family.embed)
         self.rotary: nn.Module = self.base.get_submodule(family.rotary)
-        self.layers = list(self.base.get_submodule(family.layers))[: self.config.num_hidden_layers]
-        self.head_dim: int = getattr(self.config, "head_dim", None) or (
-            self.config.hidden_size // self.config.num_attention_heads
-        )
-        self.num_kv_heads: int = self.config.num_key_value_heads
+        self.layers = list(self.base.get_submodule(family.layers))[: config.num_hidden_layers]
+        self.head_dim: int = config.head_dim or config.hidden_size // config.num_attention_heads
+        self.num_kv_heads: int = config.num_key_value_heads
         self._weights = [self._read(family, index) for index in range(len(self.layers))]
 
     @property
@@ -115,7 +114,7 @@ class Decoder:
             rope=dict(config.rope_parameters),
             dtype=str(self.model.dtype).removeprefix("torch."),
             weights=weights_digest(self.model),
-            tokenizer=None if tokenizer is None else vocabulary_digest(tokenizer.get_vocab()),
+            tokenizer=None if tokenizer is None else vocabulary_digest(tokenizer),
         )
 
     def _read(self, family: Family, index: int) -> LayerWeights:

@@ -66,6 +66,7 @@ def partial_prefill(
             for layer, role in enumerate(roles)
         ],
         context,
+        receiver,
     )
     if all(role == "reuse" for role in roles):
         return cache

@@ -1,0 +1,143 @@
+"""Time to first token of partial prefill against full prefill, on SmolLM2-135M-Instruct and the glossary variant.
+
+    python bench/ttft.py --tokens 1024 2048 --csv ttft.csv
+
+Full prefill is the strongest a transformers user has: the model's own attention (SDPA), ``logits_to_keep=1``, warm. It is
+timed again right before every plan in every round, and a plan's speed-up is the median of the ratios of such neighbours.
+`of_bound` compares a plan with what it should cost: its share of the layers, the suffix over transformers' own cache of the
+context (prefix caching), and its projections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import Cache, DynamicCache
+
+import droidspeak_ops as ds
+from droidspeak_ops.demo.run import load_glossary_variant
+from droidspeak_ops.hf.pretrained import SMOLLM2, load_pretrained
+
+SUFFIX_TOKENS = 24
+
+
+def plans(depth: int) -> list[ds.Plan]:
+    middle = depth // 2
+    bands = [(middle, middle + length) for length in (1, 5, 10, 15)]
+    return [
+        ds.Plan(),
+        ds.Plan(project="rest"),
+        *(ds.Plan([band]) for band in bands),
+        ds.Plan([bands[2]], project="rest"),
+    ]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def measure(sender, receiver, tokens: int, rounds: int, norm: str) -> list[dict[str, object]]:
+    depth = receiver.config.num_hidden_layers
+    ids = torch.randint(receiver.config.vocab_size, (1, tokens + SUFFIX_TOKENS), device=receiver.device)
+    context = ds.capture(sender, ids[:, :tokens], layers=range(depth))
+
+    def full() -> None:
+        receiver(ids, use_cache=True, logits_to_keep=1)
+
+    def over(cache: Cache) -> None:
+        receiver(ids[:, tokens:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def partial(plan: ds.Plan) -> Callable[[], None]:
+        return lambda: over(ds.partial_prefill(receiver, context, plan, prompt_ids=ids, norm=norm))
+
+    def suffix() -> None:
+        over(DynamicCache([context.kv(layer) for layer in range(depth)]))
+
+    def projections() -> None:
+        ds.partial_prefill(receiver, context, ds.Plan(project="rest"), norm=norm)
+
+    candidates = {plan: partial(plan) for plan in plans(depth)}
+    for function in (full, suffix, projections, *candidates.values()):
+        function()  # warm-up
+    times: dict[object, list[float]] = {name: [] for name in ("full", "suffix", "projections", *candidates)}
+    ratios: dict[ds.Plan, list[float]] = {plan: [] for plan in candidates}
+    for _ in track(range(rounds), description=f"{tokens} context tokens"):
+        times["projections"].append(seconds(projections))
+        times["full"].append(seconds(full))
+        times["suffix"].append(seconds(suffix))
+        for plan, function in candidates.items():
+            times["full"].append(seconds(full))
+            times[plan].append(seconds(function))
+            ratios[plan].append(times["full"][-1] / times[plan][-1])
+
+    median = {name: statistics.median(values) for name, values in times.items()}
+    rows: list[dict[str, object]] = []
+    for plan in plans(depth):
+        projected = plan.roles(depth).count("project") + len(plan.bands)
+        bound = (
+            plan.layers_run() / depth * median["full"] + median["suffix"] + projected / depth * median["projections"]
+        )
+        rows.append(
+            {
+                "tokens": tokens,
+                "plan": str(plan),
+                "layers_run": plan.layers_run(),
+                "full_ms": round(median["full"] * 1e3, 1),
+                "plan_ms": round(median[plan] * 1e3, 1),
+                "speedup": round(statistics.median(ratios[plan]), 2),
+                "of_bound": round(median[plan] / bound, 3),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048], help="context lengths")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--norm", choices=["hf", "folded"], default="hf")
+    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sender, receiver = (model.to(device) for model, _ in (load_pretrained(SMOLLM2), load_glossary_variant()))
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    setting = (
+        f"SmolLM2-135M, float32, {SUFFIX_TOKENS} suffix tokens, norm={args.norm}, {where}, {platform.machine()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, median of {args.rounds} rounds"
+    )
+    rows = [row for tokens in args.tokens for row in measure(sender, receiver, tokens, args.rounds, args.norm)]
+    table = Table(title=setting)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "plan" else "right")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(width=140).print(table)
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], "setting"])
+            writer.writeheader()
+            writer.writerows({**row, "setting": setting} for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Plans: what they mean for a model, what they need, what they refuse, and that JSON keeps them."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from droidspeak_ops import Plan
+
+LAYERS = 12
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    cuts = sorted(draw(st.sets(st.integers(0, LAYERS), max_size=6)))
+    bands = [(start, end) for start, end in itertools.pairwise(cuts) if draw(st.booleans())]
+    free = [layer for layer in range(LAYERS) if not any(start <= layer < end for start, end in bands)]
+    return Plan(bands, draw(st.one_of(st.just("rest"), st.lists(st.sampled_from(free)) if free else st.just([]))))
+
+
+@given(plans())
+def test_json_keeps_a_plan(plan: Plan) -> None:
+    assert Plan.from_json(plan.to_json()) == plan
+    assert hash(Plan.from_json(plan.to_json())) == hash(plan)
+
+
+@given(plans())
+def test_roles_cover_the_model(plan: Plan) -> None:
+    roles = plan.roles(LAYERS)
+    assert len(roles) == LAYERS
+    recomputed = {layer for start, end in plan.bands for layer in range(start, end)}
+    assert {layer for layer, role in enumerate(roles) if role == "recompute"} == recomputed
+    assert plan.layers_run() == len(recomputed) - len(plan.bands)
+    projected = {layer for layer, role in enumerate(roles) if role == "project"}
+    assert projected == (set(range(LAYERS)) - recomputed if plan.project == "rest" else set(plan.project))
+    assert set(plan.hidden_layers(LAYERS)) == (projected | {start for start, _ in plan.bands}) - {0}
+
+
+def test_order_and_container_do_not_matter() -> None:
+    assert Plan([[4, 6], (0, 2)], [9, 3, 9]) == Plan(((0, 2), (4, 6)), (3, 9))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bands": [(3, 3)]}, "0 <= start < end"),
+        ({"bands": [(5, 3)]}, "0 <= start < end"),
+        ({"bands": [(-1, 3)]}, "got -1"),
+        ({"bands": [(0, 4), (3, 6)]}, "do not overlap"),
+        ({"bands": [3]}, "a pair"),
+        ({"bands": [(1, 2, 3)]}, "a pair"),
+        ({"bands": 3}, "a list"),
+        ({"bands": [(0.5, 3)]}, "got 0.5"),
+        ({"bands": [(False, True)]}, "got False"),
+        ({"project": [-1]}, "got -1"),
+        ({"project": "all"}, "layer indices or 'rest'"),
+        ({"project": [3], "bands": [(2, 5)]}, "layer 3 lies in a band"),
+    ],
+)
+def test_a_wrong_plan_is_refused(arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan(**arguments)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"bands": [], "layers": []}', '{"bands": [[2, 1]]}', "null"])
+def test_wrong_json_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"plan|bands|property name"):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize("plan", [Plan([(10, 13)]), Plan(project=[12])])
+def test_layers_outside_the_model_are_refused(plan: Plan) -> None:
+    with pytest.raises(ValueError, match="a layer 12 .* ends at 11"):
+        plan.roles(LAYERS)
+
+
+def test_text() -> None:
+    assert str(Plan()) == "all reused"
+    assert str(Plan([(10, 20)], "rest")) == "band [10, 20), rest projected"
+    assert str(Plan(project="rest")) == "all projected"
+    assert str(Plan(project=[3])) == "[3] projected"
