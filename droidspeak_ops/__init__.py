@@ -9,6 +9,7 @@
 from typing import TYPE_CHECKING, Any
 
 from . import ops
+from ._version import __version__
 from .context import SharedContext
 from .fingerprint import Fingerprint, ReuseError
 from .plan import Plan
@@ -23,11 +24,11 @@ __all__ = [
     "ReuseError",
     "SharedContext",
     "UnsupportedModelError",
+    "__version__",
     "capture",
     "ops",
     "partial_prefill",
 ]
-
 
 _HF = ("MixedCache", "UnsupportedModelError", "capture", "partial_prefill")
 

@@ -14,7 +14,11 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="compare full prefill with reuse on a real model and its fine-tune")
-    demo.add_argument("--sender", default="smollm2", help="local path or hub name (default: SmolLM2-135M-Instruct)")
+    demo.add_argument(
+        "--sender",
+        default="smollm2",
+        help="local path, hub name or LoRA adapter (default: SmolLM2-135M-Instruct); prompts are ChatML",
+    )
     demo.add_argument("--receiver", help="local path, hub name or LoRA adapter (default: the shipped glossary variant)")
     demo.add_argument("--examples", type=_positive, default=12, help="held-out examples to answer (default: 12)")
     demo.add_argument("--plot", type=Path, default=Path("droidspeak-demo.png"), help="where the PNG is written")

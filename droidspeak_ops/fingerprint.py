@@ -18,20 +18,20 @@ class ReuseError(ValueError):
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Who made a context.
+    """Which model it is: what its K/V mean, and with `weights` which fine-tune made them.
 
     Args:
         architecture: model type and the sizes that K/V and hidden states depend on.
         rope: parameters of the rotary embedding.
         dtype: dtype of the weights, as ``"float32"``.
-        weights: SHA-256 over all weights.
+        weights: SHA-256 over all weights; None where only what K/V mean is asked.
         tokenizer: SHA-256 over the vocabulary, or None where no tokenizer was given.
     """
 
     architecture: Mapping[str, Any]
     rope: Mapping[str, Any]
     dtype: str
-    weights: str
+    weights: str | None = None
     tokenizer: str | None = None
 
     def check_reuse_by(self, receiver: Fingerprint) -> None:
@@ -82,7 +82,9 @@ def weights_digest(model: torch.nn.Module) -> str:
     About a second per gigabyte, so it is kept for as long as no weight is replaced or written to.
     """
     weights = sorted(model.state_dict(keep_vars=True).items())
-    state = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in weights)
+    state = tuple(
+        (name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for name, tensor in weights
+    )
     known = _known_digests.get(model)
     if known is None or known[0] != state:
         known = (state, _digest(weights))

@@ -152,14 +152,16 @@ def _project_splice_kernel(
             b_cos = tl.load(cos_ptrs, mask=m_rotated, other=1.0).to(tl.float32)
             b_sin = tl.load(sin_ptrs, mask=m_rotated, other=0.0).to(tl.float32)
             z1 = _round(y1 * b_cos, DTYPE) - _round(y2 * b_sin, DTYPE)
-            y2 = _round(y2 * b_cos, DTYPE) + _round(y1 * b_sin, DTYPE)
-            y1 = z1
+            z2 = _round(y2 * b_cos, DTYPE) + _round(y1 * b_sin, DTYPE)
+            y1 = _round(z1, DTYPE)
+            y2 = _round(z2, DTYPE)
 
     # A slot is a row of the cache, counted through its blocks; tokens with a slot outside the cache are not stored.
     slot = tl.load(slot_mapping_ptr + o_m)
     m_m &= (slot >= 0) & (slot < num_slots)
     block = slot // block_size
     row = slot % block_size
+    o_head = o_head.to(tl.int64)
     if is_k:
         o_cache = block * stride_kcache_b + row * stride_kcache_s
         cache_ptrs = k_cache_ptr + o_cache[:, None] + (o_head * stride_kcache_h)[None, :]
@@ -197,19 +199,23 @@ def project_splice_config(
         has_k_norm: whether a tile must hold whole heads, for their norm.
     """
     pairs = pairs_per_head(head_dim, has_k_norm)
-    if dtype == torch.float32:  # exact float32 products: no matrix instructions on NVIDIA, so registers are the limit
-        block_m, block_n, block_k, num_warps, num_stages = 64, 32, 32, 8 if target.startswith("sm_8") else 4, 2
-    elif target.startswith("gfx"):  # 64 KiB of shared memory; the large 8-warp tile is miscompiled (triton#11696)
-        # The masks of a partly filled tile take more scalar registers than are left.
+    if dtype == torch.float32:
+        # Exact float32 products use no matrix instructions on NVIDIA, so registers are the limit.
+        block_m, block_n, block_k, num_stages = 64, 32, 32, 2
+        num_warps = 4 if target.startswith(("sm_9", "sm_10", "gfx")) else 8
+    elif target.startswith("gfx"):
+        # 64 KiB of shared memory, and a larger tile of 8 warps is miscompiled (triton#11696). The masks of a partly
+        # filled tile take more scalar registers than are left.
         block_n = 64 if num_kv_heads * pairs % 64 == 0 else 32
         block_m, block_k, num_warps, num_stages = 128, 32, 4, 2
-    elif target.startswith("sm_9"):  # two warp groups halve the accumulator registers: 120 instead of 202
+    elif target.startswith("sm_9"):
+        # Two warp groups halve the accumulator registers: 120 a thread instead of 202.
         block_m, block_n, block_k, num_warps, num_stages = 128, 64, 64, 8, 3
-    elif target.startswith(
-        "sm_1"
-    ):  # accumulators live in tensor memory, so 4 warps do, but not for the norm over heads
+    elif target.startswith("sm_10"):
+        # Accumulators live in tensor memory, so 4 warps do, but not for the norm over heads.
         block_m, block_n, block_k, num_warps, num_stages = 128, 64, 64, 8 if has_k_norm else 4, 3
-    else:  # with 4 warps 240 to 255 registers, and spills where RoPE is partial
+    else:
+        # With 4 warps 240 to 255 registers a thread, and spills where RoPE is partial.
         block_m, block_n, block_k, num_warps, num_stages = 128, 64, 32, 8, 3
     if has_k_norm and pairs > block_n:
         block_m, block_n = block_m * block_n // pairs, pairs

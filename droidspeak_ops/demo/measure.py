@@ -84,9 +84,8 @@ def measure(
             tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(receiver.device)
             for text in (example.context, example.suffix, example.answer)
         )
-        stop_ids = torch.full((1, 1), receiver.generation_config.eos_token_id, device=receiver.device)
         prompt_ids = torch.cat((context_ids, suffix_ids), dim=1)
-        answer_ids = torch.cat((answer_ids, stop_ids), dim=1)
+        answer_ids = F.pad(answer_ids, (0, 1), value=tokenizer.eos_token_id)
         context = ds.capture(sender, context_ids, layers=sorted(layers), tokenizer=sender_tokenizer)
         for strategy in strategies:
             start = _prefill(receiver, tokenizer, context, prompt_ids, strategy.plan)

@@ -50,7 +50,7 @@ def answers(strategies: Sequence[Strategy], examples: Sequence[Example], count: 
 
 def plot(strategies: Sequence[Strategy], title: str, path: Path) -> None:
     """Quality against time to first token, as a PNG: answer F1 on the left, NLL on the right."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(1, 2)
     quantities = (("f1", "answer F1 (higher is better)"), ("nll", "NLL per token (lower is better)"))
@@ -59,9 +59,9 @@ def plot(strategies: Sequence[Strategy], title: str, path: Path) -> None:
             milliseconds = strategy.median_seconds() * 1e3
             axes.scatter(milliseconds, strategy.mean(name), s=60, color=f"C{index}", label=str(strategy), zorder=3)
         axes.axhline(strategies[0].mean(name), color="C0", linewidth=0.8, linestyle="--", zorder=1)
-        axes.set_xscale("log")
-        axes.set_xlabel("time to first token, ms (median, log scale)")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("time to first token, ms (median)")
         axes.set_ylabel(label)
-        axes.grid(alpha=0.3, which="both")
-    panels[0].legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=130)

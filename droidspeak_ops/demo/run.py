@@ -18,9 +18,9 @@ from .measure import Strategy, glossary_examples, measure
 
 
 def plans(depth: int) -> list[ds.Plan]:
-    """The plans that are compared: reuse, projection, a band of a third of the layers, and that band with projection."""
-    band = (depth // 2, depth // 2 + depth // 3)
-    return [ds.Plan(), ds.Plan(project="rest"), ds.Plan([band]), ds.Plan([band], project="rest")]
+    """The plans that are compared: reuse, projection, bands of a sixth and a third of the layers, band and projection."""
+    short, long = ((depth // 2, depth // 2 + depth // part) for part in (6, 3))
+    return [ds.Plan(), ds.Plan(project="rest"), ds.Plan([short]), ds.Plan([long]), ds.Plan([long], project="rest")]
 
 
 def load_glossary_variant() -> tuple[Any, Any]:

@@ -101,8 +101,8 @@ class Decoder:
         """Run one layer of the model as it is, attention and MLP, appending its K/V to `cache`."""
         return self.layers[layer](hidden_states, past_key_values=cache, use_cache=True, **positions)
 
-    def fingerprint(self, tokenizer: Any = None) -> Fingerprint:
-        """The identity of the model, and of `tokenizer` if one is given. The weights are read the first time."""
+    def fingerprint(self, tokenizer: Any = None, *, weights: bool) -> Fingerprint:
+        """The identity of the model, and of `tokenizer` if one is given; with `weights` all of them are read the first time."""
         config = self.config
         names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
         return Fingerprint(
@@ -113,7 +113,7 @@ class Decoder:
             },
             rope=dict(config.rope_parameters),
             dtype=str(self.model.dtype).removeprefix("torch."),
-            weights=weights_digest(self.model),
+            weights=weights_digest(self.model) if weights else None,
             tokenizer=None if tokenizer is None else vocabulary_digest(tokenizer),
         )
 

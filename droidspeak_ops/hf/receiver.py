@@ -51,7 +51,7 @@ def partial_prefill(
     roles = plan.roles(decoder.num_layers)
     if norm not in ("hf", "folded"):
         raise ValueError(f"norm: got {norm!r}; 'hf' or 'folded' is needed")
-    context.sender.check_reuse_by(decoder.fingerprint(tokenizer))
+    context.sender.check_reuse_by(decoder.fingerprint(tokenizer, weights=False))
     context.check_hidden(plan.hidden_layers(decoder.num_layers))
     if context.tokens.device != receiver.device:
         raise ReuseError(f"context: on {context.tokens.device}; {receiver.device}, the receiver's device, is needed")

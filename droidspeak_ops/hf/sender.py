@@ -50,7 +50,7 @@ def capture(
         tokens=input_ids,
         keys_values=[(layer.keys, layer.values) for layer in cache.layers],
         hidden_states=hidden_states,
-        sender=decoder.fingerprint(tokenizer),
+        sender=decoder.fingerprint(tokenizer, weights=True),
     )
 
 
