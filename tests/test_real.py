@@ -95,7 +95,7 @@ def test_demo(tmp_path: Path) -> None:
         assert re.search(name.replace(" ", r"\s+[^│]*?"), out), out
 
 
-def test_demo_takes_local_paths_of_models_and_adapters(sender, tmp_path: Path) -> None:
+def test_a_local_path_is_loaded_as_it_is(sender, tmp_path: Path) -> None:
     sender[0].save_pretrained(tmp_path / "model")
     sender[1].save_pretrained(tmp_path / "model")
     model, tokenizer = load_pretrained(tmp_path / "model")

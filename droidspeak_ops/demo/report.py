@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ def table(strategies: Sequence[Strategy], title: str) -> Table:
     """One row per strategy; the first is what the others are compared with."""
     out = Table(title=title)
     for column in ("strategy", "layers run", "exact match", "F1", "NLL", "first token", "speed-up"):
-        out.add_column(column, justify="left" if column == "strategy" else "right")
+        out.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=column == "strategy")
     for strategy in strategies:
         out.add_row(
             str(strategy),
@@ -31,12 +32,12 @@ def table(strategies: Sequence[Strategy], title: str) -> Table:
 
 
 def answers(strategies: Sequence[Strategy], examples: Sequence[Example], count: int = 2) -> Table:
-    """The answers of every strategy to a few examples, those first where the strategies disagree most."""
+    """The answers of every strategy to a few examples, those first that tell the strategies apart most."""
 
-    def agreement(index: int) -> float:
-        return sum(strategy.measured[index].f1 for strategy in strategies[1:]) - strategies[0].measured[index].f1
+    def spread(index: int) -> float:
+        return statistics.pvariance([strategy.measured[index].f1 for strategy in strategies])
 
-    shown = sorted(range(len(strategies[0].measured)), key=agreement)[:count]
+    shown = sorted(range(len(strategies[0].measured)), key=spread, reverse=True)[:count]
     out = Table(title="Example answers", show_lines=True)
     out.add_column("strategy")
     for index in shown:

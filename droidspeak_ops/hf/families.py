@@ -82,15 +82,17 @@ class Decoder:
         """What the K/V projection of one layer needs, read from the layer's own modules."""
         return self._weights[layer]
 
-    def positions(self, hidden_states: torch.Tensor) -> dict[str, Any]:
-        """What all layers share for a context at positions 0 to T - 1: position ids, RoPE's cos and sin, the causal mask."""
-        position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+    def positions(self, tokens: torch.Tensor) -> dict[str, Any]:
+        """What all layers share for `tokens` ``[B, T]`` at positions 0 to T - 1: RoPE's cos and sin, the causal mask."""
+        position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        # Both functions below read dtype, device and the first two sizes of it, and no values.
+        embeddings = torch.empty((*tokens.shape, 0), dtype=self.model.dtype, device=tokens.device)
         return {
             "position_ids": position_ids,
-            "position_embeddings": self.rotary(hidden_states, position_ids=position_ids),
+            "position_embeddings": self.rotary(embeddings, position_ids=position_ids),
             "attention_mask": create_causal_mask(
                 config=self.config,
-                inputs_embeds=hidden_states,
+                inputs_embeds=embeddings,
                 attention_mask=None,
                 past_key_values=None,
                 position_ids=position_ids,

@@ -74,7 +74,7 @@ def partial_prefill(
     def hidden(layer: int) -> torch.Tensor:
         return decoder.embed(context.tokens) if layer == 0 else context.hidden(layer)
 
-    positions = decoder.positions(hidden(min(layer for layer, role in enumerate(roles) if role != "reuse")))
+    positions = decoder.positions(context.tokens)
     slots = torch.arange(batch * tokens, device=receiver.device)
     cos, sin = (_per_token(half, batch) for half in positions["position_embeddings"])
 

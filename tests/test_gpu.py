@@ -1,0 +1,67 @@
+"""What only a GPU can show: the operators and partial prefill on it, without synchronisation, and in a CUDA graph."""
+
+import copy
+
+import pytest
+import torch
+from cases import projection
+from compare import assert_close
+from models import fine_tuned, tiny_llama, tokens
+
+import droidspeak_ops as ds
+
+pytestmark = pytest.mark.gpu
+
+OPS = torch.ops.droidspeak_ops
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_operator_is_its_reference_on_the_cpu(dtype: torch.dtype) -> None:
+    case = projection(
+        tokens=300, hidden=512, kv_heads=4, head_dim=128, dtype=dtype, scattered=True, bias=True, k_norm=True
+    )
+    moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in case.arguments.items()}
+    OPS.kv_project(*case.arguments.values())
+    OPS.kv_project(*moved.values())
+    for name in ("k_cache", "v_cache"):
+        actual, expected = moved[name].cpu(), case.arguments[name]
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert_close(actual.nan_to_num(), expected.nan_to_num(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("plan", [ds.Plan([(0, 6)]), ds.Plan([(2, 4)], project="rest"), ds.Plan()])
+def test_partial_prefill_is_that_of_the_cpu(plan: ds.Plan, dtype: torch.dtype) -> None:
+    sender = tiny_llama(layers=6)
+    receiver, ids = fine_tuned(sender, 0.3), tokens(130)
+    sender, receiver = sender.to(dtype), receiver.to(dtype)
+
+    def keys_values(device: str) -> list[torch.Tensor]:
+        pair = (copy.deepcopy(model).to(device) for model in (sender, receiver))
+        one, other = pair
+        context = ds.capture(one, ids.to(device), layers=plan.hidden_layers(6))
+        cache = ds.partial_prefill(other, context, plan)
+        return [tensor.cpu() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+    for actual, expected in zip(keys_values("cuda"), keys_values("cpu"), strict=True):
+        assert_close(actual, expected, dtype, operations=6)
+
+
+def test_no_synchronisation_and_capture_in_a_graph() -> None:
+    case = projection(tokens=64, hidden=256, dtype=torch.float16, scattered=True, device="cuda")
+    arguments = tuple(case.arguments.values())
+    OPS.kv_project(*arguments)  # compiles
+    expected = [cache.clone() for cache in case.caches]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        OPS.kv_project(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        OPS.kv_project(*arguments)
+    for cache in case.caches:
+        cache.fill_(float("nan"))
+    graph.replay()
+    for actual, wanted in zip(case.caches, expected, strict=True):
+        assert torch.equal(actual.nan_to_num(), wanted.nan_to_num())
