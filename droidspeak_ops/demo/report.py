@@ -15,8 +15,9 @@ from .measure import Example, Strategy
 
 def table(strategies: Sequence[Strategy], title: str) -> Table:
     """One row per strategy; the first is what the others are compared with."""
-    out = Table(title=title)
-    for column in ("strategy", "layers run", "exact match", "F1", "NLL", "first token", "speed-up"):
+    caption = "EM exact match, NLL per answer token, TTFT median time to first token, speed-up median over examples"
+    out = Table(title=title, caption=caption)
+    for column in ("strategy", "layers run", "EM", "F1", "NLL", "TTFT", "speed-up"):
         out.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=column == "strategy")
     for strategy in strategies:
         out.add_row(
