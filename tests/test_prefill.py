@@ -31,17 +31,21 @@ def prefill(sender, receiver, ids: torch.Tensor, plan: ds.Plan, **options) -> ds
     return ds.partial_prefill(receiver, context, plan, **options)
 
 
+def assert_is_own_prefill(model: LlamaForCausalLM, cache, ids: torch.Tensor, suffix: torch.Tensor) -> None:
+    """Bitwise, K/V of every layer and the logits of a suffix over them."""
+    own = own_prefill(model, ids)
+    for ours, theirs in zip(cache.layers, own.layers, strict=True):
+        assert_bitwise_equal(ours.keys, theirs.keys)
+        assert_bitwise_equal(ours.values, theirs.values)
+    assert_bitwise_equal(suffix_logits(model, suffix, cache), suffix_logits(model, suffix, own))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_recomputing_everything_is_the_own_prefill(shape: tuple[int, int, int]) -> None:
     sender = tiny_llama(*shape, layers=LAYERS)
     receiver = fine_tuned(sender)
     ids, suffix = tokens(37), tokens(5)
-    own = own_prefill(receiver, ids)
-    cache = prefill(sender, receiver, ids, EVERYTHING)
-    for ours, theirs in zip(cache.layers, own.layers, strict=True):
-        assert_bitwise_equal(ours.keys, theirs.keys)
-        assert_bitwise_equal(ours.values, theirs.values)
-    assert_bitwise_equal(suffix_logits(receiver, suffix, cache), suffix_logits(receiver, suffix, own))
+    assert_is_own_prefill(receiver, prefill(sender, receiver, ids, EVERYTHING), ids, suffix)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -53,12 +57,7 @@ def test_sender_equal_to_receiver_is_prefix_caching(plan: ds.Plan, attention: st
     model = tiny_llama(layers=LAYERS)
     model.set_attn_implementation(attention)
     ids, suffix = tokens(37, batch=2), tokens(5, batch=2)
-    own = own_prefill(model, ids)
-    cache = prefill(model, model, ids, plan)
-    for ours, theirs in zip(cache.layers, own.layers, strict=True):
-        assert_bitwise_equal(ours.keys, theirs.keys)
-        assert_bitwise_equal(ours.values, theirs.values)
-    assert_bitwise_equal(suffix_logits(model, suffix, cache), suffix_logits(model, suffix, own))
+    assert_is_own_prefill(model, prefill(model, model, ids, plan), ids, suffix)
 
 
 @pytest.mark.parametrize("norm", ["hf", "folded"])

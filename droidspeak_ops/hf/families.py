@@ -19,22 +19,31 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps what a K/V projection needs; paths are relative to the base model or to a decoder layer."""
+    """The classes that a family is made of, and the paths in the base model or in a decoder layer that are read."""
 
     model: str
     layer: str
+    attention: str
     norm: str
+    rope: str
     embed: str = "embed_tokens"
     layers: str = "layers"
     rotary: str = "rotary_emb"
     input_norm: str = "input_layernorm"
+    self_attn: str = "self_attn"
     k_proj: str = "self_attn.k_proj"
     v_proj: str = "self_attn.v_proj"
 
 
 # By `config.model_type`.
 FAMILIES = {
-    "llama": Family(model="LlamaModel", layer="LlamaDecoderLayer", norm="LlamaRMSNorm"),
+    "llama": Family(
+        model="LlamaModel",
+        layer="LlamaDecoderLayer",
+        attention="LlamaAttention",
+        norm="LlamaRMSNorm",
+        rope="LlamaRotaryEmbedding",
+    ),
 }
 
 
@@ -69,6 +78,7 @@ class Decoder:
         _check_class(family.model, "the base model", self.base)
         self.embed: nn.Module = self.base.get_submodule(family.embed)
         self.rotary: nn.Module = self.base.get_submodule(family.rotary)
+        _check_class(family.rope, family.rotary, self.rotary)
         self.layers = list(self.base.get_submodule(family.layers))[: config.num_hidden_layers]
         self.head_dim: int = config.head_dim or config.hidden_size // config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
@@ -124,6 +134,7 @@ class Decoder:
         _check_class(family.layer, where, layer)
         norm = layer.get_submodule(family.input_norm)
         _check_class(family.norm, f"{where} {family.input_norm}", norm)
+        _check_class(family.attention, f"{where} {family.self_attn}", layer.get_submodule(family.self_attn))
         shape = (self.num_kv_heads * self.head_dim, self.config.hidden_size)
         k_proj, v_proj = (_linear(layer, path, where, shape) for path in (family.k_proj, family.v_proj))
         return LayerWeights(
