@@ -17,7 +17,7 @@ def table(strategies: Sequence[Strategy], title: str) -> Table:
     """One row per strategy; the first is what the others are compared with."""
     caption = "EM exact match, NLL per answer token, TTFT median time to first token, speed-up median over examples"
     out = Table(title=title, caption=caption)
-    for column in ("strategy", "layers run", "EM", "F1", "NLL", "TTFT", "speed-up"):
+    for column in ("strategy", "layers run", "EM", "F1", "NLL", "TTFT, ms", "speed-up"):
         out.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=column == "strategy")
     for strategy in strategies:
         out.add_row(
@@ -26,7 +26,7 @@ def table(strategies: Sequence[Strategy], title: str) -> Table:
             f"{strategy.mean('exact_match'):.2f}",
             f"{strategy.mean('f1'):.2f}",
             f"{strategy.mean('nll'):.3f}",
-            f"{strategy.median_seconds() * 1e3:.0f} ms",
+            f"{strategy.median_seconds() * 1e3:.0f}",
             f"{strategy.speedup_over(strategies[0]):.1f}x",
         )
     return out
