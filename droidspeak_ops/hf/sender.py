@@ -47,7 +47,7 @@ def capture(
             hooks.callback(decoder.layers[layer].register_forward_pre_hook(hook, with_kwargs=True).remove)
         decoder.base(input_ids=input_ids, past_key_values=cache, use_cache=True)
     return SharedContext(
-        tokens=input_ids,
+        tokens=input_ids.clone(),
         keys_values=[(layer.keys, layer.values) for layer in cache.layers],
         hidden_states=hidden_states,
         sender=decoder.fingerprint(tokenizer, weights=True),
