@@ -24,7 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
     demo.add_argument("--plot", type=Path, default=Path("droidspeak-demo.png"), help="where the PNG is written")
 
     compiling = commands.add_parser("compile", help="compile all kernels ahead of time and show what they use")
-    compiling.add_argument("--targets", default="sm_80,sm_90a,sm_100a,gfx942", help="GPU architectures, with commas")
+    compiling.add_argument(
+        "--targets", type=_targets, default="sm_80,sm_90a,sm_100a,gfx942", help="GPU architectures, with commas"
+    )
     compiling.add_argument("--json", type=Path, help="also write the results to this file")
 
     options = parser.parse_args(arguments)
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         run(options.sender, options.receiver, options.examples, options.plot)
     else:
-        _compile(options.targets.split(","), options.json)
+        _compile(options.targets, options.json)
 
 
 def _compile(targets: list[str], path: Path | None) -> None:
@@ -45,13 +47,38 @@ def _compile(targets: list[str], path: Path | None) -> None:
 
     console = Console()
     steps = track(aot.compile_all(targets), "Compiling", total=aot.num_configurations(targets), console=console)
-    kernels = [dataclasses.asdict(compiled) for compiled in steps]
-    table = Table(*(name.replace("_", " ") for name in kernels[0]))
-    for kernel in kernels:
-        table.add_row(*map(str, kernel.values()))
+    kernels = list(steps)
+    table = Table(caption="registers a thread, spills, shared memory in KiB, matrix and asynchronous copy instructions")
+    for column in ("kernel", "configuration", "target"):
+        table.add_column(column, no_wrap=True)
+    for column in ("regs", "spills", "KiB", "MMA", "async"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for each in kernels:
+        table.add_row(
+            each.kernel.removeprefix("_").removesuffix("_kernel"),
+            each.config,
+            each.target,
+            str(each.registers),
+            str(each.spills),
+            f"{each.shared_bytes / 1024:.0f}",
+            str(each.matrix_instructions),
+            str(each.async_copies),
+        )
     console.print(table)
     if path is not None:
-        path.write_text(json.dumps({"kernels": kernels}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps({"kernels": [dataclasses.asdict(each) for each in kernels]}, indent=1) + "\n", encoding="utf-8"
+        )
+
+
+def _targets(text: str) -> list[str]:
+    from .aot import TARGETS
+
+    targets = text.split(",")
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; some of {', '.join(TARGETS)} are needed")
+    return targets
 
 
 def _positive(text: str) -> int:
