@@ -14,8 +14,7 @@ import argparse
 import csv
 import platform
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,9 +22,10 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 import droidspeak_ops as ds
+from droidspeak_ops.demo.measure import first_token, timed
 from droidspeak_ops.demo.run import load_glossary_variant
 from droidspeak_ops.hf.pretrained import SMOLLM2, load_pretrained
 
@@ -43,54 +43,38 @@ def plans(depth: int) -> list[ds.Plan]:
     ]
 
 
-def seconds(function: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 @torch.no_grad()
 def measure(sender, receiver, tokens: int, rounds: int, norm: str) -> list[dict[str, object]]:
     depth = receiver.config.num_hidden_layers
     ids = torch.randint(receiver.config.vocab_size, (1, tokens + SUFFIX_TOKENS), device=receiver.device)
     context = ds.capture(sender, ids[:, :tokens], layers=range(depth))
 
-    def full() -> None:
-        receiver(ids, use_cache=True, logits_to_keep=1)
-
-    def over(cache: Cache) -> None:
-        receiver(ids[:, tokens:], past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    def partial(plan: ds.Plan) -> Callable[[], None]:
-        return lambda: over(ds.partial_prefill(receiver, context, plan, prompt_ids=ids, norm=norm))
+    full = partial(first_token, receiver, context, ids, None)
 
     def suffix() -> None:
-        over(DynamicCache([context.kv(layer) for layer in range(depth)]))
+        cache = DynamicCache([context.kv(layer) for layer in range(depth)])
+        receiver(ids[:, tokens:], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def projections() -> None:
         ds.partial_prefill(receiver, context, ds.Plan(project="rest"), norm=norm)
 
-    candidates = {plan: partial(plan) for plan in plans(depth)}
+    candidates = {plan: partial(first_token, receiver, context, ids, plan, norm=norm) for plan in plans(depth)}
     for function in (full, suffix, projections, *candidates.values()):
         function()  # warm-up
     times: dict[object, list[float]] = {name: [] for name in ("full", "suffix", "projections", *candidates)}
     ratios: dict[ds.Plan, list[float]] = {plan: [] for plan in candidates}
     for _ in track(range(rounds), description=f"{tokens} context tokens"):
-        times["projections"].append(seconds(projections))
-        times["full"].append(seconds(full))
-        times["suffix"].append(seconds(suffix))
+        times["projections"].append(timed(projections)[1])
+        times["full"].append(timed(full)[1])
+        times["suffix"].append(timed(suffix)[1])
         for plan, function in candidates.items():
-            times["full"].append(seconds(full))
-            times[plan].append(seconds(function))
+            times["full"].append(timed(full)[1])
+            times[plan].append(timed(function)[1])
             ratios[plan].append(times["full"][-1] / times[plan][-1])
 
     median = {name: statistics.median(values) for name, values in times.items()}
     rows: list[dict[str, object]] = []
-    for plan in plans(depth):
+    for plan in candidates:
         projected = plan.roles(depth).count("project") + len(plan.bands)
         bound = (
             plan.layers_run() / depth * median["full"] + median["suffix"] + projected / depth * median["projections"]

@@ -30,12 +30,10 @@ __all__ = [
     "partial_prefill",
 ]
 
-_HF = ("MixedCache", "UnsupportedModelError", "capture", "partial_prefill")
-
 
 def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import, and the operators do not need it.
-    if name in _HF:
+    # Only what is not imported above comes here. transformers takes seconds to import, and the operators do not need it.
+    if name in __all__:
         from . import hf
 
         return getattr(hf, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import operator
 import re
 import subprocess
 import tempfile
@@ -10,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -79,12 +79,21 @@ def compile_all(targets: Sequence[str]) -> Iterator[Compiled]:
     Raises:
         ValueError: a target is not known.
     """
+    check_targets(targets)
+    jobs = [job for target in targets for job in _jobs(target)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(operator.call, jobs)
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """Raise unless all of `targets` are keys of :data:`TARGETS`.
+
+    Raises:
+        ValueError: a target is not known.
+    """
     unknown = sorted(set(targets) - TARGETS.keys())
     if unknown:
         raise ValueError(f"targets: got {unknown}; some of {list(TARGETS)} are needed")
-    jobs = [job for target in targets for job in _jobs(target)]
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_call, jobs)
 
 
 def num_configurations(targets: Sequence[str]) -> int:
@@ -107,10 +116,6 @@ def _jobs(target: str) -> list[Callable[[], Compiled]]:
         *(partial(compile_row_norm, target, llama.hidden_size, store_rows) for store_rows in (True, False)),
         *(partial(compile_kv_splice, target, llama.head_dim, rotary_dim) for rotary_dim in (0, llama.head_dim)),
     ]
-
-
-def _call(job: Callable[[], Compiled]) -> Compiled:
-    return job()
 
 
 def compile_project_splice(target: str, model: str, shape: Shape, dtype: torch.dtype, norm: str) -> Compiled:
@@ -220,7 +225,7 @@ def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[str, int, int]:
 
 
 def _output(tool: str, *arguments: str) -> str:
-    return subprocess.run([str(Path(tool)), *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def _name(dtype: torch.dtype) -> str:

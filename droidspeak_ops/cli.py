@@ -72,12 +72,13 @@ def _compile(targets: list[str], path: Path | None) -> None:
 
 
 def _targets(text: str) -> list[str]:
-    from .aot import TARGETS
+    from .aot import check_targets
 
     targets = text.split(",")
-    unknown = [target for target in targets if target not in TARGETS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; some of {', '.join(TARGETS)} are needed")
+    try:
+        check_targets(targets)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return targets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -55,25 +55,19 @@ def _check_equal(name: str, sender: Mapping[str, Any], receiver: Mapping[str, An
         raise ReuseError(f"{name}: sender and receiver differ ({detail}); the same {name} is needed")
 
 
-_known_vocabularies: weakref.WeakKeyDictionary[Any, tuple[int, str]] = weakref.WeakKeyDictionary()
-
-
 def vocabulary_digest(tokenizer: Any) -> str:
     """SHA-256 of which token each id of a transformers tokenizer stands for.
 
     A tenth of a second for 50,000 tokens, so it is kept for as long as no token is added.
     """
-    known = _known_vocabularies.get(tokenizer)
-    if known is None or known[0] != len(tokenizer):
+
+    def compute() -> str:
         digest = hashlib.sha256()
         for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
             digest.update(f"{index}\0{token}\0".encode())
-        known = (len(tokenizer), digest.hexdigest())
-        _known_vocabularies[tokenizer] = known
-    return known[1]
+        return digest.hexdigest()
 
-
-_known_digests: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
+    return _remembered(tokenizer, len(tokenizer), compute)
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -85,10 +79,17 @@ def weights_digest(model: torch.nn.Module) -> str:
     state = tuple(
         (name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for name, tensor in weights
     )
-    known = _known_digests.get(model)
+    return _remembered(model, state, lambda: _digest(weights))
+
+
+_known: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def _remembered(owner: Any, state: Any, compute: Callable[[], str]) -> str:
+    """The digest of `owner`, computed where it is not known for this `state`."""
+    known = _known.get(owner)
     if known is None or known[0] != state:
-        known = (state, _digest(weights))
-        _known_digests[model] = known
+        known = _known[owner] = (state, compute())
     return known[1]
 
 

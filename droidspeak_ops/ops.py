@@ -248,9 +248,9 @@ def _check_slot_range(slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
     # Here and not in the public functions: it reads data, which a trace cannot and a GPU should not.
     if slot_mapping.numel() == 0:
         return
+    slots = cache.shape[0] * cache.shape[2]
     low, high = (int(bound) for bound in slot_mapping.aminmax())
-    if low < -1 or high >= cache.shape[0] * cache.shape[2]:
-        slots = cache.shape[0] * cache.shape[2]
+    if low < -1 or high >= slots:
         raise ValueError(f"slot_mapping: got slots from {low} to {high}; -1 to {slots - 1} are needed")
     ordered = slot_mapping[1:] > slot_mapping[:-1]
     if not bool(ordered.all()):

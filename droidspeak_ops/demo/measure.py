@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from torchmetrics.functional.text import squad
 import droidspeak_ops as ds
 
 MAX_ANSWER_TOKENS = 24
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,29 +91,43 @@ def measure(
         answer_ids = F.pad(answer_ids, (0, 1), value=tokenizer.eos_token_id)
         context = ds.capture(sender, context_ids, layers=sorted(layers), tokenizer=sender_tokenizer)
         for strategy in strategies:
-            start = _prefill(receiver, tokenizer, context, prompt_ids, strategy.plan)
+            start = partial(first_token, receiver, context, prompt_ids, strategy.plan, tokenizer=tokenizer)
             if number == 0:
                 start()  # warm-up
             strategy.measured.append(_measure_one(receiver, tokenizer, start, prompt_ids, answer_ids, example.answer))
         yield context_ids.shape[1]
 
 
-def _prefill(
-    receiver: Any, tokenizer: Any, context: ds.SharedContext, prompt_ids: torch.Tensor, plan: ds.Plan | None
-) -> Callable[[], tuple[torch.Tensor, Any]]:
-    """What is timed: everything from having the sender's context to having the first token's logits."""
+@torch.no_grad()
+def first_token(
+    receiver: Any,
+    context: ds.SharedContext,
+    prompt_ids: torch.Tensor,
+    plan: ds.Plan | None,
+    *,
+    tokenizer: Any = None,
+    norm: Literal["hf", "folded"] = "hf",
+) -> tuple[torch.Tensor, Any]:
+    """What is timed: from having the sender's context to the first token's logits ``[B, 1, vocabulary]`` and the cache.
 
-    @torch.no_grad()
-    def run() -> tuple[torch.Tensor, Any]:
-        if plan is None:
-            out = receiver(prompt_ids, use_cache=True, logits_to_keep=1)
-        else:
-            cache = ds.partial_prefill(receiver, context, plan, prompt_ids=prompt_ids, tokenizer=tokenizer)
-            suffix_ids = prompt_ids[:, context.tokens.shape[1] :]
-            out = receiver(suffix_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits, out.past_key_values
+    `plan` is None for full prefill of `prompt_ids`, which leaves the context aside.
+    """
+    if plan is None:
+        out = receiver(prompt_ids, use_cache=True, logits_to_keep=1)
+    else:
+        cache = ds.partial_prefill(receiver, context, plan, prompt_ids=prompt_ids, tokenizer=tokenizer, norm=norm)
+        suffix_ids = prompt_ids[:, context.tokens.shape[1] :]
+        out = receiver(suffix_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return out.logits, out.past_key_values
 
-    return run
+
+def timed(function: Callable[[], T]) -> tuple[T, float]:
+    """What `function` returns, and the seconds it took, work on a GPU included."""
+    _synchronize()
+    began = time.perf_counter()
+    result = function()
+    _synchronize()
+    return result, time.perf_counter() - began
 
 
 @torch.no_grad()
@@ -122,12 +139,7 @@ def _measure_one(
     answer_ids: torch.Tensor,
     answer: str,
 ) -> Measured:
-    _wait(receiver)
-    began = time.perf_counter()
-    first, cache = start()
-    _wait(receiver)
-    seconds = time.perf_counter() - began
-
+    (first, cache), seconds = timed(start)
     rest = receiver(answer_ids[:, :-1], past_key_values=deepcopy(cache), use_cache=True).logits
     logits = torch.cat((first, rest), dim=1).float()
     nll = F.cross_entropy(logits[0], answer_ids[0]).item()
@@ -142,6 +154,6 @@ def _measure_one(
     return Measured(given, score["exact_match"].item() / 100, score["f1"].item() / 100, nll, seconds)
 
 
-def _wait(model: Any) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

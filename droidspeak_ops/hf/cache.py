@@ -34,9 +34,8 @@ class MixedLayer(DynamicLayer):
     def shared(cls, keys: torch.Tensor, values: torch.Tensor) -> MixedLayer:
         """A layer over K and V ``[B, K, T, D]`` that belong to others."""
         layer = cls()
-        layer.dtype, layer.device = keys.dtype, keys.device
+        layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
-        layer.is_initialized = True
         return layer
 
     @classmethod
@@ -44,7 +43,8 @@ class MixedLayer(DynamicLayer):
         """A layer of T tokens ``[B, K, T, D]`` whose `keys` and `values` are to be written by the caller."""
         batch, heads, tokens, head_dim = shape
         empty = torch.empty((batch, heads, 0, head_dim), dtype=dtype, device=device)
-        layer = cls.shared(empty, empty)
+        layer = cls()
+        layer.lazy_initialization(empty, empty)
         layer._grow(tokens)
         return layer
 
