@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from . import reference
+from ._ops import NAMESPACE, ops
 
 __all__ = ["fold_norm_weight", "kv_project", "kv_splice", "rms_rstd", "row_norm"]
 
@@ -37,7 +38,7 @@ def rms_rstd(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
     """
     _check_rows("hidden_states", hidden_states)
     out = torch.empty(hidden_states.shape[:-1], dtype=torch.float32, device=hidden_states.device)
-    torch.ops.droidspeak_ops.rms_rstd(_rows(hidden_states), eps, out.view(-1))
+    ops.rms_rstd(_rows(hidden_states), eps, out.view(-1))
     return out
 
 
@@ -55,7 +56,7 @@ def row_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
     _check_rows("hidden_states", hidden_states)
     _check("weight", weight, (hidden_states.shape[-1],), hidden_states)
     out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
-    torch.ops.droidspeak_ops.row_norm(_rows(hidden_states), weight, eps, out.view(-1, out.shape[-1]))
+    ops.row_norm(_rows(hidden_states), weight, eps, out.view(-1, out.shape[-1]))
     return out
 
 
@@ -136,7 +137,7 @@ def kv_project(
         if rstd.dtype != torch.float32 or rstd.shape[0] != num_tokens or rstd.device != x.device:
             got = f"{rstd.dtype} {tuple(rstd.shape)} on {rstd.device}"
             raise ValueError(f"rstd: got {got}; float32 with {num_tokens} elements on {x.device} is needed")
-    torch.ops.droidspeak_ops.kv_project(
+    ops.kv_project(
         x, rstd, k_weight, v_weight, k_bias, v_bias, k_norm_weight, k_norm_eps, cos, sin, slot_mapping, k_cache, v_cache
     )
 
@@ -171,7 +172,7 @@ def kv_splice(
             raise ValueError(f"{name}: got dtype {tensor.dtype}; float32, float16 or bfloat16 is needed")
     _check_slots(slot_mapping, k.shape[0] * k.shape[2], k)
     _check_rotation(cos, sin, k.shape[0] * k.shape[2], k.shape[3], None)
-    torch.ops.droidspeak_ops.kv_splice(k, v, cos, sin, slot_mapping, k_cache, v_cache)
+    ops.kv_splice(k, v, cos, sin, slot_mapping, k_cache, v_cache)
 
 
 def _rows(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -231,7 +232,7 @@ def _check_rotation(
 
 # --- torch.library -------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("droidspeak_ops", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 _SCHEMAS = (
     "rms_rstd(Tensor x, float eps, Tensor(a!) out) -> ()",
@@ -342,4 +343,4 @@ for _schema in _SCHEMAS:
     _library.impl(_name, globals()[f"_{_name}_gpu"], "CUDA")
     # Forward only: weights that ask for a gradient are read all the same, and no graph is recorded.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"droidspeak_ops::{_name}", _nothing, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _nothing, lib=_library)
