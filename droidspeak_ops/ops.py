@@ -1,29 +1,56 @@
-"""The operators on plain tensors: K/V projection and splicing in place into a KV cache, and the norms they start from.
+"""The operators on plain tensors: projection to K/V and splicing in place into a KV cache, and the norms they start from.
 
 Each is a ``torch.library`` operator under ``torch.ops.droidspeak_ops`` that mutates its outputs and returns nothing:
 forward only, without host synchronisation on a GPU, usable under ``torch.compile(fullgraph=True)``. On the CPU the
 implementation is the reference (:mod:`droidspeak_ops.reference`); on CUDA and ROCm it is a Triton kernel.
 
 A KV cache is ``[blocks, kv_heads, block_size, head_dim]`` with any strides whose last is 1. A dense transformers cache
-``[batch, kv_heads, tokens, head_dim]`` is that already, with a sequence for a block; for a paged cache in NHD order pass
-``cache.transpose(1, 2)``. Slot ``s`` is row ``s % block_size`` of block ``s // block_size``; slot -1 stores nothing.
+``[batch, kv_heads, tokens, head_dim]`` is that already, with a sequence for a block, and so are pages in HND order; for pages
+in NHD order pass ``cache.transpose(1, 2)``. Slot ``s`` is row ``s % block_size`` of block ``s // block_size``; slot -1 stores
+nothing. A weight may be rows of a fused one: ``qkv_weight[q_size : q_size + kv_size]``.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
-from . import reference
-from ._ops import NAMESPACE, ops
+from . import library  # noqa: F401  registers the operators
+from ._ops import ops
+from .checks import (
+    CODES,
+    FLOATS,
+    NORM_ORDERS,
+    check,
+    check_caches,
+    check_rotation,
+    check_rows,
+    check_scales,
+    check_slots,
+    fail,
+)
 
-__all__ = ["fold_norm_weight", "kv_project", "kv_splice", "rms_rstd", "row_norm"]
+__all__ = [
+    "fold_norm_weight",
+    "kv_project",
+    "kv_project_layers",
+    "kv_splice",
+    "packed_slots",
+    "qkv_project",
+    "rms_rstd",
+    "rotation_between",
+    "row_norm",
+]
 
 Norm = Literal["hf", "folded", "none"]
+NormOrder = Literal["llama", "gemma", "olmo", "none"]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Several layers share a launch while one alone would leave a GPU idle: this many tokens in all, and at most 8 layers, whose
+# pointers fit in a kernel's arguments.
+_TOKENS_PER_LAUNCH = 16384
+_LAYERS_PER_LAUNCH = 8
 
 
 def rms_rstd(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
@@ -36,33 +63,42 @@ def rms_rstd(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         float32 ``[...]``.
     """
-    _check_rows("hidden_states", hidden_states)
+    check_rows("hidden_states", hidden_states)
     out = torch.empty(hidden_states.shape[:-1], dtype=torch.float32, device=hidden_states.device)
     ops.rms_rstd(_rows(hidden_states), eps, out.view(-1))
     return out
 
 
-def row_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm of each token's hidden states, rounded where transformers' Llama norm rounds.
+def row_norm(
+    hidden_states: torch.Tensor, weight: torch.Tensor | None, eps: float, *, norm_order: NormOrder = "llama"
+) -> torch.Tensor:
+    """RMS norm of each token's hidden states, rounded where transformers rounds.
 
     Args:
         hidden_states: ``[..., C]``, float32, float16 or bfloat16.
-        weight: ``[C]``, of the same dtype.
+        weight: ``[C]``, of the same dtype; None with the order ``"none"``.
         eps: added to the mean square.
+        norm_order: ``"llama"`` rounds the normalised row to the model's dtype and then multiplies by the weight;
+            ``"olmo"`` (OLMo 2, GPT-OSS) multiplies in float32 and rounds once; ``"gemma"`` does that with 1 + weight;
+            ``"none"`` has no weight.
 
     Returns:
         Normalised hidden states, of the shape and dtype of `hidden_states`, contiguous.
     """
-    _check_rows("hidden_states", hidden_states)
-    _check("weight", weight, (hidden_states.shape[-1],), hidden_states)
+    check_rows("hidden_states", hidden_states)
+    check("weight", weight, (hidden_states.shape[-1],), hidden_states, hidden_states.dtype)
+    _check_norm_weight("weight", weight, norm_order)
     out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
-    ops.row_norm(_rows(hidden_states), weight, eps, out.view(-1, out.shape[-1]))
+    ops.row_norm(_rows(hidden_states), weight, norm_order, eps, out.view(-1, out.shape[-1]))
     return out
 
 
-def fold_norm_weight(weight: torch.Tensor, norm_weight: torch.Tensor) -> torch.Tensor:
+def fold_norm_weight(
+    weight: torch.Tensor, norm_weight: torch.Tensor, *, norm_order: NormOrder = "llama"
+) -> torch.Tensor:
     """Fold the weight of an RMS norm ``[C]`` into a projection ``[N, C]`` that follows it, for ``norm="folded"``."""
-    return weight * norm_weight
+    _check_choice("norm_order", norm_order, NORM_ORDERS)
+    return weight * (1.0 + norm_weight if norm_order == "gemma" else norm_weight)
 
 
 def kv_project(
@@ -75,71 +111,155 @@ def kv_project(
     *,
     norm: Norm = "hf",
     norm_weight: torch.Tensor | None = None,
+    norm_order: NormOrder = "llama",
     norm_eps: float = 1e-6,
     rstd: torch.Tensor | None = None,
     k_bias: torch.Tensor | None = None,
     v_bias: torch.Tensor | None = None,
     k_norm_weight: torch.Tensor | None = None,
-    k_norm_eps: float = 1e-6,
+    head_norm_eps: float = 1e-6,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> None:
     """Compute a layer's K and V from its hidden states and store them in place: no attention, no MLP.
 
-    Norm, both projections, bias, per-head norm of K, RoPE and the store at given rows, without the intermediate tensors.
-    This is a projected layer, and the last layer of a band (paper, section 4.1: layers recomputed from the E cache).
+    Norm, both projections, bias, norm of K, RoPE and the store at given rows, without the intermediate tensors. This is a
+    projected layer, and the last layer of a band (paper, section 4.1: layers recomputed from the E cache).
 
     Args:
         hidden_states: ``[..., C]``: the residual stream that enters the layer; T tokens in all.
         k_weight, v_weight: ``[K * D, C]``, of the dtype of `hidden_states`.
-        k_cache, v_cache: ``[blocks, K, block_size, D]``, written in place; any floating dtype, any strides but the last.
+        k_cache, v_cache: ``[blocks, K, block_size, D]``, written in place; floating, or float8_e4m3fn (saturated, scale 1);
+            any strides but the last.
         slot_mapping: int64 ``[T]``, each slot at most once. On the CPU a slot outside the cache raises; on a GPU, where
             reading it would stall the host, such a token is not stored.
         norm: ``"hf"`` normalises rows first, in transformers' rounding order, with `norm_weight` and `norm_eps`.
             ``"folded"`` expects weights that went through :func:`fold_norm_weight`, and scales the float32 product by
             `rstd`: one rounding fewer and no pass over the rows. ``"none"`` takes rows that are normalised already.
         norm_weight: ``[C]``; for ``"hf"`` alone.
+        norm_order: where the input norm and the norm of K round; see :func:`row_norm`.
         norm_eps: eps of the input norm, where it is computed here.
         rstd: float32, shape of `hidden_states` without its last dimension; for ``"folded"``, computed when not given.
         k_bias, v_bias: ``[K * D]``, both or neither.
-        k_norm_weight: ``[D]``, RMS norm over each head of K, with `k_norm_eps`.
+        k_norm_weight: RMS norm of K before RoPE: ``[D]`` over each head, ``[K * D]`` over all heads together (which needs
+            caches of the dtype of `hidden_states`).
+        head_norm_eps: eps of that norm.
         cos, sin: ``[T, R / 2]`` with R the rotated columns of a head: pairs (i, i + R/2) are rotated, the rest pass.
+        positions: int64 ``[T]``: the row of `cos` and `sin` of each token, which then have any number of rows; not checked
+            on a GPU. For packed sequences see :func:`packed_slots`.
 
     Raises:
         ValueError: a shape, dtype, device or slot does not fit; the message names the argument.
     """
-    _check_rows("hidden_states", hidden_states)
-    _check_caches(k_cache, v_cache, hidden_states)
-    x = _rows(hidden_states)
-    num_tokens, hidden_size = x.shape
-    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    for name, weight in (("k_weight", k_weight), ("v_weight", v_weight)):
-        _check(name, weight, (num_kv_heads * head_dim, hidden_size), hidden_states)
-    if (k_bias is None) != (v_bias is None):
-        raise ValueError("k_bias and v_bias: one is given and the other is not; both or neither are needed")
-    for name, bias in (("k_bias", k_bias), ("v_bias", v_bias)):
-        _check(name, bias, (num_kv_heads * head_dim,), hidden_states)
-    _check("k_norm_weight", k_norm_weight, (head_dim,), hidden_states)
-    _check_slots(slot_mapping, num_tokens, hidden_states)
-    _check_rotation(cos, sin, num_tokens, head_dim, hidden_states)
+    _project(
+        [hidden_states], [], [k_weight], [v_weight], [], [k_cache], [v_cache], slot_mapping,
+        norm=norm, norm_weights=_listed(norm_weight), norm_order=norm_order, norm_eps=norm_eps, rstds=_listed(rstd),
+        q_biases=[], k_biases=_listed(k_bias), v_biases=_listed(v_bias), q_norm_weights=[],
+        k_norm_weights=_listed(k_norm_weight), head_norm_eps=head_norm_eps, coses=_listed(cos), sines=_listed(sin),
+        positions=positions,
+    )  # fmt: skip
 
-    if norm not in ("hf", "folded", "none"):
-        raise ValueError(f"norm: got {norm!r}; 'hf', 'folded' or 'none' is needed")
-    if (norm == "hf") != (norm_weight is not None):
-        raise ValueError(f"norm_weight: {'missing' if norm == 'hf' else 'given'} with norm={norm!r}")
-    if rstd is not None and norm != "folded":
-        raise ValueError(f"rstd: given with norm={norm!r}; only 'folded' scales by it")
-    if norm == "hf":
-        assert norm_weight is not None
-        x = row_norm(x, norm_weight, norm_eps)
-    elif norm == "folded":
-        rstd = rms_rstd(x, norm_eps) if rstd is None else rstd.reshape(-1)
-        if rstd.dtype != torch.float32 or rstd.shape[0] != num_tokens or rstd.device != x.device:
-            got = f"{rstd.dtype} {tuple(rstd.shape)} on {rstd.device}"
-            raise ValueError(f"rstd: got {got}; float32 with {num_tokens} elements on {x.device} is needed")
-    ops.kv_project(
-        x, rstd, k_weight, v_weight, k_bias, v_bias, k_norm_weight, k_norm_eps, cos, sin, slot_mapping, k_cache, v_cache
-    )
+
+def qkv_project(
+    hidden_states: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    v_weight: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    norm: Norm = "hf",
+    norm_weight: torch.Tensor | None = None,
+    norm_order: NormOrder = "llama",
+    norm_eps: float = 1e-6,
+    rstd: torch.Tensor | None = None,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
+    v_bias: torch.Tensor | None = None,
+    q_norm_weight: torch.Tensor | None = None,
+    k_norm_weight: torch.Tensor | None = None,
+    head_norm_eps: float = 1e-6,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> None:
+    """:func:`kv_project` of a layer whose attention runs (an interior layer of a band): Q too, in the same launch.
+
+    Args:
+        q_weight: ``[H * D, C]``.
+        q: ``[T, H, D]``, written in place at row t for token t; any strides but the last.
+        q_bias, q_norm_weight: as of K; given if those of K are.
+
+    Other arguments and errors are those of :func:`kv_project`.
+    """
+    _project(
+        [hidden_states], [q_weight], [k_weight], [v_weight], [q], [k_cache], [v_cache], slot_mapping,
+        norm=norm, norm_weights=_listed(norm_weight), norm_order=norm_order, norm_eps=norm_eps, rstds=_listed(rstd),
+        q_biases=_listed(q_bias), k_biases=_listed(k_bias), v_biases=_listed(v_bias),
+        q_norm_weights=_listed(q_norm_weight), k_norm_weights=_listed(k_norm_weight), head_norm_eps=head_norm_eps,
+        coses=_listed(cos), sines=_listed(sin), positions=positions,
+    )  # fmt: skip
+
+
+def kv_project_layers(
+    hidden_states: Sequence[torch.Tensor],
+    k_weights: Sequence[torch.Tensor],
+    v_weights: Sequence[torch.Tensor],
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    slot_mapping: torch.Tensor,
+    *,
+    norm: Norm = "hf",
+    norm_weights: Sequence[torch.Tensor] = (),
+    norm_order: NormOrder = "llama",
+    norm_eps: float = 1e-6,
+    rstds: Sequence[torch.Tensor] = (),
+    k_biases: Sequence[torch.Tensor] = (),
+    v_biases: Sequence[torch.Tensor] = (),
+    k_norm_weights: Sequence[torch.Tensor] = (),
+    head_norm_eps: float = 1e-6,
+    coses: Sequence[torch.Tensor] = (),
+    sines: Sequence[torch.Tensor] = (),
+    positions: torch.Tensor | None = None,
+) -> None:
+    """:func:`kv_project` of several layers of one shape: on a GPU in one launch for up to 8 layers of a short context.
+
+    Each argument is a tensor for each layer, of the same shape, dtype and strides, or nothing where the layers have none.
+    `slot_mapping` and `positions` are shared. Results are bitwise those of a call for each layer.
+
+    Raises:
+        ValueError: as :func:`kv_project`; also if layers differ or are not as many.
+    """
+    columns = (k_weights, v_weights, k_caches, v_caches)
+    optional = (norm_weights, rstds, k_biases, v_biases, k_norm_weights, coses, sines)
+    layers = len(hidden_states)
+    if any(len(tensors) != layers for tensors in columns) or any(
+        len(tensors) not in (0, layers) for tensors in optional
+    ):
+        counts = [len(tensors) for tensors in (hidden_states, *columns, *optional)]
+        raise ValueError(
+            f"hidden_states: got {layers} layers, and the arguments have {counts}; a tensor a layer is needed"
+        )
+    if layers == 0:
+        return
+    tokens = hidden_states[0].shape[:-1].numel()
+    group = min(_LAYERS_PER_LAUNCH, max(_TOKENS_PER_LAUNCH // max(tokens, 1), 1))
+    first = 0
+    while first < layers:
+        size = min(group, layers - first)
+        size = 1 << (size.bit_length() - 1)  # powers of two, so that four kernels serve any number of layers
+        some = slice(first, first + size)
+        _project(
+            hidden_states[some], [], k_weights[some], v_weights[some], [], k_caches[some], v_caches[some], slot_mapping,
+            norm=norm, norm_weights=norm_weights[some], norm_order=norm_order, norm_eps=norm_eps, rstds=rstds[some],
+            q_biases=[], k_biases=k_biases[some], v_biases=v_biases[some], q_norm_weights=[],
+            k_norm_weights=k_norm_weights[some], head_norm_eps=head_norm_eps, coses=coses[some], sines=sines[some],
+            positions=positions,
+        )  # fmt: skip
+        first += size
 
 
 def kv_splice(
@@ -151,196 +271,210 @@ def kv_splice(
     *,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    k_cache_scale: torch.Tensor | None = None,
+    v_cache_scale: torch.Tensor | None = None,
+    static_scale: bool = False,
 ) -> None:
     """Copy rows of K and V into a cache of another layout or dtype, in place, and optionally rotate K further.
 
+    Rows in 8 bits (float8_e4m3fn or int8) hold finite values as code · scale, with a scale for each token and head.
+
     Args:
-        k, v: ``[B, K, T, D]``, float32, float16 or bfloat16; they must not share memory with the caches.
-        k_cache, v_cache: ``[blocks, K, block_size, D]``, written in place.
+        k, v: ``[B, K, T, D]``, floating or 8-bit; they must not share memory with the caches.
+        k_cache, v_cache: ``[blocks, K, block_size, D]``, floating or 8-bit, written in place.
         slot_mapping: int64 ``[B * T]``: row t of sequence b goes to ``slot_mapping[b * T + t]``.
         cos, sin: ``[B * T, R / 2]``: the angle by which each row of K is rotated on top of what it has, for a change of
-            position or of RoPE base; computed in float32.
+            position or of RoPE base (:func:`rotation_between`); computed in float32.
+        k_scale, v_scale: float32 ``[B, K, T]``, any strides: scales of 8-bit rows; ``scale.expand(B, K, T)`` serves for one
+            scale of the whole tensor. int8 needs them; fp8 without them is taken with scale 1.
+        k_cache_scale, v_cache_scale: float32 ``[blocks, K, block_size]``, any strides: needed with 8-bit caches, and written
+            in place: each row's largest value becomes the largest code.
+        static_scale: read `k_cache_scale` and `v_cache_scale` instead, and saturate what does not fit.
 
     Raises:
         ValueError: a shape, dtype, device or slot does not fit; the message names the argument.
     """
-    _check_caches(k_cache, v_cache, k)
-    expected = (k.shape[0], k_cache.shape[1], k.shape[2], k_cache.shape[3]) if k.dim() == 4 else ("B", "K", "T", "D")
+    check_caches(k_cache, v_cache, k, FLOATS + CODES)
+    blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+    if k.dim() != 4 or k.dtype not in FLOATS + CODES:
+        fail("k", k, "floating or 8-bit [B, K, T, D]")
+    batch, _, tokens, _ = k.shape
     for name, tensor in (("k", k), ("v", v)):
-        _check(name, tensor, expected, k)
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name}: got dtype {tensor.dtype}; float32, float16 or bfloat16 is needed")
-    _check_slots(slot_mapping, k.shape[0] * k.shape[2], k)
-    _check_rotation(cos, sin, k.shape[0] * k.shape[2], k.shape[3], None)
-    ops.kv_splice(k, v, cos, sin, slot_mapping, k_cache, v_cache)
+        check(name, tensor, (batch, num_kv_heads, tokens, head_dim), k, k.dtype)
+    check_slots(slot_mapping, batch * tokens, k)
+    check_rotation(cos, sin, None, batch * tokens, head_dim, k, None)
+    check_scales(
+        ("k_scale", "v_scale"), (k_scale, v_scale), (batch, num_kv_heads, tokens), k.dtype, k,
+        needed=k.dtype == torch.int8,
+    )  # fmt: skip
+    check_scales(
+        ("k_cache_scale", "v_cache_scale"), (k_cache_scale, v_cache_scale), (blocks, num_kv_heads, block_size),
+        k_cache.dtype, k, needed=k_cache.dtype in CODES,
+    )  # fmt: skip
+    for name, scale in (("k_cache_scale", k_cache_scale), ("v_cache_scale", v_cache_scale)):
+        if scale is not None and not static_scale and 0 in scale.stride() and scale.numel() > 1:
+            fail(name, scale, "memory of its own for each scale that is written (no stride of 0)")
+    ops.kv_splice(
+        k, v, k_scale, v_scale, cos, sin, slot_mapping, static_scale, k_cache, v_cache, k_cache_scale, v_cache_scale
+    )
+
+
+def rotation_between(
+    cos: torch.Tensor, sin: torch.Tensor, new_cos: torch.Tensor, new_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotation that takes keys from one angle to another, for :func:`kv_splice`.
+
+    Between positions, between RoPE bases, and between scalings of attention (YaRN multiplies cos and sin by a factor).
+
+    Args:
+        cos, sin: ``[T, R / 2]``, what the keys were rotated by.
+        new_cos, new_sin: ``[T, R / 2]``, what they shall be rotated by.
+
+    Returns:
+        cos and sin of the difference, float32 ``[T, R / 2]``.
+    """
+    cos, sin, new_cos, new_sin = (half.float() for half in (cos, sin, new_cos, new_sin))
+    size = cos * cos + sin * sin
+    return (new_cos * cos + new_sin * sin) / size, (new_sin * cos - new_cos * sin) / size
+
+
+def packed_slots(
+    cu_seqlens: torch.Tensor, num_tokens: int, block_size: int, block_table: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and slots of sequences packed one behind the other, without a look at any value on the host.
+
+    Args:
+        cu_seqlens: integer ``[B + 1]``: sequence b is tokens ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
+        num_tokens: T, the length of the packed batch; tokens behind the last sequence are padding, with slot -1.
+        block_size: rows of a cache block: of a page, or the capacity of a dense cache for a sequence.
+        block_table: integer ``[B, pages]``: the pages of each sequence; without it sequence b is block b.
+
+    Returns:
+        positions and slot_mapping, int64 ``[T]``, for :func:`kv_project`.
+    """
+    cu_seqlens = cu_seqlens.long()
+    token = torch.arange(num_tokens, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
+    padding = sequence == len(cu_seqlens) - 1
+    sequence = sequence.masked_fill(padding, 0)
+    positions = (token - cu_seqlens[sequence]).masked_fill(padding, 0)
+    if block_table is None:
+        block, row = sequence, positions
+    else:
+        block, row = block_table.long()[sequence, positions // block_size], positions % block_size
+    return positions, (block * block_size + row).masked_fill(padding, -1)
+
+
+def _project(
+    hidden_states: Sequence[torch.Tensor],
+    q_weights: Sequence[torch.Tensor],
+    k_weights: Sequence[torch.Tensor],
+    v_weights: Sequence[torch.Tensor],
+    qs: Sequence[torch.Tensor],
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    slot_mapping: torch.Tensor,
+    *,
+    norm: Norm,
+    norm_weights: Sequence[torch.Tensor],
+    norm_order: NormOrder,
+    norm_eps: float,
+    rstds: Sequence[torch.Tensor],
+    q_biases: Sequence[torch.Tensor],
+    k_biases: Sequence[torch.Tensor],
+    v_biases: Sequence[torch.Tensor],
+    q_norm_weights: Sequence[torch.Tensor],
+    k_norm_weights: Sequence[torch.Tensor],
+    head_norm_eps: float,
+    coses: Sequence[torch.Tensor],
+    sines: Sequence[torch.Tensor],
+    positions: torch.Tensor | None,
+) -> None:
+    like = hidden_states[0]
+    check_rows("hidden_states", like)
+    check_caches(k_caches[0], v_caches[0], like, (*FLOATS, torch.float8_e4m3fn))
+    hidden_size, num_tokens = like.shape[-1], like.shape[:-1].numel()
+    _, num_kv_heads, _, head_dim = k_caches[0].shape
+    rows, dtype = num_kv_heads * head_dim, like.dtype
+    check("k_weight", k_weights[0], (rows, hidden_size), like, dtype)
+    check("v_weight", v_weights[0], (rows, hidden_size), like, dtype)
+    if len(k_biases) != len(v_biases) or (qs and len(k_biases) != len(q_biases)):
+        raise ValueError("k_bias, v_bias and the bias of Q, if there is one: all or none are needed")
+    if k_biases:
+        check("k_bias", k_biases[0], (rows,), like, dtype)
+        check("v_bias", v_biases[0], (rows,), like, dtype)
+    if k_norm_weights:
+        _check_norm_weight("k_norm_weight", k_norm_weights[0], norm_order)
+        over_all = any(weights[0].shape[0] != head_dim for weights in (q_norm_weights, k_norm_weights) if weights)
+        check("k_norm_weight", k_norm_weights[0], (rows if over_all else head_dim,), like, dtype)
+        if over_all and k_caches[0].dtype != dtype:
+            fail("k_cache", k_caches[0], f"{dtype}, the dtype of hidden_states, for a norm over all heads,")
+    if qs:
+        num_q_heads = qs[0].shape[1] if qs[0].dim() == 3 else 0
+        check("q", qs[0], (num_tokens, num_q_heads, head_dim), like, dtype)
+        check("q_weight", q_weights[0], (num_q_heads * head_dim, hidden_size), like, dtype)
+        if q_biases:
+            check("q_bias", q_biases[0], (num_q_heads * head_dim,), like, dtype)
+        if len(q_norm_weights) != len(k_norm_weights):
+            raise ValueError("q_norm_weight and k_norm_weight: both or neither are needed")
+        if q_norm_weights:
+            check("q_norm_weight", q_norm_weights[0], (num_q_heads * head_dim if over_all else head_dim,), like, dtype)
+    check_slots(slot_mapping, num_tokens, like)
+    cos, sin = coses[0] if coses else None, sines[0] if sines else None
+    check_rotation(cos, sin, positions, num_tokens, head_dim, like, dtype)
+    if len(hidden_states) > 1:
+        _check_alike(
+            hidden_states=hidden_states, k_weights=k_weights, v_weights=v_weights, k_caches=k_caches, v_caches=v_caches,
+            k_biases=k_biases, v_biases=v_biases, k_norm_weights=k_norm_weights, coses=coses, sines=sines,
+        )  # fmt: skip
+
+    _check_choice("norm", norm, ("hf", "folded", "none"))
+    if norm == "hf":
+        _check_norm_weight("norm_weight", norm_weights[0] if norm_weights else None, norm_order)
+    elif norm_weights:
+        raise ValueError(f"norm_weight: given with norm={norm!r}; only 'hf' multiplies by it")
+    if rstds and norm != "folded":
+        raise ValueError(f"rstd: given with norm={norm!r}; only 'folded' scales by it")
+    x = [_rows(states) for states in hidden_states]
+    if norm == "hf":
+        weights: Sequence[torch.Tensor | None] = norm_weights or [None] * len(x)
+        x = [row_norm(one, weight, norm_eps, norm_order=norm_order) for one, weight in zip(x, weights, strict=True)]
+    elif norm == "folded":
+        rstds = [rstd.reshape(-1) for rstd in rstds] or [rms_rstd(one, norm_eps) for one in x]
+        for rstd in rstds:
+            check("rstd", rstd, (num_tokens,), like, torch.float32)
+    ops.kv_project(
+        x, rstds, q_weights, k_weights, v_weights, q_biases, k_biases, v_biases, q_norm_weights, k_norm_weights,
+        norm_order, head_norm_eps, coses, sines, positions, slot_mapping, qs, k_caches, v_caches,
+    )  # fmt: skip
+
+
+def _check_alike(**arguments: Sequence[torch.Tensor]) -> None:
+    for name, tensors in arguments.items():
+        for layer, tensor in enumerate(tensors):
+            first = tensors[0]
+            same = (tensor.shape, tensor.dtype, tensor.device) == (first.shape, first.dtype, first.device)
+            if not same or tensor.stride() != first.stride():
+                kind = f"{first.dtype} {tuple(first.shape)} on {first.device} with strides {first.stride()}"
+                fail(f"{name}[{layer}]", tensor, f"{kind}, as of layer 0,")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}; one of {', '.join(map(repr, choices))} is needed")
+
+
+def _check_norm_weight(name: str, weight: torch.Tensor | None, norm_order: str) -> None:
+    _check_choice("norm_order", norm_order, NORM_ORDERS)
+    if (weight is None) != (norm_order == "none"):
+        raise ValueError(f"{name}: {'missing' if weight is None else 'given'} with norm_order={norm_order!r}")
+
+
+def _listed(tensor: torch.Tensor | None) -> list[torch.Tensor]:
+    return [] if tensor is None else [tensor]
 
 
 def _rows(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])
-
-
-def _check_rows(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dim() < 1 or tensor.dtype not in _DTYPES or tensor.stride(-1) != 1:
-        got = f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
-        raise ValueError(f"{name}: got {got}; float32, float16 or bfloat16 [..., C] with a last stride of 1 is needed")
-
-
-def _check(
-    name: str, tensor: torch.Tensor | None, shape: tuple[int | str, ...], like: torch.Tensor, *, same_dtype: bool = True
-) -> None:
-    if tensor is None:
-        return
-    fits = tensor.shape == shape and tensor.device == like.device and (tensor.dim() == 0 or tensor.stride(-1) == 1)
-    if not fits or (same_dtype and tensor.dtype != like.dtype):
-        got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}"
-        needed = f"{like.dtype if same_dtype else 'any floating dtype'} {tuple(shape)} on {like.device}"
-        raise ValueError(f"{name}: got {got}; {needed} with a last stride of 1 is needed")
-
-
-def _check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, like: torch.Tensor) -> None:
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dim() != 4 or not cache.dtype.is_floating_point:
-            got = f"{cache.dtype} {tuple(cache.shape)}"
-            raise ValueError(f"{name}: got {got}; floating [blocks, kv_heads, block_size, head_dim] is needed")
-        _check(name, cache, tuple(k_cache.shape), like, same_dtype=False)
-    if v_cache.dtype != k_cache.dtype:
-        raise ValueError(f"v_cache: got {v_cache.dtype}; {k_cache.dtype}, the dtype of k_cache, is needed")
-    if k_cache.shape[3] % 2:
-        raise ValueError(f"k_cache: got a head_dim of {k_cache.shape[3]}; an even one is needed")
-
-
-def _check_slots(slot_mapping: torch.Tensor, num_tokens: int, like: torch.Tensor) -> None:
-    if slot_mapping.shape != (num_tokens,) or slot_mapping.dtype != torch.int64 or slot_mapping.device != like.device:
-        got = f"{slot_mapping.dtype} {tuple(slot_mapping.shape)} on {slot_mapping.device}"
-        raise ValueError(f"slot_mapping: got {got}; int64 ({num_tokens},) on {like.device} is needed")
-    if num_tokens > 1 and slot_mapping.stride(0) != 1:
-        raise ValueError(f"slot_mapping: got stride {slot_mapping.stride(0)}; 1 is needed")
-
-
-def _check_rotation(
-    cos: torch.Tensor | None, sin: torch.Tensor | None, num_tokens: int, head_dim: int, like: torch.Tensor | None
-) -> None:
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin: one is given and the other is not; both or neither are needed")
-    if cos is None or sin is None:
-        return
-    if cos.dim() != 2 or not 0 < 2 * cos.shape[-1] <= head_dim:
-        raise ValueError(f"cos: got {tuple(cos.shape)}; ({num_tokens}, R/2) with 0 < R <= {head_dim} is needed")
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        _check(name, tensor, (num_tokens, cos.shape[-1]), cos if like is None else like)
-
-
-# --- torch.library -------------------------------------------------------------------------------------------------
-
-_library = torch.library.Library(NAMESPACE, "DEF")
-
-_SCHEMAS = (
-    "rms_rstd(Tensor x, float eps, Tensor(a!) out) -> ()",
-    "row_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()",
-    "kv_project(Tensor x, Tensor? rstd, Tensor k_weight, Tensor v_weight, Tensor? k_bias, Tensor? v_bias, "
-    "Tensor? k_norm_weight, float k_norm_eps, Tensor? cos, Tensor? sin, Tensor slot_mapping, "
-    "Tensor(a!) k_cache, Tensor(b!) v_cache) -> ()",
-    "kv_splice(Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor slot_mapping, "
-    "Tensor(a!) k_cache, Tensor(b!) v_cache) -> ()",
-)
-
-
-def _check_slot_range(slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
-    # Here and not in the public functions: it reads data, which a trace cannot and a GPU should not.
-    if slot_mapping.numel() == 0:
-        return
-    slots = cache.shape[0] * cache.shape[2]
-    low, high = (int(bound) for bound in slot_mapping.aminmax())
-    if low < -1 or high >= slots:
-        raise ValueError(f"slot_mapping: got slots from {low} to {high}; -1 to {slots - 1} are needed")
-    ordered = slot_mapping[1:] > slot_mapping[:-1]
-    if not bool(ordered.all()):
-        used = slot_mapping[slot_mapping >= 0]
-        if used.unique().numel() != used.numel():
-            raise ValueError("slot_mapping: got a slot more than once; each at most once is needed")
-
-
-def _check_separate(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-    for name, tensor in (("k", k), ("v", v)):
-        for target, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-            if torch._C._overlaps(tensor, cache):
-                raise ValueError(f"{name}: shares memory with {target}; tensors of its own are needed")
-
-
-# The references are made of differentiable operations, and the operators are not.
-
-
-@torch.no_grad()
-def _rms_rstd_cpu(x: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    out.copy_(reference.rms_rstd_ref(x, eps))
-
-
-@torch.no_grad()
-def _row_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    out.copy_(reference.row_norm_ref(x, weight, eps))
-
-
-@torch.no_grad()
-def _kv_project_cpu(*args: Any) -> None:
-    _check_slot_range(args[-3], args[-2])
-    reference.kv_project_ref(*args)
-
-
-@torch.no_grad()
-def _kv_splice_cpu(*args: Any) -> None:
-    _check_separate(args[0], args[1], args[-2], args[-1])
-    _check_slot_range(args[-3], args[-2])
-    reference.kv_splice_ref(*args)
-
-
-# Triton is imported at the first launch, so that a machine without a GPU never pays for it.
-
-
-def _rms_rstd_gpu(x: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    from .kernels.row_norm import rms_rstd
-
-    rms_rstd(x, eps, out)
-
-
-def _row_norm_gpu(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    from .kernels.row_norm import row_norm
-
-    row_norm(x, weight, eps, out)
-
-
-def _kv_project_gpu(x, rstd, k_weight, v_weight, k_bias, v_bias, k_norm_weight, k_norm_eps, cos, sin, slots, k, v):
-    from .kernels.project_splice import project_splice, project_splice_config
-
-    target, has_k_norm = _target(x.device.index), k_norm_weight is not None
-    config = project_splice_config(target, x.dtype, k.shape[1], k.shape[3], has_k_norm)
-    project_splice(
-        x, rstd, k_weight, v_weight, k_bias, v_bias, k_norm_weight, k_norm_eps, cos, sin, k, v, slots, config
-    )
-
-
-def _kv_splice_gpu(k, v, cos, sin, slot_mapping, k_cache, v_cache):
-    from .kernels.kv_splice import kv_splice
-
-    _check_separate(k, v, k_cache, v_cache)
-    kv_splice(k, v, cos, sin, k_cache, v_cache, slot_mapping)
-
-
-@functools.cache
-def _target(device: int) -> str:
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-def _nothing(*args: Any) -> None:
-    """The fake implementation: only outputs that exist already are written."""
-
-
-for _schema in _SCHEMAS:
-    _name = _library.define(_schema)
-    _library.impl(_name, globals()[f"_{_name}_cpu"], "CPU")
-    _library.impl(_name, globals()[f"_{_name}_gpu"], "CUDA")
-    # Forward only: weights that ask for a gradient are read all the same, and no graph is recorded.
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _nothing, lib=_library)

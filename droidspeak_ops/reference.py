@@ -1,13 +1,18 @@
 """What each operator means, in plain torch and in the rounding order of transformers.
 
 These functions are the CPU implementation of the operators and what every kernel is tested against. Shapes: B batch,
-T tokens, K kv heads, S rows of a cache block, D head_dim, C hidden size.
+T tokens, H query heads, K kv heads, S rows of a cache block, D head_dim, C hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+
+# The largest code of each 8-bit format.
+LARGEST_CODE = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
 def rms_rstd_ref(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -15,11 +20,16 @@ def rms_rstd_ref(x: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.rsqrt(x.float().pow(2).mean(-1) + eps)
 
 
-def row_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm of each row of `x` [..., C]: rounded to the dtype of `x` before it is multiplied by `weight` [C]."""
+def row_norm_ref(x: torch.Tensor, weight: torch.Tensor | None, norm_order: str, eps: float) -> torch.Tensor:
+    """RMS norm of each row of `x` [..., C] with `weight` [C]; `norm_order` says where the result is rounded."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    if weight is None:
+        return wide.to(x.dtype)
+    if norm_order == "llama":
+        return weight * wide.to(x.dtype)
+    weight = weight.float()
+    return (wide * (1.0 + weight if norm_order == "gemma" else weight)).to(x.dtype)
 
 
 def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -31,51 +41,91 @@ def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 def kv_project_ref(
-    x: torch.Tensor,
-    rstd: torch.Tensor | None,
-    k_weight: torch.Tensor,
-    v_weight: torch.Tensor,
-    k_bias: torch.Tensor | None,
-    v_bias: torch.Tensor | None,
-    k_norm_weight: torch.Tensor | None,
-    k_norm_eps: float,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
+    x: Sequence[torch.Tensor],
+    rstd: Sequence[torch.Tensor],
+    q_weight: Sequence[torch.Tensor],
+    k_weight: Sequence[torch.Tensor],
+    v_weight: Sequence[torch.Tensor],
+    q_bias: Sequence[torch.Tensor],
+    k_bias: Sequence[torch.Tensor],
+    v_bias: Sequence[torch.Tensor],
+    q_norm_weight: Sequence[torch.Tensor],
+    k_norm_weight: Sequence[torch.Tensor],
+    norm_order: str,
+    head_norm_eps: float,
+    cos: Sequence[torch.Tensor],
+    sin: Sequence[torch.Tensor],
+    positions: torch.Tensor | None,
     slot_mapping: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    q: Sequence[torch.Tensor],
+    k_cache: Sequence[torch.Tensor],
+    v_cache: Sequence[torch.Tensor],
 ) -> None:
-    """Project rows `x` [T, C] to K and V, norm and rotate K, and store row t at `slot_mapping[t]` of the caches.
+    """For each layer: project rows `x` [T, C] to K and V, norm and rotate K, and store row t at `slot_mapping[t]`.
 
-    With `rstd` [T] the rows are raw hidden states and the norm's weight is folded into the projections: the float32
-    product is scaled before its only rounding. Without it the rows are used as they are.
+    A sequence holds a tensor for each layer, or is empty where the layers have no such thing. With `rstd` [T] the rows are
+    raw hidden states and the norm's weight is folded into the projections: the float32 product is scaled before its only
+    rounding. With `q` [T, H, D], Q is projected, normed and rotated too, and row t is stored at t.
     """
-    head_dim = k_cache.shape[-1]
-    k = _linear(x, k_weight, k_bias, rstd).unflatten(-1, (-1, head_dim))
-    v = _linear(x, v_weight, v_bias, rstd).unflatten(-1, (-1, head_dim))
-    if k_norm_weight is not None:
-        k = row_norm_ref(k, k_norm_weight, k_norm_eps)
-    if cos is not None and sin is not None:
-        k = rope_ref(k, cos, sin)
-    store_rows_ref(k, k_cache, slot_mapping)
-    store_rows_ref(v, v_cache, slot_mapping)
+    head_dim = k_cache[0].shape[-1]
+
+    def heads(layer: int, weight: Sequence[torch.Tensor], bias: Sequence[torch.Tensor]) -> torch.Tensor:
+        scale = rstd[layer] if rstd else None
+        return _linear(x[layer], weight[layer], bias[layer] if bias else None, scale).unflatten(-1, (-1, head_dim))
+
+    def finish(layer: int, rows: torch.Tensor, norm_weight: Sequence[torch.Tensor]) -> torch.Tensor:
+        if norm_weight:
+            weight = norm_weight[layer]
+            whole = rows if weight.shape[0] == head_dim else rows.flatten(-2)  # each head, or all heads together
+            rows = row_norm_ref(whole, weight, norm_order, head_norm_eps).view(rows.shape)
+        if cos:
+            angles = cos[layer], sin[layer]
+            rows = rope_ref(rows, *(angles if positions is None else (half[positions] for half in angles)))
+        return rows
+
+    for layer in range(len(x)):
+        if q:
+            q[layer].copy_(finish(layer, heads(layer, q_weight, q_bias), q_norm_weight))
+        k = finish(layer, heads(layer, k_weight, k_bias), k_norm_weight)
+        store_rows_ref(k, k_cache[layer], slot_mapping)
+        store_rows_ref(heads(layer, v_weight, v_bias), v_cache[layer], slot_mapping)
 
 
 def kv_splice_ref(
     k: torch.Tensor,
     v: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     slot_mapping: torch.Tensor,
+    static_scale: bool,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    k_cache_scale: torch.Tensor | None,
+    v_cache_scale: torch.Tensor | None,
 ) -> None:
-    """Copy rows of `k`, `v` [B, K, T, D] to `slot_mapping` [B * T] of the caches, rotating K in float32 by `cos`, `sin`."""
-    k, v = k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)
-    if cos is not None and sin is not None:
-        k = rope_ref(k.float(), cos.float(), sin.float())
-    store_rows_ref(k, k_cache, slot_mapping)
-    store_rows_ref(v, v_cache, slot_mapping)
+    """Copy rows of `k`, `v` [B, K, T, D] to `slot_mapping` [B * T] of the caches, rotating K in float32 by `cos`, `sin`.
+
+    8-bit rows have scales [B, K, T] in the source and [blocks, K, S] in the caches, which are computed from each row's
+    largest value and stored, or read if static.
+    """
+    for rows, scale, cache, cache_scale, angles in (
+        (k, k_scale, k_cache, k_cache_scale, (cos, sin)),
+        (v, v_scale, v_cache, v_cache_scale, (None, None)),
+    ):
+        rows = rows.transpose(1, 2).flatten(0, 1)
+        scale = torch.ones(rows.shape[:2]) if scale is None else scale.transpose(1, 2).flatten(0, 1)
+        if rows.dtype == cache.dtype and cache_scale is not None and angles[0] is None and not static_scale:
+            store_rows_ref(rows, cache, slot_mapping)
+            store_rows_ref(scale[..., None], cache_scale[..., None], slot_mapping)
+            continue
+        rows = rows.float() * scale[..., None]
+        if angles[0] is not None and angles[1] is not None:
+            rows = rope_ref(rows, angles[0].float(), angles[1].float())
+        if cache_scale is not None:
+            rows = _encoded(rows, cache.dtype, cache_scale, slot_mapping, static_scale)
+        store_rows_ref(rows, cache, slot_mapping)
 
 
 def store_rows_ref(rows: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -83,8 +133,28 @@ def store_rows_ref(rows: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.
     keep = slot_mapping >= 0
     if not bool(keep.all()):
         rows, slot_mapping = rows[keep], slot_mapping[keep]
-    block_size = cache.shape[2]
-    cache[slot_mapping // block_size, :, slot_mapping % block_size] = rows.to(cache.dtype)
+    if cache.dtype == torch.float8_e4m3fn:
+        rows = rows.float().clamp(-LARGEST_CODE[cache.dtype], LARGEST_CODE[cache.dtype])
+    rows, block_size = rows.to(cache.dtype), cache.shape[2]
+    if cache.dtype.itemsize == 1:  # torch cannot index float8
+        rows, cache = rows.view(torch.uint8), cache.view(torch.uint8)
+    cache[slot_mapping // block_size, :, slot_mapping % block_size] = rows
+
+
+def _encoded(
+    rows: torch.Tensor, dtype: torch.dtype, cache_scale: torch.Tensor, slot_mapping: torch.Tensor, static_scale: bool
+) -> torch.Tensor:
+    """Rows [T, K, D] as 8-bit codes, rounded to nearest even and saturated."""
+    largest_code = LARGEST_CODE[dtype]
+    if static_scale:
+        slots, block_size = slot_mapping.clamp(min=0), cache_scale.shape[2]
+        scale = cache_scale[slots // block_size, :, slots % block_size]
+    else:
+        largest = rows.abs().amax(-1)
+        scale = torch.where(largest > 0, largest * (1.0 / largest_code), 1.0)
+        store_rows_ref(scale[..., None], cache_scale[..., None], slot_mapping)
+    codes = (rows * (1.0 / scale)[..., None]).clamp(-largest_code, largest_code)
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype)
 
 
 def _linear(

@@ -1,62 +1,94 @@
-"""K/V projection of one layer whose epilogue does everything else and stores in place into a KV cache.
+"""Projection of layers' hidden states to K and V, or Q, K and V, whose epilogue does all else and stores in place.
 
     y = x Wᵀ · rstd + bias          k = rope(head_norm(y_k)), v = y_v          cache[slot] = k, v
 
-One launch covers K and V of all heads. A tile keeps two accumulators, one for each half of the rotated pairs (columns i
-and i + rotary_dim/2 of a head), so RoPE is elementwise and needs no shuffle, and a norm over a head is one sum over both.
+One launch covers all heads of K and V (and Q), of one layer or of several. A tile keeps two accumulators, one for each half
+of the rotated pairs (columns i and i + rotary_dim/2 of a head), so RoPE is elementwise and needs no shuffle, and a norm over
+a head is one sum over both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from .codes import as_stored, encode, storage
+from .epilogue import pair_columns, rotate, round_to, weigh
+from .head_norm import head_norm
+
 
 @triton.jit
-def _round(x, DTYPE: tl.constexpr):
-    """Round float32 to the model's dtype and back: what storing an intermediate result does."""
-    return x.to(DTYPE).to(tl.float32)
+def _of_layer(pointers, layer, NUM_LAYERS: tl.constexpr):
+    """The pointer of one layer. Chosen once, before the loop: one that changes inside does not compile on every target."""
+    chosen = pointers[0]
+    for i in tl.static_range(1, NUM_LAYERS):
+        if layer == i:
+            chosen = pointers[i]
+    return chosen
+
+
+@triton.jit
+def _store_pairs(ptr, o_row, o_head, stride_h, o_col1, o_col2, y1, y2, m_row, m_col, STORAGE: tl.constexpr):
+    """Store both columns of each pair of a tile."""
+    ptrs = ptr + o_row[:, None] + (o_head.to(tl.int64) * stride_h)[None, :]  # [BLOCK_M, BLOCK_N]
+    mask = m_row[:, None] & m_col[None, :]
+    tl.store(ptrs + o_col1[None, :], encode(y1, STORAGE, ptr.dtype.element_ty), mask=mask)
+    tl.store(ptrs + o_col2[None, :], encode(y2, STORAGE, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _project_splice_kernel(
-    x_ptr,  # [T, C]
-    rstd_ptr,  # [T] float32
-    k_weight_ptr,  # [K * D, C]
-    v_weight_ptr,  # [K * D, C]
-    k_bias_ptr,  # [K * D]
-    v_bias_ptr,  # [K * D]
-    k_norm_weight_ptr,  # [D]
-    cos_ptr,  # [T, ROTARY_DIM / 2]
-    sin_ptr,  # [T, ROTARY_DIM / 2]
+    xs,  # for each layer [T, C]
+    rstds,  # for each layer [T] float32
+    q_weights,  # for each layer [H * D, C]
+    k_weights,  # for each layer [K * D, C]
+    v_weights,  # for each layer [K * D, C]
+    q_biases,  # for each layer [H * D]
+    k_biases,  # for each layer [K * D]
+    v_biases,  # for each layer [K * D]
+    q_norm_weights,  # for each layer [D]
+    k_norm_weights,  # for each layer [D]
+    coses,  # for each layer [positions, ROTARY_DIM / 2]
+    sines,  # for each layer [positions, ROTARY_DIM / 2]
+    positions_ptr,  # [T] int64, or None: token t is at row t of cos and sin
     slot_mapping_ptr,  # [T] int64
-    k_cache_ptr,  # [B, K, S, D]
-    v_cache_ptr,  # [B, K, S, D]
+    qs,  # for each layer [T, H, D]
+    k_caches,  # for each layer [B, K, S, D]
+    v_caches,  # for each layer [B, K, S, D]
     num_tokens,
     hidden_size,
     num_slots,
     block_size,
-    k_norm_eps,
+    head_norm_eps,
     stride_xm,
+    stride_qn,
     stride_kn,
     stride_vn,
     stride_cos,
     stride_sin,
+    stride_q_t,
+    stride_q_h,
     stride_kcache_b,
     stride_kcache_h,
     stride_kcache_s,
     stride_vcache_b,
     stride_vcache_h,
     stride_vcache_s,
+    NUM_LAYERS: tl.constexpr,
+    NUM_Q_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     HAS_RSTD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_K_NORM: tl.constexpr,
+    HAS_HEAD_NORM: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    NORM_ORDER: tl.constexpr,
+    STORAGE: tl.constexpr,
     EVEN_C: tl.constexpr,
     PAIRS_PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -64,34 +96,44 @@ def _project_splice_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # Programs that read the same rows of x are neighbours, so x comes from L2 after the first; the weights stay there.
-    TILES: tl.constexpr = (NUM_KV_HEADS * PAIRS_PER_HEAD + BLOCK_N - 1) // BLOCK_N
-    pid_m = tl.program_id(0) // (2 * TILES)
-    pid_n = tl.program_id(0) % (2 * TILES)
-    # K or V is chosen here, once: a pointer that changes inside the dot loop does not compile on every target.
-    is_k = pid_n < TILES
-    if is_k:
-        w_ptr = k_weight_ptr
-        stride_wn = stride_kn
-    else:
-        w_ptr = v_weight_ptr
-        stride_wn = stride_vn
+    Q_TILES: tl.constexpr = (NUM_Q_HEADS * PAIRS_PER_HEAD + BLOCK_N - 1) // BLOCK_N
+    KV_TILES: tl.constexpr = (NUM_KV_HEADS * PAIRS_PER_HEAD + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = Q_TILES + 2 * KV_TILES
+    pid_n = tl.program_id(0) % TILES
+    pid_m = tl.program_id(0) // TILES
+    layer = 0
+    if NUM_LAYERS > 1:
+        m_tiles = tl.cdiv(num_tokens, BLOCK_M)
+        layer = pid_m // m_tiles
+        pid_m = pid_m % m_tiles
 
-    # Column n of the tile is pair i of a head. Rotated pairs are (i, i + ROTARY_DIM/2); what RoPE passes through is
-    # paired in halves behind them. Pairs out of range read some valid row of the weight and are masked elsewhere: a
-    # `where` on the columns themselves would hide from the compiler that they are contiguous, and cost wide stores.
-    HALF_ROTARY: tl.constexpr = ROTARY_DIM // 2
-    PARTIAL_ROTARY: tl.constexpr = ROTARY_DIM > 0 and ROTARY_DIM < HEAD_DIM
-    o_n = (pid_n % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_ptr = _of_layer(xs, layer, NUM_LAYERS)
+    is_v = pid_n >= Q_TILES + KV_TILES
+    is_q = pid_n < Q_TILES  # never, at compile time, without Q
+    num_heads = NUM_KV_HEADS
+    if is_v:
+        w_ptr = _of_layer(v_weights, layer, NUM_LAYERS)
+        stride_wn = stride_vn
+    else:
+        w_ptr = _of_layer(k_weights, layer, NUM_LAYERS)
+        stride_wn = stride_kn
+    if Q_TILES > 0:
+        if is_q:
+            w_ptr = _of_layer(q_weights, layer, NUM_LAYERS)
+            stride_wn = stride_qn
+        num_heads = tl.where(is_q, NUM_Q_HEADS, NUM_KV_HEADS)
+        pid_n = tl.where(is_q, pid_n, pid_n - Q_TILES)
+    pid_n = tl.where(is_v, pid_n - KV_TILES, pid_n)
+
+    # Column n of the tile is pair i of a head. Pairs out of range read some valid row of the weight and are masked
+    # elsewhere: a `where` on the columns would hide from the compiler that they are contiguous, and cost wide stores.
+    o_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_head = o_n // PAIRS_PER_HEAD
     o_pair = o_n % PAIRS_PER_HEAD
-    m_n = (o_head < NUM_KV_HEADS) & (o_pair < HEAD_DIM // 2)
-    o_col1 = o_pair
-    o_col2 = o_pair + HEAD_DIM // 2
-    if PARTIAL_ROTARY:
-        o_col1 = tl.where(o_pair < HALF_ROTARY, o_pair, o_pair + HALF_ROTARY)
-        o_col2 = tl.where(o_pair < HALF_ROTARY, o_pair + HALF_ROTARY, o_pair + HEAD_DIM // 2)
-    o_row1 = tl.minimum(o_head * HEAD_DIM + o_col1, NUM_KV_HEADS * HEAD_DIM - 1)
-    o_row2 = tl.minimum(o_head * HEAD_DIM + o_col2, NUM_KV_HEADS * HEAD_DIM - 1)
+    m_n = (o_head < num_heads) & (o_pair < HEAD_DIM // 2)
+    o_col1, o_col2 = pair_columns(o_pair, HEAD_DIM, ROTARY_DIM)
+    o_row1 = tl.minimum(o_head * HEAD_DIM + o_col1, num_heads * HEAD_DIM - 1)
+    o_row2 = tl.minimum(o_head * HEAD_DIM + o_col2, num_heads * HEAD_DIM - 1)
 
     o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < num_tokens
@@ -120,57 +162,71 @@ def _project_splice_kernel(
         w2_ptrs += BLOCK_K
 
     # The epilogue rounds where transformers does: after the linear layer, the norm, each product of RoPE and its sum.
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = xs[0].dtype.element_ty
     if HAS_RSTD:
-        b_rstd = tl.load(rstd_ptr + o_m)
+        b_rstd = tl.load(_of_layer(rstds, layer, NUM_LAYERS) + o_m)
         acc1 *= b_rstd[:, None]
         acc2 *= b_rstd[:, None]
     if HAS_BIAS:
-        b_ptr = k_bias_ptr if is_k else v_bias_ptr
+        if is_v:
+            b_ptr = _of_layer(v_biases, layer, NUM_LAYERS)
+        else:
+            b_ptr = _of_layer(k_biases, layer, NUM_LAYERS)
+            if Q_TILES > 0:
+                if is_q:
+                    b_ptr = _of_layer(q_biases, layer, NUM_LAYERS)
         acc1 += tl.load(b_ptr + o_row1).to(tl.float32)[None, :]
         acc2 += tl.load(b_ptr + o_row2).to(tl.float32)[None, :]
-    y1 = _round(acc1, DTYPE)
-    y2 = _round(acc2, DTYPE)
+    y1 = round_to(acc1, DTYPE)
+    y2 = round_to(acc2, DTYPE)
 
-    if HAS_K_NORM:
-        if is_k:
+    if HAS_HEAD_NORM:
+        if not is_v:
+            g_ptr = _of_layer(k_norm_weights, layer, NUM_LAYERS)
+            if Q_TILES > 0:
+                if is_q:
+                    g_ptr = _of_layer(q_norm_weights, layer, NUM_LAYERS)
             square = tl.where(m_n[None, :], y1 * y1 + y2 * y2, 0.0)
             square = tl.reshape(square, (BLOCK_M, BLOCK_N // PAIRS_PER_HEAD, PAIRS_PER_HEAD))
-            b_inv = tl.rsqrt(tl.sum(square, axis=2) / HEAD_DIM + k_norm_eps)
+            b_inv = tl.rsqrt(tl.sum(square, axis=2) / HEAD_DIM + head_norm_eps)
             b_inv = tl.broadcast_to(b_inv[:, :, None], (BLOCK_M, BLOCK_N // PAIRS_PER_HEAD, PAIRS_PER_HEAD))
             b_inv = tl.reshape(b_inv, (BLOCK_M, BLOCK_N))
-            g1 = tl.load(k_norm_weight_ptr + o_col1, mask=m_n, other=0.0).to(tl.float32)[None, :]
-            g2 = tl.load(k_norm_weight_ptr + o_col2, mask=m_n, other=0.0).to(tl.float32)[None, :]
-            y1 = _round(_round(y1 * b_inv, DTYPE) * g1, DTYPE)
-            y2 = _round(_round(y2 * b_inv, DTYPE) * g2, DTYPE)
+            g1 = tl.load(g_ptr + o_col1, mask=m_n, other=0.0).to(tl.float32)[None, :]
+            g2 = tl.load(g_ptr + o_col2, mask=m_n, other=0.0).to(tl.float32)[None, :]
+            y1 = weigh(y1 * b_inv, g1, NORM_ORDER, DTYPE)
+            y2 = weigh(y2 * b_inv, g2, NORM_ORDER, DTYPE)
 
     if ROTARY_DIM > 0:
-        if is_k:
-            cos_ptrs = cos_ptr + o_m[:, None] * stride_cos + o_pair[None, :]
-            sin_ptrs = sin_ptr + o_m[:, None] * stride_sin + o_pair[None, :]
-            m_rotated = (m_n & (o_pair < HALF_ROTARY))[None, :]
+        if not is_v:
+            position = tl.load(positions_ptr + o_m) if HAS_POSITIONS else o_m
+            cos_ptrs = _of_layer(coses, layer, NUM_LAYERS) + position[:, None] * stride_cos + o_pair[None, :]
+            sin_ptrs = _of_layer(sines, layer, NUM_LAYERS) + position[:, None] * stride_sin + o_pair[None, :]
+            m_rotated = (m_n & (o_pair < ROTARY_DIM // 2))[None, :]
             b_cos = tl.load(cos_ptrs, mask=m_rotated, other=1.0).to(tl.float32)
             b_sin = tl.load(sin_ptrs, mask=m_rotated, other=0.0).to(tl.float32)
-            z1 = _round(y1 * b_cos, DTYPE) - _round(y2 * b_sin, DTYPE)
-            z2 = _round(y2 * b_cos, DTYPE) + _round(y1 * b_sin, DTYPE)
-            y1 = _round(z1, DTYPE)
-            y2 = _round(z2, DTYPE)
+            y1, y2 = rotate(y1, y2, b_cos, b_sin, DTYPE)
 
     # A slot is a row of the cache, counted through its blocks; tokens with a slot outside the cache are not stored.
     slot = tl.load(slot_mapping_ptr + o_m)
-    m_m &= (slot >= 0) & (slot < num_slots)
+    m_slot = m_m & (slot >= 0) & (slot < num_slots)
     block = slot // block_size
     row = slot % block_size
-    o_head = o_head.to(tl.int64)
-    if is_k:
-        o_cache = block * stride_kcache_b + row * stride_kcache_s
-        cache_ptrs = k_cache_ptr + o_cache[:, None] + (o_head * stride_kcache_h)[None, :]
-    else:
+    if is_v:
+        cache_ptr = _of_layer(v_caches, layer, NUM_LAYERS)
         o_cache = block * stride_vcache_b + row * stride_vcache_s
-        cache_ptrs = v_cache_ptr + o_cache[:, None] + (o_head * stride_vcache_h)[None, :]
-    m_store = m_m[:, None] & m_n[None, :]
-    tl.store(cache_ptrs + o_col1[None, :], y1.to(k_cache_ptr.dtype.element_ty), mask=m_store)
-    tl.store(cache_ptrs + o_col2[None, :], y2.to(k_cache_ptr.dtype.element_ty), mask=m_store)
+        stride_h = stride_vcache_h
+    else:
+        cache_ptr = _of_layer(k_caches, layer, NUM_LAYERS)
+        o_cache = block * stride_kcache_b + row * stride_kcache_s
+        stride_h = stride_kcache_h
+    if Q_TILES > 0:
+        if is_q:
+            q_ptr = _of_layer(qs, layer, NUM_LAYERS)
+            _store_pairs(q_ptr, o_m * stride_q_t, o_head, stride_q_h, o_col1, o_col2, y1, y2, m_m, m_n, "float")
+        else:
+            _store_pairs(cache_ptr, o_cache, o_head, stride_h, o_col1, o_col2, y1, y2, m_slot, m_n, STORAGE)
+    else:
+        _store_pairs(cache_ptr, o_cache, o_head, stride_h, o_col1, o_col2, y1, y2, m_slot, m_n, STORAGE)
 
 
 @dataclass(frozen=True)
@@ -185,20 +241,21 @@ class ProjectSpliceConfig:
 
 
 def project_splice_config(
-    target: str, dtype: torch.dtype, num_kv_heads: int, head_dim: int, has_k_norm: bool
+    target: str, dtype: torch.dtype, num_kv_heads: int, head_dim: int, has_head_norm: bool
 ) -> ProjectSpliceConfig:
     """Choose the launch configuration: a pure function, so that results never depend on a start-up benchmark.
 
-    The reasons are what ahead-of-time compilation shows: no configuration spills registers on its target.
+    It does not depend on the number of tokens, so that results do not depend on the batch. The reasons are what
+    ahead-of-time compilation shows: no configuration spills registers on its target.
 
     Args:
         target: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``, ...
         dtype: dtype of the hidden states and weights.
         num_kv_heads: heads of K.
         head_dim: columns per head.
-        has_k_norm: whether a tile must hold whole heads, for their norm.
+        has_head_norm: whether a tile must hold whole heads, for their norm.
     """
-    pairs = pairs_per_head(head_dim, has_k_norm)
+    pairs = pairs_per_head(head_dim, has_head_norm)
     if dtype == torch.float32:
         # Exact float32 products use no matrix instructions on NVIDIA, so registers are the limit.
         block_m, block_n, block_k, num_stages = 64, 32, 32, 2
@@ -213,85 +270,78 @@ def project_splice_config(
         block_m, block_n, block_k, num_warps, num_stages = 128, 64, 64, 8, 3
     elif target.startswith("sm_10"):
         # Accumulators live in tensor memory, so 4 warps do, but not for the norm over heads.
-        block_m, block_n, block_k, num_warps, num_stages = 128, 64, 64, 8 if has_k_norm else 4, 3
+        block_m, block_n, block_k, num_warps, num_stages = 128, 64, 64, 8 if has_head_norm else 4, 3
     else:
         # With 4 warps 240 to 255 registers a thread, and spills where RoPE is partial.
         block_m, block_n, block_k, num_warps, num_stages = 128, 64, 32, 8, 3
-    if has_k_norm and pairs > block_n:
+    if has_head_norm and pairs > block_n:
         block_m, block_n = block_m * block_n // pairs, pairs
     return ProjectSpliceConfig(block_m, block_n, block_k, num_warps, num_stages)
 
 
-def pairs_per_head(head_dim: int, has_k_norm: bool) -> int:
+def pairs_per_head(head_dim: int, has_head_norm: bool) -> int:
     """Columns of a tile that one head takes: half its width, padded to a power of two where a tile must hold whole heads."""
-    return triton.next_power_of_2(head_dim // 2) if has_k_norm else head_dim // 2
-
-
-def project_splice_constants(
-    config: ProjectSpliceConfig,
-    *,
-    hidden_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    rotary_dim: int,
-    has_rstd: bool,
-    has_bias: bool,
-    has_k_norm: bool,
-) -> dict[str, int | bool]:
-    """The kernel's compile-time constants; shared by the launch and by ahead-of-time compilation."""
-    return {
-        "NUM_KV_HEADS": num_kv_heads,
-        "HEAD_DIM": head_dim,
-        "ROTARY_DIM": rotary_dim,
-        "HAS_RSTD": has_rstd,
-        "HAS_BIAS": has_bias,
-        "HAS_K_NORM": has_k_norm,
-        "EVEN_C": hidden_size % config.block_k == 0,
-        "PAIRS_PER_HEAD": pairs_per_head(head_dim, has_k_norm),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-    }
+    return triton.next_power_of_2(head_dim // 2) if has_head_norm else head_dim // 2
 
 
 def project_splice(
-    x: torch.Tensor,
-    rstd: torch.Tensor | None,
-    k_weight: torch.Tensor,
-    v_weight: torch.Tensor,
-    k_bias: torch.Tensor | None,
-    v_bias: torch.Tensor | None,
-    k_norm_weight: torch.Tensor | None,
-    k_norm_eps: float,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    x: Sequence[torch.Tensor],
+    rstd: Sequence[torch.Tensor],
+    q_weight: Sequence[torch.Tensor],
+    k_weight: Sequence[torch.Tensor],
+    v_weight: Sequence[torch.Tensor],
+    q_bias: Sequence[torch.Tensor],
+    k_bias: Sequence[torch.Tensor],
+    v_bias: Sequence[torch.Tensor],
+    q_norm_weight: Sequence[torch.Tensor],
+    k_norm_weight: Sequence[torch.Tensor],
+    norm_order: str,
+    head_norm_eps: float,
+    cos: Sequence[torch.Tensor],
+    sin: Sequence[torch.Tensor],
+    positions: torch.Tensor | None,
     slot_mapping: torch.Tensor,
+    q: Sequence[torch.Tensor],
+    k_cache: Sequence[torch.Tensor],
+    v_cache: Sequence[torch.Tensor],
     config: ProjectSpliceConfig,
 ) -> None:
-    """Launch `_project_splice_kernel`. Shapes as in its signature, checked by the caller; last dimensions contiguous."""
-    num_tokens, hidden_size = x.shape
-    blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+    """Launch `_project_splice_kernel`: a tensor for each layer, or none for what the layers do not have.
+
+    Shapes as in the kernel's signature, checked by the caller: all layers alike, strides included; last dimensions contiguous.
+    Norm weights as wide as all heads are for `head_norm`, which then also rotates.
+    """
+    num_tokens, hidden_size = x[0].shape
+    blocks, num_kv_heads, block_size, head_dim = k_cache[0].shape
+    num_q_heads = q[0].shape[1] if q else 0
     if num_tokens == 0:
         return
-    constants = project_splice_constants(
-        config,
-        hidden_size=hidden_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rotary_dim=0 if cos is None else 2 * cos.shape[-1],
-        has_rstd=rstd is not None,
-        has_bias=k_bias is not None,
-        has_k_norm=k_norm_weight is not None,
-    )
-    tiles = triton.cdiv(num_kv_heads * pairs_per_head(head_dim, k_norm_weight is not None), config.block_n)
-    grid = (triton.cdiv(num_tokens, config.block_m) * 2 * tiles,)
+    norm_over_all = any(weights[0].shape[0] != head_dim for weights in (q_norm_weight, k_norm_weight) if weights)
+    has_head_norm = bool(k_norm_weight) and not norm_over_all
+    rotary_dim = 2 * cos[0].shape[-1] if cos and not norm_over_all else 0
+    pairs = pairs_per_head(head_dim, has_head_norm)
+    q_tiles, kv_tiles = (triton.cdiv(heads * pairs, config.block_n) for heads in (num_q_heads, num_kv_heads))
+    grid = (len(x) * triton.cdiv(num_tokens, config.block_m) * (q_tiles + 2 * kv_tiles),)
     _project_splice_kernel[grid](
-        x, rstd, k_weight, v_weight, k_bias, v_bias, k_norm_weight, cos, sin, slot_mapping, k_cache, v_cache,
-        num_tokens, hidden_size, blocks * block_size, block_size, k_norm_eps,
-        x.stride(0), k_weight.stride(0), v_weight.stride(0),
-        0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0),
-        *k_cache.stride()[:3], *v_cache.stride()[:3],
-        **constants, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+        *(tuple(tensors) or (None,) for tensors in (
+            x, rstd, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_norm_weight, k_norm_weight, cos, sin,
+        )),
+        positions, slot_mapping, tuple(q) or (None,), *(tuple(map(as_stored, caches)) for caches in (k_cache, v_cache)),
+        num_tokens, hidden_size, blocks * block_size, block_size, head_norm_eps,
+        x[0].stride(0), *(tensors[0].stride(0) if tensors else 0 for tensors in (q_weight, k_weight, v_weight, cos, sin)),
+        *(q[0].stride()[:2] if q else (0, 0)), *k_cache[0].stride()[:3], *v_cache[0].stride()[:3],
+        NUM_LAYERS=len(x), NUM_Q_HEADS=num_q_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=rotary_dim,
+        HAS_RSTD=bool(rstd), HAS_BIAS=bool(k_bias), HAS_HEAD_NORM=has_head_norm, HAS_POSITIONS=positions is not None,
+        NORM_ORDER=norm_order, STORAGE=storage(k_cache[0].dtype), EVEN_C=hidden_size % config.block_k == 0,
+        PAIRS_PER_HEAD=pairs, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
+    if norm_over_all:
+        for layer, rows in enumerate(k_cache):
+            angles = (cos[layer], sin[layer]) if cos else (None, None)
+            head_norm(
+                rows, k_norm_weight[layer], norm_order, head_norm_eps, *angles, positions, slot_mapping, num_tokens
+            )
+            if q:
+                rows = q[layer].transpose(0, 1).unsqueeze(0)
+                head_norm(rows, q_norm_weight[layer], norm_order, head_norm_eps, *angles, positions, None, num_tokens)

@@ -2,11 +2,13 @@
 
 import torch
 
-# By dtype: (maximum, RMS). Half precision: a few units in the last place of one rounding; float32: order of summation.
+# By dtype: (maximum, RMS). Half precision and fp8: a few units in the last place of one rounding; float32: order of
+# summation.
 TOLERANCES = {
     torch.float32: (4e-6, 1e-6),
     torch.float16: (2e-3, 4e-4),
     torch.bfloat16: (1.6e-2, 3e-3),
+    torch.float8_e4m3fn: (6.3e-2, 1.2e-2),
 }
 
 
@@ -35,5 +37,5 @@ def assert_bitwise_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal to the last bit, where NaN equals NaN."""
     assert actual.shape == expected.shape
     assert actual.dtype == expected.dtype
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
     assert torch.equal(actual.contiguous().view(integer), expected.contiguous().view(integer))

@@ -8,9 +8,9 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is imported
-    from interpreter import correct_bfloat16
+    from interpreter import correct_interpreter
 
-    correct_bfloat16()
+    correct_interpreter()
 
 
 @pytest.fixture(scope="session")

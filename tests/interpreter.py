@@ -1,7 +1,9 @@
-"""Make Triton's interpreter compute with bfloat16, which it stores as integers.
+"""Make Triton's interpreter compute with bfloat16, which it stores as integers, and sum as hardware does.
 
-As of Triton 3.9 it truncates where hardware rounds to nearest even, and `tl.dot` multiplies the bit patterns. Kernels cast
-to float32 before any other arithmetic, so these two operations are all that stands between them and exact bfloat16.
+As of Triton 3.9 it truncates to bfloat16 where hardware rounds to nearest even, and `tl.dot` multiplies the bit patterns.
+Kernels cast to float32 before any other arithmetic, so these two are all that stands between them and exact bfloat16. And
+`tl.dot` of half precision goes through BLAS, where a row's sum depends on where in the tile it lies: in float64, where
+these sums are exact to far below float32, it does not.
 """
 
 import numpy as np
@@ -10,7 +12,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
-def correct_bfloat16() -> None:
+def correct_interpreter() -> None:
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self, src, dst_type):
@@ -23,9 +25,11 @@ def correct_bfloat16() -> None:
         return cast(self, src, dst_type)
 
     def create_dot(self, a, b, d, *options):
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = (TensorHandle(_widen(operand), tl.float32) for operand in (a, b))
-        return dot(self, a, b, d, *options)
+        if a.dtype.scalar == tl.float32:
+            return dot(self, a, b, d, *options)
+        a, b = (_widen(operand) if operand.dtype.scalar == tl.bfloat16 else operand.data for operand in (a, b))
+        product = a.astype(np.float64) @ b.astype(np.float64)
+        return TensorHandle((product + d.data).astype(np.float32), tl.float32)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
 

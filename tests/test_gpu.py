@@ -1,10 +1,11 @@
 """What only a GPU can show: the operators and partial prefill on it, without synchronisation, and in a CUDA graph."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from cases import projection
+from cases import Projection, projection
 from compare import assert_close
 from models import fine_tuned, tiny_llama, tokens
 
@@ -16,17 +17,25 @@ OPS = torch.ops.droidspeak_ops
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_operator_is_its_reference_on_the_cpu(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("head_norm", ["each", "all"])
+def test_operator_is_its_reference_on_the_cpu(dtype: torch.dtype, head_norm: str) -> None:
     case = projection(
-        tokens=300, hidden=512, kv_heads=4, head_dim=128, dtype=dtype, scattered=True, bias=True, k_norm=True
-    )
-    moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in case.arguments.items()}
+        tokens=300, hidden=512, layers=2, q_heads=8, kv_heads=4, head_dim=128, dtype=dtype, scattered=True, bias=True,
+        head_norm=head_norm, positions=True,
+    )  # fmt: skip
+    moved = Projection({name: moved_to_gpu(value) for name, value in case.arguments.items()})
     OPS.kv_project(*case.arguments.values())
-    OPS.kv_project(*moved.values())
-    for name in ("k_cache", "v_cache"):
-        actual, expected = moved[name].cpu(), case.arguments[name]
+    OPS.kv_project(*moved.arguments.values())
+    for actual, expected in zip(moved.outputs, case.outputs, strict=True):
+        actual = actual.cpu()
         assert torch.equal(actual.isnan(), expected.isnan())
         assert_close(actual.nan_to_num(), expected.nan_to_num(), dtype)
+
+
+def moved_to_gpu(value: Any) -> Any:
+    if isinstance(value, list):
+        return [tensor.cuda() for tensor in value]
+    return value.cuda() if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,25 +1,33 @@
 """The operators as torch operators: registration, compilation, autograd, what they accept and what they refuse."""
 
+import importlib
+
 import pytest
 import torch
 from cases import Projection, poisoned, projection
 from compare import assert_bitwise_equal, assert_close
 from models import tiny_llama, tokens
 
-from droidspeak_ops import ops
+from droidspeak_ops import library, ops, tuning
 
 OPS = torch.ops.droidspeak_ops
 
 
 def call(case: Projection, **changes) -> None:
     """The public function with the arguments of a case, rows taken as they are."""
-    arguments = {**case.arguments, "norm": "none", **changes}
-    arguments["hidden_states"] = arguments.pop("x")
-    ops.kv_project(**arguments)
+    if "x" in changes:
+        changes["hidden_states"] = changes.pop("x")
+    ops.kv_project(**case.public(**changes))
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rstd": True, "bias": True, "k_norm": True, "paged": True}, {"strided": True}]
+    "options",
+    [
+        {},
+        {"rstd": True, "bias": True, "head_norm": "each", "layout": "NHD", "positions": True},
+        {"layout": "strided", "q_heads": 4, "head_norm": "all", "bias": True},
+        {"layers": 3, "rstd": True},
+    ],
 )
 def test_opcheck_kv_project(options) -> None:
     case = projection(tokens=9, scattered=True, **options)
@@ -29,9 +37,12 @@ def test_opcheck_kv_project(options) -> None:
 def test_opcheck_others() -> None:
     x, weight = torch.randn(5, 16), torch.randn(16)
     torch.library.opcheck(OPS.rms_rstd.default, (x, 1e-6, torch.empty(5)))
-    torch.library.opcheck(OPS.row_norm.default, (x, weight, 1e-6, torch.empty(5, 16)))
+    torch.library.opcheck(OPS.row_norm.default, (x, weight, "gemma", 1e-6, torch.empty(5, 16)))
     k, v, caches = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), torch.zeros(2, 1, 2, 8, 16)
-    torch.library.opcheck(OPS.kv_splice.default, (k, v, None, None, torch.arange(5), caches[0], caches[1]))
+    slots, nothing = torch.arange(5), (None,) * 4
+    torch.library.opcheck(OPS.kv_splice.default, (k, v, *nothing, slots, False, caches[0], caches[1], None, None))
+    codes, scales = torch.zeros(2, 1, 2, 8, 16, dtype=torch.int8), torch.zeros(2, 1, 2, 8)
+    torch.library.opcheck(OPS.kv_splice.default, (k, v, *nothing, slots, False, *codes.unbind(), *scales.unbind()))
 
 
 def test_compiled_in_one_graph() -> None:
@@ -43,17 +54,47 @@ def test_compiled_in_one_graph() -> None:
         ops.kv_splice(k_cache[:, :, :3] + 1, v_cache[:, :, :3] + 1, k_cache, v_cache, torch.arange(6, 9))
         return k_cache.nan_to_num().sum() + ops.rms_rstd(x, 1e-6).sum()
 
-    eager, compiled = case.with_new_caches(), case.with_new_caches()
-    expected = function(case.arguments["x"], *eager.caches)
-    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(case.arguments["x"], *compiled.caches)
+    eager, compiled = case.with_new_outputs(), case.with_new_outputs()
+    expected = function(case.arguments["x"][0], *eager.caches)
+    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(case.arguments["x"][0], *compiled.caches)
     assert_close(actual, expected)
     for one, other in zip(compiled.caches, eager.caches, strict=True):
         assert_bitwise_equal(one, other)
 
 
+def test_gpu_implementations_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on a GPU behind the operators, with its kernels interpreted."""
+    if torch.cuda.is_available():
+        pytest.skip("tests/test_gpu.py runs them")
+    monkeypatch.setattr(tuning, "target", lambda device: "sm_90")
+    tuning.config.cache_clear()
+    case = projection(tokens=9, layers=2, q_heads=4, head_norm="all", layout="NHD", positions=True)
+    other = case.with_new_outputs()
+    library._kv_project_gpu(*case.arguments.values())
+    OPS.kv_project(*other.arguments.values())
+    for one, another in zip(case.outputs, other.outputs, strict=True):
+        assert_close(one.nan_to_num(), another.nan_to_num())
+    x, weight = torch.randn(5, 16), torch.randn(16)
+    for name, arguments, shape in (
+        ("rms_rstd", (x, 1e-6), (5,)),
+        ("row_norm", (x, weight, "gemma", 1e-6), (5, 16)),
+    ):
+        outputs = [poisoned(shape, torch.float32, "cpu") for _ in range(2)]
+        getattr(library, f"_{name}_gpu")(*arguments, outputs[0])
+        getattr(OPS, name)(*arguments, outputs[1])
+        assert_close(*outputs)
+    k, v, codes = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), torch.zeros(2, 2, 1, 2, 8, 16, dtype=torch.int8)
+    scales = torch.zeros(2, 2, 1, 2, 8)
+    arguments = (k, v, None, None, None, None, torch.arange(5), False)
+    library._kv_splice_gpu(*arguments, *codes[0].unbind(), *scales[0].unbind())
+    OPS.kv_splice(*arguments, *codes[1].unbind(), *scales[1].unbind())
+    assert torch.equal(*codes)
+    assert torch.equal(*scales)
+
+
 def test_weights_that_want_a_gradient_are_read_without_one() -> None:
     case = projection(tokens=9)
-    changes = {name: torch.nn.Parameter(case.arguments[name]) for name in ("k_weight", "v_weight")}
+    changes = {name: torch.nn.Parameter(case.arguments[name][0]) for name in ("k_weight", "v_weight")}
     call(case, **changes)
     for cache in case.caches:
         assert not cache.requires_grad
@@ -62,8 +103,8 @@ def test_weights_that_want_a_gradient_are_read_without_one() -> None:
 @pytest.mark.parametrize("shape", [(9, 48), (3, 3, 48), (1, 9, 48)])
 def test_leading_dimensions_are_tokens(shape: tuple[int, ...]) -> None:
     case = projection(tokens=9)
-    flat = case.with_new_caches()
-    call(case, x=case.arguments["x"].view(shape))
+    flat = case.with_new_outputs()
+    call(case, x=case.arguments["x"][0].view(shape))
     call(flat)
     for one, other in zip(case.caches, flat.caches, strict=True):
         assert_bitwise_equal(one, other)
@@ -105,10 +146,10 @@ def test_projection_is_that_of_transformers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("given", [False, True])
 def test_folded_norm_is_the_norm(given: bool) -> None:
     case, weight = projection(tokens=9, bias=True), torch.rand(48)
-    folded = case.with_new_caches()
+    folded = case.with_new_outputs()
     call(case, norm="hf", norm_weight=weight, norm_eps=1e-5)
-    changes = {name: ops.fold_norm_weight(case.arguments[name], weight) for name in ("k_weight", "v_weight")}
-    rstd = ops.rms_rstd(case.arguments["x"], 1e-5) if given else None
+    changes = {name: ops.fold_norm_weight(case.arguments[name][0], weight) for name in ("k_weight", "v_weight")}
+    rstd = ops.rms_rstd(case.arguments["x"][0], 1e-5) if given else None
     call(folded, norm="folded", norm_eps=1e-5, rstd=rstd, **changes)
     for one, other in zip(folded.caches, case.caches, strict=True):
         assert_close(one[:, :, :9], other[:, :, :9])
@@ -133,6 +174,97 @@ def test_splice_moves_rows_between_layouts_and_turns_keys() -> None:
         assert pages[0][unused // 4, :, unused % 4].isnan().all()
 
 
+@pytest.mark.parametrize("layers", [1, 3, 11])
+@pytest.mark.parametrize("norm", ["hf", "folded"])
+def test_several_layers_are_each_alone(layers: int, norm: str) -> None:
+    case = projection(tokens=9, layers=layers, bias=True, head_norm="each")
+    alone, get = case.with_new_outputs(), case.arguments.get
+    norm_weights = [torch.rand(48) for _ in range(layers)] if norm == "hf" else []
+    ops.kv_project_layers(
+        get("x"), get("k_weight"), get("v_weight"), get("k_cache"), get("v_cache"), get("slot_mapping"), norm=norm,
+        norm_weights=norm_weights, k_biases=get("k_bias"), v_biases=get("v_bias"),
+        k_norm_weights=get("k_norm_weight"), coses=get("cos"), sines=get("sin"),
+    )  # fmt: skip
+    for layer in range(layers):
+        single = Projection({k: [v[layer]] if isinstance(v, list) and v else v for k, v in alone.arguments.items()})
+        call(single, norm=norm, rstd=None, norm_weight=norm_weights[layer] if norm_weights else None)
+    for one, other in zip(case.outputs, alone.outputs, strict=True):
+        assert_bitwise_equal(one, other)
+
+
+def test_q_k_and_v_at_once_are_those_of_transformers() -> None:
+    """Qwen3, whose Q and K are normed by head: bitwise, through the layer's own modules."""
+    from transformers import Qwen3Config, Qwen3Model
+    from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+
+    torch.manual_seed(0)
+    config = Qwen3Config(hidden_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                         intermediate_size=64, vocab_size=32)  # fmt: skip
+    model = Qwen3Model(config).eval().requires_grad_(False)
+    layer, x = model.layers[0], torch.randn(1, 19, 48)
+    attention, norm = layer.self_attn, layer.input_layernorm
+    attention.q_norm.weight.uniform_(), attention.k_norm.weight.uniform_(), norm.weight.uniform_()
+    cos, sin = model.rotary_emb(x, position_ids=torch.arange(19)[None])
+    normed = norm(x)
+    q, k, v = (
+        project(normed).view(1, 19, -1, 16) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    q, k = apply_rotary_pos_emb(attention.q_norm(q).transpose(1, 2), attention.k_norm(k).transpose(1, 2), cos, sin)
+    out, caches = (
+        poisoned((19, 4, 16), torch.float32, "cpu"),
+        [poisoned((1, 2, 19, 16), torch.float32, "cpu") for _ in "kv"],
+    )
+    ops.qkv_project(
+        x, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight, out, *caches, torch.arange(19),
+        norm_weight=norm.weight, q_norm_weight=attention.q_norm.weight, k_norm_weight=attention.k_norm.weight,
+        norm_eps=norm.variance_epsilon, head_norm_eps=attention.k_norm.variance_epsilon,
+        cos=cos[0, :, :8], sin=sin[0, :, :8],
+    )  # fmt: skip
+    assert_bitwise_equal(out.transpose(0, 1)[None], q)
+    assert_bitwise_equal(caches[0], k)
+    assert_bitwise_equal(caches[1], v.transpose(1, 2))
+
+
+@pytest.mark.parametrize(("family", "order"), [("Gemma3", "gemma"), ("Olmo2", "olmo"), ("Llama", "llama")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orders_of_norms_are_those_of_transformers(family: str, order: str, dtype: torch.dtype) -> None:
+    module = importlib.import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}")
+    norm = getattr(module, f"{family}RMSNorm")(48, eps=1e-5).to(dtype).requires_grad_(False)
+    norm.weight.uniform_()
+    x = torch.randn(30, 48).to(dtype)
+    assert_bitwise_equal(ops.row_norm(x, norm.weight, 1e-5, norm_order=order), norm(x))
+    weight = torch.randn(5, 48)
+    folded = x.float() * ops.rms_rstd(x, 1e-5)[:, None] @ ops.fold_norm_weight(weight, norm.weight, norm_order=order).T
+    assert_close(folded, norm(x).float() @ weight.T, dtype, operations=2)
+
+
+def test_packed_sequences_are_sequences_one_by_one() -> None:
+    """Three sequences in one call, at their own positions, into pages and into a dense cache; padding is not stored."""
+    lengths, block_size = [5, 1, 11], 4
+    cu_seqlens, tokens = torch.tensor([0, 5, 6, 17]), 20
+    case = projection(tokens=tokens)
+    angles = torch.rand(11, 32) * 6
+    table = torch.tensor([[6, 2, 0], [1, 0, 0], [3, 5, 7]])
+    positions, slots = ops.packed_slots(cu_seqlens, tokens, block_size, table)
+    assert positions.tolist() == [*range(5), 0, *range(11), 0, 0, 0]
+    assert slots.tolist()[:7] == [24, 25, 26, 27, 8, 4, 12] and slots.tolist()[17:] == [-1, -1, -1]
+    assert ops.packed_slots(cu_seqlens, tokens, 11)[1].tolist() == [*range(5), 11, *range(22, 33), -1, -1, -1]
+    pages = [poisoned((8, 2, block_size, 64), torch.float32, "cpu") for _ in "kv"]
+    shared = {"cos": angles.cos(), "sin": angles.sin()}
+    call(case, k_cache=pages[0], v_cache=pages[1], slot_mapping=slots, positions=positions, **shared)
+    for sequence, length in enumerate(lengths):
+        start = int(cu_seqlens[sequence])
+        alone = [poisoned((1, 2, length, 64), torch.float32, "cpu") for _ in "kv"]
+        call(
+            case, x=case.arguments["x"][0][start : start + length], k_cache=alone[0], v_cache=alone[1],
+            slot_mapping=torch.arange(length), cos=shared["cos"][:length], sin=shared["sin"][:length],
+        )  # fmt: skip
+        for page, single in zip(pages, alone, strict=True):
+            rows = page[table[sequence]].transpose(0, 1).flatten(1, 2)[:, :length]
+            assert_close(rows, single[0])
+    assert sum(int(page.isfinite().all(-1).sum()) for page in pages) == 2 * 2 * 17
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -150,7 +282,7 @@ def wrong_slots(*slots: int) -> dict[str, torch.Tensor]:
         ({"v_weight": torch.zeros(64, 48)}, r"v_weight: got torch.float32 \(64, 48\).*\(128, 48\)"),
         ({"v_weight": torch.zeros(48, 128).T}, "v_weight: got .* last stride of 1"),
         ({"k_weight": torch.zeros(128, 48, device="meta")}, "k_weight: got .* on meta"),
-        ({"k_bias": torch.zeros(128)}, "k_bias and v_bias: one is given"),
+        ({"k_bias": torch.zeros(128)}, "k_bias, v_bias .* all or none"),
         ({"k_bias": torch.zeros(64), "v_bias": torch.zeros(128)}, "k_bias: got"),
         ({"k_norm_weight": torch.zeros(32)}, r"k_norm_weight: got .*\(32,\)"),
         ({"cos": None}, "cos and sin: one is given"),
@@ -160,19 +292,41 @@ def wrong_slots(*slots: int) -> dict[str, torch.Tensor]:
         ({"k_cache": torch.zeros(2, 14, 64)}, "k_cache: got"),
         ({"k_cache": torch.zeros(1, 2, 14, 64, dtype=torch.int8)}, "k_cache: got torch.int8"),
         ({"v_cache": torch.zeros(1, 2, 13, 64)}, r"v_cache: got .*\(1, 2, 13, 64\)"),
-        ({"v_cache": torch.zeros(1, 2, 14, 64).half()}, "v_cache: got torch.float16; torch.float32"),
+        ({"v_cache": torch.zeros(1, 2, 14, 64).half()}, "v_cache: got torch.float16 .* torch.float32"),
         ({"slot_mapping": torch.arange(8)}, r"slot_mapping: got torch.int64 \(8,\).*\(9,\)"),
         ({"slot_mapping": torch.arange(9).int()}, "slot_mapping: got torch.int32"),
-        ({"slot_mapping": torch.arange(18)[::2]}, "slot_mapping: got stride 2"),
+        ({"slot_mapping": torch.arange(18)[::2]}, r"slot_mapping: got .* strides \(2,\)"),
         (wrong_slots(0, 1, 2, 3, 4, 5, 6, 7, 14), "slots from 0 to 14; -1 to 13"),
         (wrong_slots(-2, 1, 2, 3, 4, 5, 6, 7, 8), "slots from -2 to 8"),
         (wrong_slots(0, 1, 2, 3, 3, 5, 6, 7, 8), "a slot more than once"),
         ({"norm": "rms"}, "norm: got 'rms'"),
-        ({"norm": "hf"}, "norm_weight: missing with norm='hf'"),
+        ({"norm": "hf"}, "norm_weight: missing with norm_order='llama'"),
         ({"norm_weight": torch.ones(48)}, "norm_weight: given with norm='none'"),
         ({"rstd": torch.ones(9)}, "rstd: given with norm='none'"),
         ({"norm": "folded", "rstd": torch.ones(8)}, r"rstd: got torch.float32 \(8,\)"),
         ({"norm": "hf", "norm_weight": torch.ones(47)}, "weight: got"),
+        ({"norm": "hf", "norm_weight": torch.ones(48), "norm_order": "bert"}, "norm_order: got 'bert'; one of 'llama'"),
+        (
+            {"norm": "hf", "norm_weight": torch.ones(48), "norm_order": "none"},
+            "norm_weight: given with norm_order='none'",
+        ),
+        ({"k_norm_weight": torch.ones(64), "norm_order": "none"}, "k_norm_weight: given with norm_order='none'"),
+        (
+            {
+                "k_norm_weight": torch.ones(128),
+                "k_cache": torch.full((1, 2, 14, 64), float("nan")).half(),
+                "v_cache": torch.full((1, 2, 14, 64), float("nan")).half(),
+            },
+            "k_cache: got torch.float16 .* norm over all heads",
+        ),
+        ({"positions": torch.arange(8)}, r"positions: got torch.int64 \(8,\)"),
+        ({"positions": torch.arange(9) + 1}, "positions: got 1 to 9; 0 to 8"),
+        ({"positions": torch.arange(9), "cos": None, "sin": None}, "positions: given without cos and sin"),
+        (
+            {"k_cache": torch.full((1, 1, 14, 64), float("nan")).expand(1, 2, 14, 64)},
+            r"k_cache: got .* \(no stride of 0\)",
+        ),
+        ({"k_cache": torch.full((1, 2, 14, 65), float("nan"))}, "k_cache: got .* even head_dim"),
     ],
 )
 def test_wrong_arguments_of_kv_project_are_named(changes, message: str) -> None:
@@ -190,10 +344,13 @@ def test_wrong_arguments_of_kv_project_are_named(changes, message: str) -> None:
         ({"k": torch.zeros(1, 3, 9, 16)}, r"k: got .*\(1, 3, 9, 16\).*\(1, 2, 9, 16\)"),
         ({"v": torch.zeros(1, 2, 8, 16)}, r"v: got .*\(1, 2, 8, 16\)"),
         ({"v": torch.zeros(1, 2, 9, 16).half()}, "v: got torch.float16"),
+        ({"k": torch.zeros(1, 2, 9, 16).double(), "v": torch.zeros(1, 2, 9, 16).double()}, "k: got torch.float64"),
+        ({"k": torch.zeros(1, 2, 9, 16).char(), "v": torch.zeros(1, 2, 9, 16).char()}, "k_scale: missing beside"),
         (
-            {"k": torch.zeros(1, 2, 9, 16).double(), "v": torch.zeros(1, 2, 9, 16).double()},
-            "k: got dtype torch.float64",
+            {"k_scale": torch.ones(1, 2, 9), "v_scale": torch.ones(1, 2, 9)},
+            "k_scale: given beside rows of torch.float32",
         ),
+        ({"k_cache_scale": torch.ones(1, 2, 12)}, "k_cache_scale: given beside"),
         ({"slot_mapping": torch.arange(12)}, "slot_mapping: got"),
         ({"slot_mapping": torch.arange(4, 13)}, "slots from 4 to 12; -1 to 11"),
         ({"cos": torch.zeros(9, 8)}, "cos and sin"),
@@ -205,6 +362,47 @@ def test_wrong_arguments_of_kv_splice_are_named(changes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.kv_splice(**{**arguments, **changes}, **caches)
     assert all(cache.isnan().all() for cache in caches.values())
+
+
+def test_caches_that_share_memory_are_refused() -> None:
+    case = projection(tokens=9)
+    cache = case.caches[0]
+    with pytest.raises(ValueError, match="k_cache: shares memory with v_cache"):
+        call(case, v_cache=cache)
+    both = poisoned((1, 2, 20, 64), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="k_cache: shares memory with v_cache"):
+        call(case, k_cache=both[:, :, :14], v_cache=both[:, :, 6:])
+    assert both.isnan().all()
+    with pytest.raises(ValueError, match="hidden_states: shares memory with k_cache"):
+        call(case, x=torch.as_strided(cache, (9, 48), (48, 1)))
+
+
+def test_memory_with_negative_strides_is_no_tensor() -> None:
+    """torch has none, so the operators need no check; numpy's are refused on the way."""
+    with pytest.raises(ValueError, match="negative"):
+        torch.from_numpy(torch.zeros(4, 4).numpy()[::-1])
+
+
+def test_layers_that_differ_are_refused() -> None:
+    case = projection(tokens=9, layers=3)
+    names = ("x", "k_weight", "v_weight", "k_cache", "v_cache", "cos", "sin")
+    hidden_states, k_weights, v_weights, k_caches, v_caches, coses, sines = (case.arguments[name] for name in names)
+    slots = case.arguments["slot_mapping"]
+
+    def run(**changes: list[torch.Tensor]) -> None:
+        arguments = {"k_weights": k_weights, "v_weights": v_weights, "k_caches": k_caches, "v_caches": v_caches,
+                     "coses": coses, "sines": sines}  # fmt: skip
+        ops.kv_project_layers(hidden_states, slot_mapping=slots, norm="none", **{**arguments, **changes})
+
+    with pytest.raises(ValueError, match="got 3 layers"):
+        run(k_weights=k_weights[:2])
+    with pytest.raises(ValueError, match=r"k_weights\[1\]: got .* as of layer 0"):
+        run(k_weights=[k_weights[0], torch.zeros(128, 64)[:, :48], k_weights[2]])
+    with pytest.raises(ValueError, match="one memory for two layers"):
+        run(k_caches=[k_caches[0], k_caches[0], k_caches[2]])
+    assert all(cache.isnan().all() for cache in case.caches)
+    run()
+    assert all(cache[:, :, :9].isfinite().all() for cache in case.caches)
 
 
 def test_splice_from_the_cache_itself_is_refused() -> None:

@@ -235,7 +235,7 @@ def no_compute(monkeypatch: pytest.MonkeyPatch):
         pytest.fail("computed before the error")
 
     def install() -> None:
-        monkeypatch.setattr("droidspeak_ops.ops.kv_project", forbid)
+        monkeypatch.setattr("droidspeak_ops.ops.kv_project_layers", forbid)
         monkeypatch.setattr(torch.nn.Linear, "forward", forbid)
         monkeypatch.setattr(torch.nn.Embedding, "forward", forbid)
 

@@ -78,28 +78,32 @@ def partial_prefill(
     slots = torch.arange(batch * tokens, device=receiver.device)
     cos, sin = (_per_token(half, batch) for half in positions["position_embeddings"])
 
-    def project(layer: int, hidden_states: torch.Tensor) -> None:
-        weights = decoder.weights(layer)
-        target = MixedLayer.uninitialized(shape, hidden_states.dtype, hidden_states.device)
-        cache.layers[layer] = target
-        k_weight, v_weight = weights.k_weight, weights.v_weight
+    def project(hidden_states: dict[int, torch.Tensor]) -> None:
+        """Compute the K and V of layers from the hidden states that enter them."""
+        weights = [decoder.weights(layer) for layer in hidden_states]
+        k_weights, v_weights = [each.k_weight for each in weights], [each.v_weight for each in weights]
         if norm == "folded":
-            k_weight = ops.fold_norm_weight(k_weight, weights.norm_weight)
-            v_weight = ops.fold_norm_weight(v_weight, weights.norm_weight)
-        ops.kv_project(
-            hidden_states, k_weight, v_weight, target.keys, target.values, slots,
-            norm=norm, norm_weight=weights.norm_weight if norm == "hf" else None, norm_eps=weights.norm_eps,
-            k_bias=weights.k_bias, v_bias=weights.v_bias, cos=cos, sin=sin,
+            k_weights = [ops.fold_norm_weight(each.k_weight, each.norm_weight) for each in weights]
+            v_weights = [ops.fold_norm_weight(each.v_weight, each.norm_weight) for each in weights]
+        targets = [MixedLayer.uninitialized(shape, receiver.dtype, receiver.device) for _ in weights]
+        ops.kv_project_layers(
+            list(hidden_states.values()), k_weights, v_weights,
+            [target.keys for target in targets], [target.values for target in targets], slots,
+            norm=norm, norm_weights=[each.norm_weight for each in weights] if norm == "hf" else [],
+            norm_eps=weights[0].norm_eps, k_biases=[each.k_bias for each in weights if each.k_bias is not None],
+            v_biases=[each.v_bias for each in weights if each.v_bias is not None],
+            coses=[cos] * len(weights), sines=[sin] * len(weights),
         )  # fmt: skip
+        for layer, target in zip(hidden_states, targets, strict=True):
+            cache.layers[layer] = target
 
     for start, end in plan.bands:
         hidden_states = hidden(start)
         for layer in range(start, end - 1):
             hidden_states = decoder.run(layer, hidden_states, positions, cache)
-        project(end - 1, hidden_states)  # nothing reads the output of a band's last layer
-    for layer, role in enumerate(roles):
-        if role == "project":
-            project(layer, hidden(layer))
+        project({end - 1: hidden_states})  # nothing reads the output of a band's last layer
+    if projected := [layer for layer, role in enumerate(roles) if role == "project"]:
+        project({layer: hidden(layer) for layer in projected})
     return cache
 
 

@@ -1,0 +1,142 @@
+"""Checks of the operators' arguments: what came and what is needed, by the argument's name, before anything is written.
+
+Those that read values (slots) or addresses (overlaps) belong to the implementations: a trace has neither, and a GPU should
+not be asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+CODES = (torch.float8_e4m3fn, torch.int8)
+NORM_ORDERS = ("llama", "gemma", "olmo", "none")
+
+
+def fail(name: str, tensor: torch.Tensor, needed: str) -> NoReturn:
+    got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}"
+    raise ValueError(f"{name}: got {got}; {needed} is needed")
+
+
+def check_rows(name: str, tensor: torch.Tensor) -> None:
+    """Rows of hidden states: floating, with contiguous rows."""
+    if tensor.dim() < 1 or tensor.dtype not in FLOATS or tensor.stride(-1) != 1:
+        fail(name, tensor, "float32, float16 or bfloat16 [..., C] with a last stride of 1")
+
+
+def check(
+    name: str, tensor: torch.Tensor | None, shape: tuple[int | str, ...], like: torch.Tensor, dtype: torch.dtype | None
+) -> None:
+    """The shape, the device of `like`, contiguous last dimension and, if given, the dtype."""
+    if tensor is None:
+        return
+    if (
+        tensor.shape != shape
+        or tensor.device != like.device
+        or (dtype is not None and tensor.dtype != dtype)
+        or (tensor.stride(-1) != 1 and tensor.shape[-1] != 1)
+    ):
+        fail(name, tensor, f"{dtype or 'any dtype'} {shape} on {like.device} with a last stride of 1")
+
+
+def check_caches(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, like: torch.Tensor, dtypes: Sequence[torch.dtype]
+) -> None:
+    """Two caches of one shape and dtype whose rows do not share memory."""
+    shape = tuple(k_cache.shape)
+    if len(shape) != 4 or shape[3] % 2 or k_cache.dtype not in dtypes:
+        names = ", ".join(str(dtype) for dtype in dtypes)
+        fail("k_cache", k_cache, f"[blocks, kv_heads, block_size, head_dim] with an even head_dim in one of {names}")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check(name, cache, shape, like, k_cache.dtype)
+        if not all(cache.stride()) and any(
+            size > 1 and not step for size, step in zip(shape, cache.stride(), strict=True)
+        ):
+            fail(name, cache, "memory of its own for each row (no stride of 0)")
+
+
+def check_slots(slot_mapping: torch.Tensor, num_tokens: int, like: torch.Tensor) -> None:
+    check("slot_mapping", slot_mapping, (num_tokens,), like, torch.int64)
+
+
+def check_rotation(
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    num_tokens: int,
+    head_dim: int,
+    like: torch.Tensor,
+    dtype: torch.dtype | None,
+) -> None:
+    """cos and sin of half the rotated columns: a row a token, or rows that `positions` picks."""
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin: one is given and the other is not; both or neither are needed")
+    if cos is None or sin is None:
+        if positions is not None:
+            raise ValueError("positions: given without cos and sin, whose rows they pick")
+        return
+    check("positions", positions, (num_tokens,), like, torch.int64)
+    if cos.dim() != 2 or not 0 < 2 * cos.shape[1] <= head_dim:
+        fail("cos", cos, f"({num_tokens}, R/2) with 0 < R <= {head_dim}")
+    shape = (num_tokens if positions is None else cos.shape[0], cos.shape[1])
+    check("cos", cos, shape, like, dtype)
+    check("sin", sin, shape, like, dtype or cos.dtype)
+
+
+def check_scales(
+    names: tuple[str, str],
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    like: torch.Tensor,
+    *,
+    needed: bool,
+) -> None:
+    """Scales of 8-bit rows: for both of K and V or neither; none beside rows that are not 8-bit."""
+    for name, scale in zip(names, scales, strict=True):
+        if scale is None:
+            if needed or any(other is not None for other in scales):
+                raise ValueError(f"{name}: missing beside rows of {dtype}; float32 {shape} is needed")
+        elif dtype not in CODES:
+            raise ValueError(f"{name}: given beside rows of {dtype}, which have no scales")
+        elif scale.shape != shape or scale.dtype != torch.float32 or scale.device != like.device:
+            fail(name, scale, f"torch.float32 {shape} on {like.device}")
+
+
+# --- what reads values or addresses ------------------------------------------------------------------------------------
+
+
+def check_slot_range(slot_mapping: torch.Tensor, slots: int) -> None:
+    if slot_mapping.numel() == 0:
+        return
+    low, high = (int(bound) for bound in slot_mapping.aminmax())
+    if low < -1 or high >= slots:
+        raise ValueError(f"slot_mapping: got slots from {low} to {high}; -1 to {slots - 1} are needed")
+    ordered = slot_mapping[1:] > slot_mapping[:-1]
+    if not bool(ordered.all()):
+        used = slot_mapping[slot_mapping >= 0]
+        if used.unique().numel() != used.numel():
+            raise ValueError("slot_mapping: got a slot more than once; each at most once is needed")
+
+
+def check_positions(positions: torch.Tensor | None, rows: int) -> None:
+    if positions is None or positions.numel() == 0:
+        return
+    low, high = (int(bound) for bound in positions.aminmax())
+    if low < 0 or high >= rows:
+        raise ValueError(f"positions: got {low} to {high}; 0 to {rows - 1}, the rows of cos and sin, are needed")
+
+
+def check_separate(inputs: dict[str, torch.Tensor | None], outputs: dict[str, torch.Tensor | None]) -> None:
+    """No input shares memory with an output, nor one output with another."""
+    written: dict[str, torch.Tensor] = {}
+    for name, output in outputs.items():
+        if output is None:
+            continue
+        for other, tensor in {**inputs, **written}.items():
+            if tensor is not None and torch._C._overlaps(tensor, output):
+                raise ValueError(f"{other}: shares memory with {name}; tensors of their own are needed")
+        written[name] = output

@@ -1,0 +1,81 @@
+"""Launch configurations on a GPU: tuned offline for the device if there is a file of them, else the kernel's own choice.
+
+Nothing is ever timed in a user's process. ``bench/tune.py`` writes a file on a GPU; ``DROIDSPEAK_TUNED`` names it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .kernels.project_splice import ProjectSpliceConfig
+
+
+@functools.cache
+def config(
+    device: int, dtype: torch.dtype, hidden_size: int, num_kv_heads: int, head_dim: int, *, has_head_norm: bool
+) -> ProjectSpliceConfig:
+    """The launch configuration of ``project_splice``, the same for any number of tokens."""
+    from .kernels.project_splice import project_splice_config
+
+    found = _tuned(device).get((str(dtype), hidden_size, num_kv_heads, head_dim, has_head_norm))
+    return found or project_splice_config(target(device), dtype, num_kv_heads, head_dim, has_head_norm)
+
+
+@functools.cache
+def target(device: int) -> str:
+    """The architecture of a GPU as the kernels name it: ``"sm_90"``, ``"gfx942"``, ..."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def versions(device: str) -> dict[str, str]:
+    """What a timing holds for: the device's name and the versions that compile the kernels."""
+    import triton
+
+    return {"device": device, "torch": torch.__version__, "triton": triton.__version__}
+
+
+def save(path: Path, device: str, entries: list[dict[str, Any]]) -> None:
+    """Write tuned configurations, as :func:`load` reads them, for the device of that name."""
+    path.write_text(json.dumps({**versions(device), "project_splice": entries}, indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: Path, device: str) -> dict[tuple[Any, ...], ProjectSpliceConfig]:
+    """Read a file of tuned configurations; empty, with a warning, if it is for another device or Triton.
+
+    Raises:
+        ValueError: the file is not what :func:`save` writes.
+    """
+    from .kernels.project_splice import ProjectSpliceConfig
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        made_on = {name: content[name] for name in ("device", "triton")}
+        table = {
+            tuple(entry[name] for name in ("dtype", "hidden_size", "num_kv_heads", "head_dim", "has_head_norm")):
+            ProjectSpliceConfig(**entry["config"])
+            for entry in content["project_splice"]
+        }  # fmt: skip
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a file of tuned configurations ({error!r}); bench/tune.py writes one") from None
+    here = {name: value for name, value in versions(device).items() if name in made_on}
+    if made_on != here:
+        warnings.warn(f"{path} was tuned for {made_on}, this is {here}: it is not used", stacklevel=2)
+        return {}
+    return table
+
+
+@functools.cache
+def _tuned(device: int) -> dict[tuple[Any, ...], ProjectSpliceConfig]:
+    path = os.environ.get("DROIDSPEAK_TUNED")
+    return load(Path(path), torch.cuda.get_device_name(device)) if path else {}
