@@ -137,6 +137,27 @@ def check_separate(inputs: dict[str, torch.Tensor | None], outputs: dict[str, to
         if output is None:
             continue
         for other, tensor in {**inputs, **written}.items():
-            if tensor is not None and torch._C._overlaps(tensor, output):
+            if tensor is not None and _overlap(tensor, output):
                 raise ValueError(f"{other}: shares memory with {name}; tensors of their own are needed")
         written[name] = output
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether an element of each lies in the same memory. Views of different strides do if their ranges meet."""
+    first, second = (one, other) if one.data_ptr() <= other.data_ptr() else (other, one)
+    extent = sum((size - 1) * stride for size, stride in zip(first.shape, first.stride(), strict=True)) + 1
+    distance, rest = divmod(second.data_ptr() - first.data_ptr(), first.element_size())
+    if not first.numel() or not second.numel() or distance >= extent:
+        return False
+    if rest or (first.stride(), first.dtype) != (second.stride(), second.dtype):
+        return True
+    # Interleaved views, such as K and V side by side: is the distance one between two of their elements?
+    return _reaches(distance, sorted(zip(first.stride(), first.shape, strict=True), reverse=True))
+
+
+def _reaches(distance: int, dimensions: list[tuple[int, int]]) -> bool:
+    if not dimensions or dimensions[0][0] == 0:
+        return distance == 0
+    (stride, size), *inner = dimensions
+    steps = distance // stride
+    return any(abs(i) < size and _reaches(distance - i * stride, inner) for i in (steps, steps + 1))

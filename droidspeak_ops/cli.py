@@ -43,7 +43,7 @@ def _compile(targets: list[str], path: Path | None) -> None:
     from rich.progress import track
     from rich.table import Table
 
-    from . import aot
+    from .proof import aot
 
     console = Console()
     steps = track(aot.compile_all(targets), "Compiling", total=aot.num_configurations(targets), console=console)
@@ -72,7 +72,7 @@ def _compile(targets: list[str], path: Path | None) -> None:
 
 
 def _targets(text: str) -> list[str]:
-    from .aot import check_targets
+    from .proof.targets import check_targets
 
     targets = text.split(",")
     try:

@@ -78,7 +78,8 @@ def _kv_project_gpu(*args: Any) -> None:
     from .kernels.project_splice import project_splice
 
     _check_projection_memory(args[0], *args[16:])
-    project_splice(*args, _config(args[0][0], args[17][0], bool(args[9])))
+    config = _config(args[0][0], args[17][0], bool(args[9]))
+    project_splice(*args, config)  # type: ignore[call-arg]  # args are all but the last
 
 
 def _kv_splice_gpu(*args: Any) -> None:

@@ -377,6 +377,20 @@ def test_caches_that_share_memory_are_refused() -> None:
         call(case, x=torch.as_strided(cache, (9, 48), (48, 1)))
 
 
+@pytest.mark.parametrize("layout", ["dense", "NHD", "HND", "strided"])
+def test_caches_in_one_storage_are_accepted(layout: str) -> None:
+    """K and V as halves of one tensor, or side by side in it, as serving engines keep them."""
+    case = projection(tokens=9, layout=layout)
+    both = poisoned((2, 1, 14, 2, 64), torch.float32, "cpu")
+    call(case)
+    call(case, k_cache=both[0].transpose(1, 2), v_cache=both[1].transpose(1, 2))
+    interleaved = poisoned((1, 14, 2, 2, 64), torch.float32, "cpu")
+    call(case, k_cache=interleaved[:, :, 0].transpose(1, 2), v_cache=interleaved[:, :, 1].transpose(1, 2))
+    for cache in (both[0], both[1], interleaved[:, :, 0], interleaved[:, :, 1]):
+        assert cache[:, :9].isfinite().all()
+        assert cache[:, 9:].isnan().all()
+
+
 def test_memory_with_negative_strides_is_no_tensor() -> None:
     """torch has none, so the operators need no check; numpy's are refused on the way."""
     with pytest.raises(ValueError, match="negative"):
