@@ -46,12 +46,16 @@ def _compile(targets: list[str], path: Path | None) -> None:
     from .proof import aot
 
     console = Console()
-    steps = track(aot.compile_all(targets), "Compiling", total=aot.num_configurations(targets), console=console)
-    kernels = list(steps)
-    table = Table(caption="registers a thread, spills, shared memory in KiB, matrix and asynchronous copy instructions")
+    steps = track(aot.compile_all(targets), "Compiling", total=aot.num_cases(targets), console=console)
+    kernels = [kernel for step in steps for kernel in step]
+    table = Table(
+        caption="registers a thread, spills, shared memory in KiB, programs a multiprocessor holds, matrix instructions of"
+        " all instructions in the inner loop and asynchronous copies there, bits of loads and stores, least microseconds"
+        f" at {aot.FLOOR_TOKENS[1]:,} tokens"
+    )
     for column in ("kernel", "configuration", "target"):
         table.add_column(column, no_wrap=True)
-    for column in ("regs", "spills", "KiB", "MMA", "async"):
+    for column in ("regs", "spills", "KiB", "occ", "MMA", "async", "ld", "st", "floor"):
         table.add_column(column, justify="right", no_wrap=True)
     for each in kernels:
         table.add_row(
@@ -61,8 +65,12 @@ def _compile(targets: list[str], path: Path | None) -> None:
             str(each.registers),
             str(each.spills),
             f"{each.shared_bytes / 1024:.0f}",
-            str(each.matrix_instructions),
-            str(each.async_copies),
+            str(each.occupancy),
+            f"{each.loop_matrix_instructions}/{each.loop_instructions}" if each.loop_instructions else "-",
+            str(each.loop_async_copies) if each.loop_instructions else "-",
+            str(each.load_bits),
+            str(each.store_bits),
+            f"{each.floor_us[aot.FLOOR_TOKENS[1]]:,.1f}",
         )
     console.print(table)
     if path is not None:

@@ -259,7 +259,8 @@ def project_splice_config(
     if dtype == torch.float32:
         # Exact float32 products use no matrix instructions on NVIDIA, so registers are the limit.
         block_m, block_n, block_k, num_stages = 64, 32, 32, 2
-        num_warps = 4 if target.startswith(("sm_9", "sm_10", "gfx")) else 8
+        few = ("sm_9", "gfx") if has_head_norm else ("sm_9", "sm_10", "gfx")
+        num_warps = 4 if target.startswith(few) else 8
     elif target.startswith("gfx"):
         # 64 KiB of shared memory, and a larger tile of 8 warps is miscompiled (triton#11696). The masks of a partly
         # filled tile take more scalar registers than are left.

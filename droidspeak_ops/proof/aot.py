@@ -1,66 +1,44 @@
-"""Compile the kernels ahead of time for GPUs that need not be there, and read from the machine code what they use."""
+"""Compile the kernels ahead of time for GPUs that need not be there, and read from the machine code what they use.
+
+A case calls a launcher with tensors that have no contents. The launch is caught, and what is compiled is what a GPU would get:
+the same constants, the same specialisation of strides and alignments, the same configuration.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
-import operator
-import re
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
+from unittest import mock
 
 import torch
 
+from .machine_code import read_amdgcn, read_cubin
+from .shapes import SHAPES, Shape, projection
+from .targets import TARGETS, check_targets, occupancy, time_floor
 
-@dataclass(frozen=True)
-class Target:
-    """A GPU architecture: what Triton calls it, shared memory of a block, and what its matrix instructions look like."""
-
-    backend: Literal["cuda", "hip"]
-    arch: int | str
-    warp_size: int
-    shared_limit: int  # bytes
-    matrix_instruction: str  # regular expression
-
-
-TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 << 10, r"\bHMMA\b"),
-    "sm_90a": Target("cuda", 90, 32, 227 << 10, r"\bHGMMA\b"),
-    "sm_100a": Target("cuda", 100, 32, 227 << 10, r"\bUTC\w*MMA\b"),
-    "gfx942": Target("hip", "gfx942", 64, 64 << 10, r"\bv_mfma_\w+"),
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What of a model a kernel is specialised for."""
-
-    hidden_size: int
-    num_kv_heads: int
-    head_dim: int
-    rotary_dim: int
-    has_bias: bool = False
-    has_k_norm: bool = False
-
-
-SHAPES = {
-    "Llama-3-8B": Shape(4096, 8, 128, 128),
-    "Qwen2.5-7B": Shape(3584, 4, 128, 128, has_bias=True),
-    "Qwen3-8B": Shape(4096, 8, 128, 128, has_k_norm=True),
-    "Gemma-3-12B": Shape(3840, 8, 256, 256, has_k_norm=True),
-    "Phi-2": Shape(2560, 32, 80, 32, has_bias=True),
-    "Phi-3-mini": Shape(3072, 32, 96, 96),
-    "SmolLM2-135M": Shape(576, 3, 64, 64),
-}
+FLOOR_TOKENS = (1024, 8192, 32768)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel in one configuration for one target. Sizes in bytes; `spills` counts what does not fit in registers."""
+    """One kernel in one configuration for one target.
+
+    Attributes:
+        registers: per thread.
+        spills: what does not fit in registers: local loads and stores, or AMD's count of spilled registers.
+        shared_bytes, shared_limit: shared memory of a program, and what the target gives one.
+        occupancy: programs that a multiprocessor holds at once.
+        matrix_instructions: in all the code.
+        loop_instructions, loop_matrix_instructions, loop_async_copies: of the innermost loop with matrix instructions.
+        load_bits: narrowest global load of that loop; without one, widest of the kernel.
+        store_bits: widest global store.
+        floor_us: by tokens, the microseconds that the target's device needs at its peaks for the operations, or for every
+            input read once and every output written once, whichever is more.
+    """
 
     kernel: str
     config: str
@@ -69,164 +47,232 @@ class Compiled:
     spills: int
     shared_bytes: int
     shared_limit: int
+    occupancy: int
     matrix_instructions: int
-    async_copies: int
+    loop_instructions: int
+    loop_matrix_instructions: int
+    loop_async_copies: int
+    load_bits: int
+    store_bits: int
+    floor_us: dict[int, float]
 
 
-def compile_all(targets: Sequence[str]) -> Iterator[Compiled]:
+@dataclass(frozen=True)
+class Case:
+    """A call of a launcher: `launch(target, tokens)` with tensors on the "meta" device."""
+
+    config: str
+    launch: Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the arguments and options that a launcher gave it."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def compile_all(targets: Sequence[str]) -> Iterator[list[Compiled]]:
     """Compile every shipped configuration of every kernel for `targets`, keys of :data:`TARGETS`, on all cores.
+
+    Gives the kernels of one case at a time, :func:`num_cases` in all.
 
     Raises:
         ValueError: a target is not known.
     """
     check_targets(targets)
-    jobs = [job for target in targets for job in _jobs(target)]
+    jobs = [(target, index) for target in targets for index in range(len(CASES))]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(operator.call, jobs)
+        yield from pool.map(_compile_case, *zip(*jobs, strict=True))
 
 
-def check_targets(targets: Sequence[str]) -> None:
-    """Raise unless all of `targets` are keys of :data:`TARGETS`.
-
-    Raises:
-        ValueError: a target is not known.
-    """
-    unknown = sorted(set(targets) - TARGETS.keys())
-    if unknown:
-        raise ValueError(f"targets: got {unknown}; some of {list(TARGETS)} are needed")
+def num_cases(targets: Sequence[str]) -> int:
+    return len(targets) * len(CASES)
 
 
-def num_configurations(targets: Sequence[str]) -> int:
-    """How many results :func:`compile_all` gives."""
-    return sum(len(_jobs(target)) for target in targets)
+def _compile_case(target: str, index: int) -> list[Compiled]:
+    case = CASES[index]
+    floors: list[dict[int, float]] = []
+    for tokens in FLOOR_TOKENS:
+        launches = caught(partial(case.launch, target, tokens))
+        floors = floors or [{} for _ in launches]
+        for floor, launch in zip(floors, launches, strict=True):
+            floor[tokens] = round(_time_floor(target, launch), 3)
+    compiled: list[Compiled] = []
+    for each in zip(launches, floors, strict=True):
+        result = _compile(case.config, target, *each)
+        if result not in compiled:  # a norm over all heads is a launch a layer
+            compiled.append(result)
+    return compiled
 
 
-def _jobs(target: str) -> list[Callable[[], Compiled]]:
-    llama = SHAPES["Llama-3-8B"]
-    return [
-        *(
-            partial(compile_project_splice, target, model, shape, torch.bfloat16, norm)
-            for model, shape in SHAPES.items()
-            for norm in ("hf", "folded")
-        ),
-        *(
-            partial(compile_project_splice, target, "Llama-3-8B", llama, dtype, "folded")
-            for dtype in (torch.float16, torch.float32)
-        ),
-        *(partial(compile_row_norm, target, llama.hidden_size, store_rows) for store_rows in (True, False)),
-        *(partial(compile_kv_splice, target, llama.head_dim, rotary_dim) for rotary_dim in (0, llama.head_dim)),
-    ]
+def caught(launch: Callable[[], None]) -> list[Launch]:
+    """The kernel launches of a call, none of which happens."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append(Launch(kernel, arguments, options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        launch()
+    if not launches:
+        raise RuntimeError("no launch was caught: the kernels were imported with TRITON_INTERPRET set; unset it")
+    return launches
 
 
-def compile_project_splice(target: str, model: str, shape: Shape, dtype: torch.dtype, norm: str) -> Compiled:
-    """Compile `_project_splice_kernel` in the configuration that a launch on `target` would choose."""
-    from .kernels import project_splice as module
-
-    config = module.project_splice_config(target, dtype, shape.num_kv_heads, shape.head_dim, shape.has_k_norm)
-    constants = module.project_splice_constants(
-        config,
-        hidden_size=shape.hidden_size,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        rotary_dim=shape.rotary_dim,
-        has_rstd=norm == "folded",
-        has_bias=shape.has_bias,
-        has_k_norm=shape.has_k_norm,
-    )
-    label = f"{model} {_name(dtype)} {norm}"
-    return _compile(
-        module._project_splice_kernel, label, target, dtype, constants,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-
-
-def compile_row_norm(target: str, hidden_size: int, store_rows: bool) -> Compiled:
-    """Compile `_row_norm_kernel` for normalised rows, or for 1/rms alone; `hidden_size` is a power of two."""
-    from .kernels import row_norm as module
-
-    constants = {"STORE_ROWS": store_rows, "BLOCK_C": hidden_size}
-    label = f"{hidden_size} bfloat16 {'rows' if store_rows else 'rstd'}"
-    warps = module.num_warps(hidden_size)
-    return _compile(module._row_norm_kernel, label, target, torch.bfloat16, constants, num_warps=warps)
-
-
-def compile_kv_splice(target: str, head_dim: int, rotary_dim: int) -> Compiled:
-    """Compile `_kv_splice_kernel`, copying or also rotating; `head_dim` is a power of two."""
-    from .kernels import kv_splice as module
-
-    constants = {"HEAD_DIM": head_dim, "ROTARY_DIM": rotary_dim, "BLOCK_T": module.BLOCK_T, "BLOCK_D": head_dim}
-    label = f"{head_dim} bfloat16 {'rotated' if rotary_dim else 'copied'}"
-    return _compile(module._kv_splice_kernel, label, target, torch.bfloat16, constants, num_warps=module.NUM_WARPS)
-
-
-_POINTER_DTYPES = {"rstd_ptr": "fp32", "slot_mapping_ptr": "i64"}
-_SCALARS = {"eps": "fp32", "k_norm_eps": "fp32"}
-
-
-def _compile(
-    kernel: Any, label: str, target: str, dtype: torch.dtype, constants: Mapping[str, Any], **options: int
-) -> Compiled:
+def _compile(config: str, target: str, launch: Launch, floor_us: dict[int, float]) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
 
-    if not hasattr(kernel, "cache_key"):
-        raise RuntimeError("the kernels were imported with TRITON_INTERPRET set; unset it to compile them")
-    value_type = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = f"*{_POINTER_DTYPES.get(name, value_type)}"
-        else:
-            signature[name] = _SCALARS.get(name, "i32")
-        # What a launch finds out about tensors from torch's allocator: without it no load is wide or asynchronous.
-        if name.endswith("_ptr") or name.startswith("stride_") or name == "hidden_size":
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    known = TARGETS[target]
-    source = ASTSource(kernel, signature, dict(constants), attributes)
+    known, kernel = TARGETS[target], launch.kernel
     gpu = GPUTarget(known.backend, known.arch, known.warp_size)
-    compiled = triton.compile(source, target=gpu, options={**options, "enable_fp_fusion": False})
-    read = _read_cubin if known.backend == "cuda" else _read_amdgcn
-    code, registers, spills = read(compiled.asm)
+    backend = make_backend(gpu)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.arguments, **launch.options)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, launch.options, bound, specialization, options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=gpu, options=options.__dict__)
+    code = (read_cubin if known.backend == "cuda" else read_amdgcn)(compiled.asm, known.matrix_instruction)
+    shared = compiled.metadata.shared
     return Compiled(
         kernel=kernel.__name__,
-        config=label,
+        config=config,
         target=target,
-        registers=registers,
-        spills=spills,
-        shared_bytes=compiled.metadata.shared,
-        shared_limit=known.shared_limit,
-        matrix_instructions=len(re.findall(known.matrix_instruction, code)),
-        async_copies=len(re.findall(r"\b(?:LDGSTS|UBLKCP|UTMALDG)\b", code)),
+        shared_bytes=shared,
+        shared_limit=known.shared_per_block,
+        occupancy=occupancy(target, code.registers, shared, compiled.metadata.num_warps),
+        floor_us=floor_us,
+        **vars(code),
     )
 
 
-def _read_cubin(asm: Mapping[str, Any]) -> tuple[str, int, int]:
-    """SASS, registers per thread, and local loads and stores, with the tools that Triton ships."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        code = _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
-    registers = re.search(r"REG:(\d+)", usage)
-    if registers is None:
-        raise RuntimeError(f"cuobjdump printed no register count: {usage}")
-    return code, int(registers[1]), len(re.findall(r"\b(?:LDL|STL)\b", code))
+def _time_floor(target: str, launch: Launch) -> float:
+    tensors = {id(tensor): tensor for tensor in _tensors(launch.arguments)}
+    moved = sum(tensor.nbytes for tensor in tensors.values())
+    flops, x = 0, launch.arguments[0]
+    if launch.kernel.__name__ == "_project_splice_kernel":
+        weights = [weight for weights in launch.arguments[2:5] for weight in weights if weight is not None]
+        flops, x = sum(2 * x[0].shape[0] * weight.numel() for weight in weights), x[0]
+    if launch.kernel.__name__ == "_head_norm_kernel":
+        moved += x.nbytes  # in place
+    return time_floor(target, flops, moved, half=x.dtype != torch.float32)
 
 
-def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[str, int, int]:
-    code = asm["amdgcn"]
-    counts = {name: int(number) for name, number in re.findall(r"\.(\w+_count):\s*(\d+)", code)}
-    return code, counts["vgpr_count"], counts["vgpr_spill_count"] + counts["sgpr_spill_count"]
+def _tensors(arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
 
 
-def _output(tool: str, *arguments: str) -> str:
-    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+# --- what is compiled ----------------------------------------------------------------------------------------------
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _project_splice(
+    shape: Shape, dtype: torch.dtype, options: dict[str, Any], changes: Callable[[dict[str, Any]], Any],
+    target: str, tokens: int,
+) -> None:  # fmt: skip
+    from ..kernels.project_splice import project_splice, project_splice_config
+
+    arguments = projection(shape, tokens, dtype=dtype, **options)
+    changes(arguments)
+    config = project_splice_config(
+        target, dtype, shape.num_kv_heads, shape.head_dim, has_head_norm=shape.head_norm == "each"
+    )
+    project_splice(**arguments, config=config)
+
+
+def _row_norm(shape: Shape, store_rows: bool, target: str, tokens: int) -> None:
+    from ..kernels.row_norm import rms_rstd, row_norm
+
+    x, weight = _empty(tokens, shape.hidden_size), _empty(shape.hidden_size)
+    if store_rows:
+        row_norm(x, weight, shape.norm_order, 1e-6, torch.empty_like(x))
+    else:
+        rms_rstd(x, 1e-6, _empty(tokens, dtype=torch.float32))
+
+
+def _kv_splice(
+    shape: Shape, source: torch.dtype, stored: torch.dtype, rotated: bool, static_scale: bool, target: str, tokens: int
+) -> None:
+    from ..kernels.kv_splice import kv_splice
+
+    size = (1, shape.num_kv_heads, tokens, shape.head_dim)
+    angles = [_empty(tokens, shape.rotary_dim // 2, dtype=torch.float32) for _ in range(2)] if rotated else [None, None]
+    scales = [
+        [_empty(*size[:3], dtype=torch.float32) if dtype.itemsize == 1 else None for _ in range(2)]
+        for dtype in (source, stored)
+    ]
+    tensors = [[_empty(*size, dtype=dtype) for _ in range(2)] for dtype in (source, stored)]
+    slots = _empty(tokens, dtype=torch.int64)
+    arguments: list[Any] = [*tensors[0], *scales[0], *angles, slots, static_scale, *tensors[1], *scales[1]]
+    kv_splice(*arguments)
+
+
+def _empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def _cases() -> Iterator[Case]:
+    bf16, fp16, fp32, fp8, int8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8
+    llama = SHAPES["Llama-3-8B"]
+
+    for model, shape in SHAPES.items():
+        for name, options in (
+            ("K+V", {}),
+            ("Q+K+V folded", {"with_q": True, "folded": True}),
+            ("K+V folded, 8 layers", {"layers": 8, "folded": True}),
+        ):
+            yield Case(f"{model} bf16 {name}", partial(_project_splice, shape, bf16, options, _unchanged))
+        if model in ("Llama-3-8B", "Qwen3-8B", "Gemma-3-12B", "Phi-2"):
+            yield Case(f"{model} fp32 K+V", partial(_project_splice, shape, fp32, {}, _unchanged))
+        if shape.norm_order != "llama" or shape is llama:
+            yield Case(f"{model} bf16 rows", partial(_row_norm, shape, True))
+    yield Case("Llama-3-8B fp16 K+V", partial(_project_splice, llama, fp16, {}, _unchanged))
+    yield Case("Llama-3-8B bf16 K+V, positions", partial(_project_splice, llama, bf16, {}, _with_positions))
+    yield Case("Llama-3-8B bf16 K+V to NHD pages in fp8", partial(_project_splice, llama, bf16, {}, _to_fp8_pages))
+    for layers in (2, 4):
+        options = {"layers": layers, "folded": True}
+        yield Case(
+            f"Llama-3-8B bf16 K+V folded, {layers} layers", partial(_project_splice, llama, bf16, options, _unchanged)
+        )
+    yield Case("Llama-3-8B bf16 1/rms", partial(_row_norm, llama, False))
+    for source, stored, rotated, static in (
+        (bf16, bf16, False, False), (bf16, bf16, True, False), (fp32, bf16, True, False),
+        (bf16, fp8, False, False), (bf16, fp8, True, True), (fp8, bf16, True, False), (fp8, fp8, False, False),
+        (bf16, int8, False, False), (int8, bf16, True, False), (int8, int8, True, False),
+    ):  # fmt: skip
+        label = f"{_short(source)} to {_short(stored)}{', rotated' * rotated}{', static' * static}"
+        yield Case(f"Llama-3-8B {label}", partial(_kv_splice, llama, source, stored, rotated, static))
+    for model in ("Phi-2", "Phi-3-mini", "Gemma-3-12B", "Nemotron-4-340B-TP8"):
+        yield Case(f"{model} bf16 to bf16, rotated", partial(_kv_splice, SHAPES[model], bf16, bf16, True, False))
+
+
+def _unchanged(arguments: dict[str, Any]) -> None:
+    pass
+
+
+def _with_positions(arguments: dict[str, Any]) -> None:
+    arguments["positions"] = arguments["slot_mapping"]
+
+
+def _to_fp8_pages(arguments: dict[str, Any]) -> None:
+    for name in ("k_cache", "v_cache"):
+        _, heads, tokens, width = arguments[name][0].shape
+        arguments[name] = [_empty(tokens // 16, 16, heads, width, dtype=torch.float8_e4m3fn).transpose(1, 2)]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8", torch.int8: "int8"}[dtype]
+
+
+CASES = list(_cases())
