@@ -211,6 +211,30 @@ def test_each_order_of_a_norm_is_nearest_to_its_own_reference(dtype: torch.dtype
             assert_nearest(results[order], order, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_each_norm_of_the_input_is_nearest_to_its_own_reference(dtype: torch.dtype, device: torch.device) -> None:
+    """Rows normalised first ("hf"), or the norm in the epilogue ("folded"): the same mathematics, rounded elsewhere."""
+    case = projection(tokens=40, dtype=dtype, device=device)
+    x, weight = case.arguments["x"][0], (1 + torch.rand(48, device=device)).to(dtype)
+    normed = poisoned(x.shape, dtype, device)
+    row_norm(x, weight, "llama", 1e-6, normed)
+    fold = {name: [case.arguments[name][0] * weight] for name in ("k_weight", "v_weight")}
+    changes = {
+        "hf": {"x": [normed]},
+        "folded": {"rstd": [reference.rms_rstd_ref(x, 1e-6)], **fold},
+    }
+    results, expected = {}, {}
+    for norm in changes:
+        ours, theirs = (Projection({**case.with_new_outputs().arguments, **changes[norm]}) for _ in range(2))
+        launch(ours)
+        if norm == "hf":
+            theirs.arguments["x"] = [reference.row_norm_ref(x, weight, "llama", 1e-6)]
+        reference.kv_project_ref(**theirs.arguments)
+        results[norm], expected[norm] = ours.caches[1][:, :, :40], theirs.caches[1][:, :, :40]
+    assert errors(results["hf"], expected["hf"])[1] < 0.5 * errors(results["hf"], expected["folded"])[1]
+    assert errors(results["folded"], expected["folded"])[1] < 0.5 * errors(results["folded"], expected["hf"])[1]
+
+
 def assert_nearest(actual: torch.Tensor, order: str, expected: dict[str, torch.Tensor]) -> None:
     """Nearer to the reference of its order than to any other that differs from it by more than a weight's rounding."""
     own = errors(actual, expected[order])[1]

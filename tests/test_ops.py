@@ -7,6 +7,8 @@ import torch
 from cases import Projection, poisoned, projection
 from compare import assert_bitwise_equal, assert_close
 from models import tiny_llama, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from droidspeak_ops import library, ops, tuning
 
@@ -60,6 +62,83 @@ def test_compiled_in_one_graph() -> None:
     assert_close(actual, expected)
     for one, other in zip(compiled.caches, eager.caches, strict=True):
         assert_bitwise_equal(one, other)
+
+
+def test_every_operator_compiles_in_one_graph() -> None:
+    case = projection(tokens=9, layers=3, q_heads=4, head_norm="each", positions=True, bias=True)
+    names = ("x", "q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias", "q_norm_weight", "k_norm_weight")
+    x, q_w, k_w, v_w, q_b, k_b, v_b, q_n, k_n = (case.arguments[name] for name in names)
+    cos, sin, positions, slots = (case.arguments[name] for name in ("cos", "sin", "positions", "slot_mapping"))
+    weights = [torch.rand(48) for _ in x]
+
+    def function(q, k_caches, v_caches, codes, scales, cu_seqlens):
+        ops.kv_project_layers(
+            x, k_w, v_w, k_caches, v_caches, slots, norm_weights=weights, norm_order="gemma", k_biases=k_b, v_biases=v_b,
+            k_norm_weights=k_n, coses=cos, sines=sin, positions=positions,
+        )  # fmt: skip
+        ops.qkv_project(
+            x[0], q_w[0], k_w[0], v_w[0], q, k_caches[0], v_caches[0], slots, norm="folded", q_bias=q_b[0],
+            k_bias=k_b[0], v_bias=v_b[0], q_norm_weight=q_n[0], k_norm_weight=k_n[0], cos=cos[0], sin=sin[0],
+            positions=positions,
+        )  # fmt: skip
+        rotation = ops.rotation_between(cos[0][:9], sin[0][:9], cos[1][:9], sin[1][:9])
+        k, v = (cache[:, :, :9].clone() for cache in (k_caches[1], v_caches[1]))
+        ops.kv_splice(
+            k, v, *codes, slots, cos=rotation[0], sin=rotation[1], k_cache_scale=scales[0], v_cache_scale=scales[1]
+        )
+        return ops.packed_slots(cu_seqlens, 9, 14)
+
+    def arguments() -> tuple:
+        fresh = case.with_new_outputs().arguments
+        codes = [torch.zeros(1, 2, 14, 64, dtype=torch.float8_e4m3fn) for _ in "kv"]
+        scales = [torch.zeros(1, 2, 14) for _ in "kv"]
+        return fresh["q"][0], fresh["k_cache"], fresh["v_cache"], codes, scales, torch.tensor([0, 4, 9])
+
+    eager, compiled = arguments(), arguments()
+    expected = function(*eager)
+    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled)
+    for one, other in zip(tree_leaves((compiled, actual)), tree_leaves((eager, expected)), strict=True):
+        assert_bitwise_equal(one, other)
+
+
+class Calls(TorchDispatchMode):
+    """Every torch operation that runs, and whether all it gives back are views of what it got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        gives = [leaf for leaf in tree_leaves(result) if leaf is not None]
+        if not all(isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() in given for leaf in gives):
+            self.others.append(str(function))
+        return result
+
+
+def test_launches_neither_allocate_nor_ask_for_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the launch itself the implementations for a GPU make views and nothing else."""
+    if torch.cuda.is_available():
+        pytest.skip("tests/test_gpu.py watches the device itself")
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launched = []
+    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, **options: launched.append(self.fn.__name__))
+    monkeypatch.setattr(tuning, "target", lambda device: "sm_90")
+    case = projection(
+        tokens=9, layers=2, q_heads=4, head_norm="all", layout="NHD", positions=True, bias=True, rstd=True
+    )
+    k, caches = torch.randn(1, 2, 5, 16), torch.zeros(2, 1, 2, 8, 16, dtype=torch.float8_e4m3fn)
+    scales, slots, x = torch.zeros(2, 1, 2, 8), torch.arange(5), torch.randn(5, 16)
+    outputs = [*caches.unbind(), *scales.unbind()]
+    with Calls() as calls:
+        library._kv_project_gpu(*case.arguments.values())
+        library._kv_splice_gpu(k, k, None, None, None, None, slots, False, *outputs)
+        library._row_norm_gpu(x, None, "none", 1e-6, torch.Tensor.detach(x))
+        library._rms_rstd_gpu(x, 1e-6, scales[0, 0, 0, :5])
+    assert calls.others == []
+    assert set(launched) == {"_project_splice_kernel", "_head_norm_kernel", "_kv_splice_kernel", "_row_norm_kernel"}
 
 
 def test_gpu_implementations_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
