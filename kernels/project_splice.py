@@ -2,9 +2,9 @@
 
     y = x Wᵀ · rstd + bias          k = rope(head_norm(y_k)), v = y_v          cache[slot] = k, v
 
-One launch covers all heads of K and V (and Q), of one layer or of several. A tile keeps two accumulators, one for each half
-of the rotated pairs (columns i and i + rotary_dim/2 of a head), so RoPE is elementwise and needs no shuffle, and a norm over
-a head is one sum over both.
+One launch covers all heads of K and V (and Q), of one layer or of several. Columns of a tile are ordered in pairs, those that
+RoPE rotates together side by side (columns i and i + rotary_dim/2 of a head), so a pair lies in one thread: RoPE is
+elementwise and needs no shuffle, and a norm over a head is one sum over both halves.
 """
 
 from __future__ import annotations
@@ -99,6 +99,11 @@ def _project_splice_kernel(
     Q_TILES: tl.constexpr = (NUM_Q_HEADS * PAIRS_PER_HEAD + BLOCK_N - 1) // BLOCK_N
     KV_TILES: tl.constexpr = (NUM_KV_HEADS * PAIRS_PER_HEAD + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = Q_TILES + 2 * KV_TILES
+    EVEN_N: tl.constexpr = (
+        2 * PAIRS_PER_HEAD == HEAD_DIM
+        and NUM_Q_HEADS * PAIRS_PER_HEAD == Q_TILES * BLOCK_N
+        and NUM_KV_HEADS * PAIRS_PER_HEAD == KV_TILES * BLOCK_N
+    )
     pid_n = tl.program_id(0) % TILES
     pid_m = tl.program_id(0) // TILES
     layer = 0
@@ -125,41 +130,43 @@ def _project_splice_kernel(
         pid_n = tl.where(is_q, pid_n, pid_n - Q_TILES)
     pid_n = tl.where(is_v, pid_n - KV_TILES, pid_n)
 
-    # Column n of the tile is pair i of a head. Pairs out of range read some valid row of the weight and are masked
+    # Column pair n of the tile is pair i of a head. Pairs out of range read some valid row of the weight and are masked
     # elsewhere: a `where` on the columns would hide from the compiler that they are contiguous, and cost wide stores.
     o_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_head = o_n // PAIRS_PER_HEAD
     o_pair = o_n % PAIRS_PER_HEAD
-    m_n = (o_head < num_heads) & (o_pair < HEAD_DIM // 2)
     o_col1, o_col2 = pair_columns(o_pair, HEAD_DIM, ROTARY_DIM)
-    o_row1 = tl.minimum(o_head * HEAD_DIM + o_col1, num_heads * HEAD_DIM - 1)
-    o_row2 = tl.minimum(o_head * HEAD_DIM + o_col2, num_heads * HEAD_DIM - 1)
+    o_row1 = o_head * HEAD_DIM + o_col1
+    o_row2 = o_head * HEAD_DIM + o_col2
+    if EVEN_N:
+        m_n = tl.arange(0, BLOCK_N) >= 0  # known to the compiler, which then drops it from every mask
+    else:
+        m_n = (o_head < num_heads) & (o_pair < HEAD_DIM // 2)
+        o_row1 = tl.minimum(o_row1, num_heads * HEAD_DIM - 1)
+        o_row2 = tl.minimum(o_row2, num_heads * HEAD_DIM - 1)
 
+    # Both columns of a pair are neighbours in the tile: one product of full width, and a pair never leaves its thread.
+    o_row = tl.reshape(tl.join(o_row1, o_row2), (2 * BLOCK_N,))
     o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < num_tokens
     o_m = tl.minimum(o_m, num_tokens - 1).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
 
     x_ptrs = x_ptr + o_m[:, None] * stride_xm + o_k[None, :]  # [BLOCK_M, BLOCK_K]
-    w1_ptrs = w_ptr + o_row1[None, :].to(tl.int64) * stride_wn + o_k[:, None]  # [BLOCK_K, BLOCK_N]
-    w2_ptrs = w_ptr + o_row2[None, :].to(tl.int64) * stride_wn + o_k[:, None]
-    acc1 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    acc2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    w_ptrs = w_ptr + o_row[None, :].to(tl.int64) * stride_wn + o_k[:, None]  # [BLOCK_K, 2 * BLOCK_N]
+    acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
     for k in range(0, hidden_size, BLOCK_K):
         if EVEN_C:
             b_x = tl.load(x_ptrs)
-            b_w1 = tl.load(w1_ptrs)
-            b_w2 = tl.load(w2_ptrs)
+            b_w = tl.load(w_ptrs)
         else:
             m_k = o_k < hidden_size - k
             b_x = tl.load(x_ptrs, mask=m_k[None, :], other=0.0)
-            b_w1 = tl.load(w1_ptrs, mask=m_k[:, None], other=0.0)
-            b_w2 = tl.load(w2_ptrs, mask=m_k[:, None], other=0.0)
-        acc1 = tl.dot(b_x, b_w1, acc1, input_precision="ieee")
-        acc2 = tl.dot(b_x, b_w2, acc2, input_precision="ieee")
+            b_w = tl.load(w_ptrs, mask=m_k[:, None], other=0.0)
+        acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
         x_ptrs += BLOCK_K
-        w1_ptrs += BLOCK_K
-        w2_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    acc1, acc2 = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))  # [BLOCK_M, BLOCK_N] each
 
     # The epilogue rounds where transformers does: after the linear layer, the norm, each product of RoPE and its sum.
     DTYPE: tl.constexpr = xs[0].dtype.element_ty
@@ -259,21 +266,21 @@ def project_splice_config(
     if dtype == torch.float32:
         # Exact float32 products use no matrix instructions on NVIDIA, so registers are the limit.
         block_m, block_n, block_k, num_stages = 64, 32, 32, 2
-        few = ("sm_9", "gfx") if has_head_norm else ("sm_9", "sm_10", "gfx")
+        few = ("gfx",) if has_head_norm else ("sm_9", "sm_10", "gfx")
         num_warps = 4 if target.startswith(few) else 8
     elif target.startswith("gfx"):
         # 64 KiB of shared memory, and a larger tile of 8 warps is miscompiled (triton#11696). The masks of a partly
-        # filled tile take more scalar registers than are left.
+        # filled tile take more scalar registers than are left, and so does a norm over heads of 128 rows.
         block_n = 64 if num_kv_heads * pairs % 64 == 0 else 32
-        block_m, block_k, num_warps, num_stages = 128, 32, 4, 2
+        block_m, block_k, num_warps, num_stages = 64 if has_head_norm else 128, 32, 4, 2
     elif target.startswith("sm_9"):
-        # Two warp groups halve the accumulator registers: 120 a thread instead of 202.
+        # Two warp groups halve the accumulator registers: about 120 a thread, so that two programs fit.
         block_m, block_n, block_k, num_warps, num_stages = 128, 64, 64, 8, 3
     elif target.startswith("sm_10"):
-        # Accumulators live in tensor memory, so 4 warps do, but not for the norm over heads.
-        block_m, block_n, block_k, num_warps, num_stages = 128, 64, 64, 8 if has_head_norm else 4, 3
+        # Accumulators live in tensor memory; their epilogue wants 8 warps: 4 spill where RoPE is partial.
+        block_m, block_n, block_k, num_warps, num_stages = 128, 64, 64, 8, 3
     else:
-        # With 4 warps 240 to 255 registers a thread, and spills where RoPE is partial.
+        # With 4 warps there are not enough registers.
         block_m, block_n, block_k, num_warps, num_stages = 128, 64, 32, 8, 3
     if has_head_norm and pairs > block_n:
         block_m, block_n = block_m * block_n // pairs, pairs
