@@ -51,8 +51,8 @@ MODELS = ["Llama-3-8B", "Qwen3-8B", "Gemma-3-12B", "Llama-3-70B-TP8", "SmolLM2-1
 NORMS = {"llama": LlamaRMSNorm, "gemma": Gemma3RMSNorm, "olmo": Olmo2RMSNorm}  # Qwen3RMSNorm is LlamaRMSNorm
 GROUP, GROUP_TOKENS = 8, 1024
 
-# Maximum and RMS error, relative to the largest and RMS value: a few units in the last place, for the chain of roundings.
-TOLERANCES = {torch.float32: (1e-5, 3e-6), torch.float16: (4e-3, 8e-4), torch.bfloat16: (3.2e-2, 6e-3)}
+# Maximum and RMS error, relative to the largest and RMS value: what a chain of roundings adds up to.
+TOLERANCES = {torch.float32: (1e-5, 3e-6), torch.float16: (2e-3, 8e-4), torch.bfloat16: (1.6e-2, 6e-3)}
 
 
 @dataclass(frozen=True)
@@ -431,10 +431,10 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.set_title(model, fontsize=10)
+        axes.set_xlabel("context tokens", fontsize=9)
         axes.grid(alpha=0.3)
     for axes in list(figure.axes)[len(models) :]:
         axes.set_axis_off()
-    figure.supxlabel("context tokens", fontsize=9)
     figure.supylabel("speed-up over transformers, eager", fontsize=9)
     shown = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=8)
@@ -466,10 +466,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.rounds,
     )
     where = setting(args.device)
+    versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "transformers"))
     dtype = "float32, references" if small else "bfloat16"
-    title = f"Hidden states to K/V in the cache, {dtype}: " + ", ".join([where["device"], *(
-        f"{name} {where[name]}" for name in ("torch", "triton", "transformers")
-    )])  # fmt: skip
+    title = f"From hidden states to K/V in the cache: {dtype}\n{where['device']}, {versions}"
     Console(width=140).print(table(rows, title))
     if args.csv:
         write_csv(rows, where, args.csv)
