@@ -418,7 +418,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     lines = -(-len(models) // columns)
     figure = Figure(figsize=(max(4.2 * columns, 7), 3.4 * lines + 1), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for model, axes in zip(models, panels, strict=False):
         for index, name in enumerate(names):
             mine = [row for row in rows if (row.model, row.provider) == (model, name) and row.speedup is not None]
@@ -429,11 +429,11 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
         axes.set_title(model, fontsize=10)
         axes.set_xlabel("context tokens", fontsize=9)
         axes.grid(alpha=0.3)
-    for axes in list(figure.axes)[len(models) :]:
+    panels[0].set_ylim(bottom=0)  # after all lines: it ends the scaling of all panels, which share it
+    for axes in panels[len(models) :]:
         axes.set_axis_off()
     figure.supylabel("speed-up over transformers, eager", fontsize=9)
     shown = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
