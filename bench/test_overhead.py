@@ -1,0 +1,102 @@
+"""Host time of a call: the public function, the operator beneath it, and the reference alone, on tensors of one token.
+
+    pytest bench/test_overhead.py --benchmark-enable --benchmark-columns=min,median,iqr
+
+Public less operator is the checks of shapes; operator less reference is torch's dispatch and the checks of slots and memory.
+On a GPU the kernel's launch takes the reference's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import droidspeak_ops as ds
+from droidspeak_ops import reference
+from droidspeak_ops.proof.shapes import Shape, projection
+
+OPS = torch.ops.droidspeak_ops
+EPS = 1e-6
+LAYERS = 8
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def kv_project(norm: str) -> Calls:
+    arguments = _arguments(1)
+    tensors = [arguments[name][0] for name in ("x", "k_weight", "v_weight", "k_cache", "v_cache")]
+    cos, sin = arguments["cos"][0], arguments["sin"][0]
+    weight = torch.randn(16) if norm == "hf" else None
+
+    def after_norm(row_norm: Callable[..., torch.Tensor], project: Callable[..., None]) -> None:
+        rows = arguments["x"] if weight is None else [row_norm(tensors[0], weight, "llama", EPS)]
+        project(*{**arguments, "x": rows}.values())
+
+    def row_norm(*values: Any) -> torch.Tensor:
+        out = torch.empty_like(tensors[0])
+        OPS.row_norm(*values, out)
+        return out
+
+    return {
+        "public": partial(
+            ds.ops.kv_project, *tensors, arguments["slot_mapping"], norm=norm, norm_weight=weight, cos=cos, sin=sin
+        ),
+        "operator": partial(after_norm, row_norm, OPS.kv_project),
+        "reference": partial(after_norm, reference.row_norm_ref, reference.kv_project_ref),
+    }
+
+
+def kv_project_layers() -> Calls:
+    arguments = _arguments(LAYERS)
+    names = ("x", "k_weight", "v_weight", "k_cache", "v_cache", "slot_mapping")
+    angles = {"coses": arguments["cos"], "sines": arguments["sin"]}
+    return {
+        "public": partial(ds.ops.kv_project_layers, *(arguments[name] for name in names), norm="none", **angles),
+        "operator": partial(OPS.kv_project, *arguments.values()),
+        "reference": partial(reference.kv_project_ref, *arguments.values()),
+    }
+
+
+def kv_splice() -> Calls:
+    k, v, k_cache, v_cache = (torch.randn(1, 1, 1, 8) for _ in range(4))
+    slots = torch.arange(1)
+    values = (k, v, None, None, None, None, slots, False, k_cache, v_cache, None, None)
+    return {
+        "public": partial(ds.ops.kv_splice, k, v, k_cache, v_cache, slots),
+        "operator": partial(OPS.kv_splice, *values),
+        "reference": partial(reference.kv_splice_ref, *values),
+    }
+
+
+def rms_rstd() -> Calls:
+    x, out = torch.randn(1, 16), torch.empty(1)
+    return {
+        "public": partial(ds.ops.rms_rstd, x, EPS),
+        "operator": partial(OPS.rms_rstd, x, EPS, out),
+        "reference": partial(reference.rms_rstd_ref, x, EPS),
+    }
+
+
+def _arguments(layers: int) -> dict[str, Any]:
+    return projection(Shape(16, 1, 1, 8, 8), 1, dtype=torch.float32, device="cpu", layers=layers)
+
+
+CASES = {
+    "kv_project norm=none": partial(kv_project, "none"),
+    "kv_project norm=hf": partial(kv_project, "hf"),
+    f"kv_project_layers {LAYERS} layers": kv_project_layers,
+    "kv_splice": kv_splice,
+    "rms_rstd": rms_rstd,
+}
+
+
+@pytest.mark.parametrize("level", ["public", "operator", "reference"])
+@pytest.mark.parametrize("case", list(CASES))
+@torch.no_grad()
+def test_overhead(benchmark: Any, case: str, level: str) -> None:
+    benchmark.group = case
+    benchmark(CASES[case]()[level])
