@@ -1,9 +1,10 @@
 """Host time of a call: the public function, the operator beneath it, and the reference alone, on tensors of one token.
 
-    pytest bench/test_overhead.py --benchmark-enable --benchmark-columns=min,median,iqr
+    OMP_NUM_THREADS=1 pytest bench/test_overhead.py --benchmark-enable --benchmark-columns=min,median,iqr
 
 Public less operator is the checks of shapes; operator less reference is torch's dispatch and the checks of slots and memory.
-On a GPU the kernel's launch takes the reference's place.
+On a GPU the launcher takes the reference's place: what it does on the host up to Triton's own launch, which is stubbed, is
+timed by itself, with the check of memory that comes before.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import droidspeak_ops as ds
-from droidspeak_ops import reference
+from droidspeak_ops import library, reference, tuning
 from droidspeak_ops.proof.shapes import Shape, projection
 
 OPS = torch.ops.droidspeak_ops
@@ -92,6 +93,16 @@ CASES = {
     "kv_splice": kv_splice,
     "rms_rstd": rms_rstd,
 }
+
+
+@pytest.mark.parametrize("layers", [1, LAYERS])
+@torch.no_grad()
+def test_launcher(benchmark: Any, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    jit = pytest.importorskip("triton.runtime.jit")
+    monkeypatch.setattr(jit.JITFunction, "run", lambda *args, **options: None)
+    monkeypatch.setattr(tuning, "target", lambda device: "sm_90")
+    benchmark.group = "launcher of kv_project"
+    benchmark(partial(library._kv_project_gpu, *_arguments(layers).values()))
 
 
 @pytest.mark.parametrize("level", ["public", "operator", "reference"])

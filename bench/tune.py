@@ -62,7 +62,7 @@ def candidates(
     pairs = pairs_per_head(head_dim, has_head_norm)
     for sizes in itertools.product(*TILES):
         config = ProjectSpliceConfig(*sizes)
-        # A tile of x and two of the weights for each stage; some targets keep one stage fewer in shared memory.
+        # A tile of x and one of the weights for each stage; some targets keep one stage fewer in shared memory.
         stage = (config.block_m + 2 * config.block_n) * config.block_k * dtype.itemsize
         accumulators = 2 * config.block_m * config.block_n // (config.num_warps * warp_size)  # registers of a thread
         fits = stage * (config.num_stages - 1) <= shared_limit and accumulators <= 128  # of 255
@@ -131,7 +131,7 @@ def tune(models: Sequence[str], dtypes: Sequence[torch.dtype], tokens: int) -> I
             "hidden_size": shape.hidden_size,
             "num_kv_heads": shape.num_kv_heads,
             "head_dim": shape.head_dim,
-            "has_head_norm": shape.head_norm is not None,
+            "has_head_norm": shape.head_norm == "each",
         }
         default = project_splice_config(
             tuning.target(device), dtype, shape.num_kv_heads, shape.head_dim, key["has_head_norm"]

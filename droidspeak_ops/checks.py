@@ -132,22 +132,34 @@ def check_positions(positions: torch.Tensor | None, rows: int) -> None:
 
 def check_separate(inputs: dict[str, torch.Tensor | None], outputs: dict[str, torch.Tensor | None]) -> None:
     """No input shares memory with an output, nor one output with another."""
-    written: dict[str, torch.Tensor] = {}
+    read = [(name, tensor, *_range(tensor)) for name, tensor in inputs.items() if tensor is not None]
     for name, output in outputs.items():
         if output is None:
             continue
-        for other, tensor in {**inputs, **written}.items():
-            if tensor is not None and _overlap(tensor, output):
+        start, end = _range(output)
+        for other, tensor, first, last in read:
+            if first < end and start < last and _overlap(tensor, output):
                 raise ValueError(f"{other}: shares memory with {name}; tensors of their own are needed")
-        written[name] = output
+        read.append((name, output, start, end))
+
+
+def _range(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses from the first byte of a tensor to behind its last; none if it is empty."""
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    return start, start + _extent(tensor) * tensor.element_size()
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether an element of each lies in the same memory. Views of different strides do if their ranges meet."""
     first, second = (one, other) if one.data_ptr() <= other.data_ptr() else (other, one)
-    extent = sum((size - 1) * stride for size, stride in zip(first.shape, first.stride(), strict=True)) + 1
     distance, rest = divmod(second.data_ptr() - first.data_ptr(), first.element_size())
-    if not first.numel() or not second.numel() or distance >= extent:
+    if not first.numel() or not second.numel() or distance >= _extent(first):
         return False
     if rest or (first.stride(), first.dtype) != (second.stride(), second.dtype):
         return True

@@ -78,7 +78,9 @@ def _kv_project_gpu(*args: Any) -> None:
     from .kernels.project_splice import project_splice
 
     _check_projection_memory(args[0], *args[16:])
-    config = _config(args[0][0], args[17][0], bool(args[9]))
+    k_norm_weight, k_cache = args[9], args[17]
+    per_head = bool(k_norm_weight) and k_norm_weight[0].shape[0] == k_cache[0].shape[3]
+    config = _config(args[0][0], k_cache[0], per_head)
     project_splice(*args, config)  # type: ignore[call-arg]  # args are all but the last
 
 

@@ -427,7 +427,8 @@ def _project(
     if len(hidden_states) > 1:
         _check_alike(
             hidden_states=hidden_states, k_weights=k_weights, v_weights=v_weights, k_caches=k_caches, v_caches=v_caches,
-            k_biases=k_biases, v_biases=v_biases, k_norm_weights=k_norm_weights, coses=coses, sines=sines,
+            norm_weights=norm_weights, k_biases=k_biases, v_biases=v_biases, k_norm_weights=k_norm_weights, coses=coses,
+            sines=sines,
         )  # fmt: skip
 
     _check_choice("norm", norm, ("hf", "folded", "none"))
@@ -439,8 +440,12 @@ def _project(
         raise ValueError(f"rstd: given with norm={norm!r}; only 'folded' scales by it")
     x = [_rows(states) for states in hidden_states]
     if norm == "hf":
-        weights: Sequence[torch.Tensor | None] = norm_weights or [None] * len(x)
-        x = [row_norm(one, weight, norm_eps, norm_order=norm_order) for one, weight in zip(x, weights, strict=True)]
+        if norm_weights:
+            check("norm_weight", norm_weights[0], (hidden_size,), like, dtype)
+        normed = [torch.empty((num_tokens, hidden_size), dtype=dtype, device=like.device) for _ in x]
+        for layer, out in enumerate(normed):
+            ops.row_norm(x[layer], norm_weights[layer] if norm_weights else None, norm_order, norm_eps, out)
+        x = normed
     elif norm == "folded":
         rstds = [rstd.reshape(-1) for rstd in rstds] or [rms_rstd(one, norm_eps) for one in x]
         for rstd in rstds:
@@ -453,11 +458,14 @@ def _project(
 
 def _check_alike(**arguments: Sequence[torch.Tensor]) -> None:
     for name, tensors in arguments.items():
-        for layer, tensor in enumerate(tensors):
-            first = tensors[0]
-            same = (tensor.shape, tensor.dtype, tensor.device) == (first.shape, first.dtype, first.device)
-            if not same or tensor.stride() != first.stride():
-                kind = f"{first.dtype} {tuple(first.shape)} on {first.device} with strides {first.stride()}"
+        if not tensors:
+            continue
+        first, *others = tensors
+        shape, stride, dtype, device = first.shape, first.stride(), first.dtype, first.device
+        for layer, tensor in enumerate(others, start=1):
+            same = tensor.shape == shape and tensor.stride() == stride
+            if not same or tensor.dtype != dtype or tensor.device != device:
+                kind = f"{dtype} {tuple(shape)} on {device} with strides {stride}"
                 fail(f"{name}[{layer}]", tensor, f"{kind}, as of layer 0,")
 
 

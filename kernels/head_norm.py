@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import pair_columns, rotate, weigh
+from .sizes import next_power_of_2
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def head_norm(
     blocks, num_heads, block_size, head_dim = rows.shape
     if num_tokens == 0:
         return
-    block_h, block_p = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim // 2)
+    block_h, block_p = next_power_of_2(num_heads), next_power_of_2(head_dim // 2)
     _head_norm_kernel[(num_tokens,)](
         rows, weight, cos, sin, positions, slot_mapping, blocks * block_size, block_size, eps,
         *rows.stride()[:3], 0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0),

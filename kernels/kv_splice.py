@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .codes import FLOAT, FP8, as_stored, decode, encode, storage
 from .epilogue import pair_columns
+from .sizes import cdiv, next_power_of_2
 
 NUM_WARPS = 4
 
@@ -187,14 +188,14 @@ def kv_splice(
     blocks, _, block_size, _ = k_cache.shape
     if batch * rows == 0:
         return
-    block_p = triton.next_power_of_2(head_dim // 2)
+    block_p = next_power_of_2(head_dim // 2)
     block_t = max(1024 // block_p, 1)  # 8 values of each half a thread
     scales = (k_scale, v_scale), (k_cache_scale, v_cache_scale)
     source_strides, target_strides = (
         tuple(stride for scale in pair for stride in ((0, 0, 0) if scale is None else scale.stride()))
         for pair in scales
     )
-    _kv_splice_kernel[(triton.cdiv(batch * rows, block_t), 2)](
+    _kv_splice_kernel[(cdiv(batch * rows, block_t), 2)](
         as_stored(k), as_stored(v), k_scale, v_scale, cos, sin, slot_mapping,
         as_stored(k_cache), as_stored(v_cache), k_cache_scale, v_cache_scale,
         batch * rows, rows, blocks * block_size, block_size, num_kv_heads,

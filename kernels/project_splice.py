@@ -19,6 +19,7 @@ import triton.language as tl
 from .codes import as_stored, encode, storage
 from .epilogue import pair_columns, rotate, round_to, weigh
 from .head_norm import head_norm
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -289,7 +290,7 @@ def project_splice_config(
 
 def pairs_per_head(head_dim: int, has_head_norm: bool) -> int:
     """Columns of a tile that one head takes: half its width, padded to a power of two where a tile must hold whole heads."""
-    return triton.next_power_of_2(head_dim // 2) if has_head_norm else head_dim // 2
+    return next_power_of_2(head_dim // 2) if has_head_norm else head_dim // 2
 
 
 def project_splice(
@@ -328,8 +329,8 @@ def project_splice(
     has_head_norm = bool(k_norm_weight) and not norm_over_all
     rotary_dim = 2 * cos[0].shape[-1] if cos and not norm_over_all else 0
     pairs = pairs_per_head(head_dim, has_head_norm)
-    q_tiles, kv_tiles = (triton.cdiv(heads * pairs, config.block_n) for heads in (num_q_heads, num_kv_heads))
-    grid = (len(x) * triton.cdiv(num_tokens, config.block_m) * (q_tiles + 2 * kv_tiles),)
+    q_tiles, kv_tiles = (cdiv(heads * pairs, config.block_n) for heads in (num_q_heads, num_kv_heads))
+    grid = (len(x) * cdiv(num_tokens, config.block_m) * (q_tiles + 2 * kv_tiles),)
     _project_splice_kernel[grid](
         *(tuple(tensors) or (None,) for tensors in (
             x, rstd, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_norm_weight, k_norm_weight, cos, sin,

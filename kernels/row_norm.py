@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import round_to, weigh
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -65,10 +66,10 @@ def _launch(
     if num_tokens == 0:
         return
     rows = rows_per_program(num_tokens)
-    _row_norm_kernel[(triton.cdiv(num_tokens, rows),)](
+    _row_norm_kernel[(cdiv(num_tokens, rows),)](
         x, weight, rstd, out, num_tokens, hidden_size, rows, eps, x.stride(0), 0 if out is None else out.stride(0),
         STORE_ROWS=out is not None, HAS_WEIGHT=weight is not None, NORM_ORDER=norm_order,
-        BLOCK_C=triton.next_power_of_2(hidden_size), num_warps=num_warps(hidden_size), enable_fp_fusion=False,
+        BLOCK_C=next_power_of_2(hidden_size), num_warps=num_warps(hidden_size), enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -82,4 +83,4 @@ def rows_per_program(num_tokens: int) -> int:
 
 def num_warps(hidden_size: int) -> int:
     """Warps for one row: 16 elements a thread, two 16-byte loads in half precision."""
-    return min(max(triton.next_power_of_2(hidden_size) // 512, 1), 16)
+    return min(max(next_power_of_2(hidden_size) // 512, 1), 16)

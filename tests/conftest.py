@@ -1,9 +1,6 @@
 """Kernels run on the GPU where there is one, and in Triton's interpreter elsewhere; the tests are the same."""
 
-import importlib.util
 import os
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,16 +11,6 @@ if not HAS_GPU:
     from interpreter import correct_interpreter
 
     correct_interpreter()
-
-
-def bench(name: str) -> ModuleType:
-    """A script under bench/ as a module."""
-    spec = importlib.util.spec_from_file_location(
-        f"bench_{name}", Path(__file__).parent.parent / "bench" / f"{name}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,24 +1,20 @@
 """The benches without a GPU: what they refuse, choose and write."""
 
 import csv
-import importlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import projection as bench
 import pytest
 import torch
+import tune
 
 from droidspeak_ops import tuning
 from droidspeak_ops.kernels.project_splice import ProjectSpliceConfig
 from droidspeak_ops.proof.shapes import SHAPES, projection
-
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
-bench = importlib.import_module("projection")
-tune = importlib.import_module("tune")
 
 EAGER = [name for name in bench.PROVIDERS if name not in ("compile", "liger")]
 DEFAULT = ProjectSpliceConfig(128, 64, 64, 8, 3)

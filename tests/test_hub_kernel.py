@@ -55,7 +55,7 @@ for build in builds:
     assert {"kv_splice", "project_splice", "row_norm"} <= set(kernels), "these are imported at the first launch alone"
     for name in kernels:
         importlib.import_module(f"{build.__name__}.kernels.{name}")
-print(droidspeak_ops.ops.NAMESPACE, *(build.ops.NAMESPACE for build in builds))
+print(droidspeak_ops._ops.NAMESPACE, *(build._ops.NAMESPACE for build in builds))
 """
 
 

@@ -5,7 +5,8 @@ from math import ceil
 import pytest
 import torch
 from cases import projection
-from conftest import HAS_GPU, bench
+from conftest import HAS_GPU
+from traffic import compare
 
 from droidspeak_ops.kernels.head_norm import head_norm
 from droidspeak_ops.kernels.kv_splice import kv_splice
@@ -87,7 +88,7 @@ def test_project_splice_moves_what_its_tiling_implies(target: str, q_heads: int,
 def test_beyond_its_products_it_moves_at_most_half_of_what_transformers_does() -> None:
     """Against the layer's own modules and transformers' own cache, with either norm."""
     shape = Shape(512, 8, 2, 64, 64)
-    transformers, *ours = bench("traffic").compare(shape, tokens=256)
+    transformers, *ours = compare(shape, tokens=256)
     assert transformers.products == 2 * 2 * (256 * 512 + 128 * 512)  # both projections read rows and weight
     for row in ours:
         assert 0 < 2 * row.beyond <= transformers.beyond, row

@@ -45,7 +45,7 @@ def of_kernels(run: Callable[[], Any]) -> Traffic:
         traffic.stored += int(mask.data.sum()) * value.data.itemsize
         return store(self, pointers, value, mask, *rest)
 
-    counted = {"create_masked_load": counted_load, "create_masked_store": counted_store}
+    counted: dict[str, Any] = {"create_masked_load": counted_load, "create_masked_store": counted_store}
     with mock.patch.multiple(InterpreterBuilder, **counted):
         run()
     return traffic
