@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from droidspeak_ops import ops
+
 OUTPUTS = ("q", "k_cache", "v_cache")
 
 
@@ -44,6 +46,11 @@ class Projection:
         names = {rename.get(name, name): value for name, value in self.arguments.items() if not name.startswith("q")}
         single = {name: (value or [None])[0] if isinstance(value, list) else value for name, value in names.items()}
         return {**single, "norm": "none", **changes}
+
+
+def call(case: Projection, **changes: Any) -> None:
+    """`ops.kv_project` with the arguments of a case."""
+    ops.kv_project(**case.public(**changes))
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
