@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 # (query heads, kv heads, head_dim): grouped-query ratios 1, 2 and 4 at every head size.
 SHAPES = [(heads, kv_heads, head_dim) for head_dim in (64, 80, 96, 128) for heads, kv_heads in ((2, 2), (4, 2), (4, 1))]
@@ -34,6 +34,23 @@ def tiny_llama(heads: int = 4, kv_heads: int = 2, head_dim: int = 64, layers: in
     return LlamaForCausalLM(config).eval()
 
 
+def tiny(family: str, layers: int = 6, **changes) -> PreTrainedModel:
+    """A model of any family that is built like Llama's, with weights that no initialisation leaves at 0 or 1."""
+    config = AutoConfig.for_model(
+        family, vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.2,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0, **changes,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
 def fine_tuned(model: LlamaForCausalLM, change: float = 0.05) -> LlamaForCausalLM:
     """The same model with every weight changed a little."""
     other = copy.deepcopy(model)
@@ -48,7 +65,8 @@ def tokens(count: int, batch: int = 1, vocabulary: int = 101) -> Tensor:
 
 
 class SlowLlama:
-    """A Llama in plain loops over heads, sharing no code with transformers or the package."""
+    """A Llama in plain loops over heads, with the bias and the norm of heads of its relatives where the weights have them,
+    sharing no code with transformers or the package."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.w = {name: weight.detach().double() for name, weight in model.state_dict().items()}
@@ -73,13 +91,18 @@ class SlowLlama:
 
     def kv(self, layer: int, x: Tensor, first_position: int = 0) -> tuple[list[Tensor], list[Tensor]]:
         """K (rotated) and V by head from the hidden states that enter a layer."""
-        d, p = self.config.head_dim, f"model.layers.{layer}."
+        p = f"model.layers.{layer}."
         x = self._norm(x, p + "input_layernorm.weight")
-        k, v = (x @ self.w[p + f"self_attn.{name}_proj.weight"].T for name in "kv")
-        heads = range(self.config.num_key_value_heads)
-        return [self._rotate(k[:, h * d : (h + 1) * d], first_position) for h in heads], [
-            v[:, h * d : (h + 1) * d] for h in heads
-        ]
+        k, v = (self._heads(x, p + "self_attn.", name) for name in "kv")
+        return [self._rotate(head, first_position) for head in k], v
+
+    def _heads(self, x: Tensor, attention: str, name: str) -> list[Tensor]:
+        y = x @ self.w[f"{attention}{name}_proj.weight"].T
+        if f"{attention}{name}_proj.bias" in self.w:
+            y = y + self.w[f"{attention}{name}_proj.bias"]
+        heads = list(y.split(self.config.head_dim, dim=-1))
+        norm = f"{attention}{name}_norm.weight"
+        return [self._norm(head, norm) for head in heads] if norm in self.w else heads
 
     def layer(self, layer: int, x: Tensor, past: tuple[list[Tensor], list[Tensor]] | None = None) -> Tensor:
         """The layer's output for `x`, which follows the tokens of `past`."""
@@ -89,11 +112,11 @@ class SlowLlama:
         if past:
             keys = [torch.cat(pair) for pair in zip(past[0], keys, strict=True)]
             values = [torch.cat(pair) for pair in zip(past[1], values, strict=True)]
-        q = self._norm(x, p + "input_layernorm.weight") @ self.w[p + "self_attn.q_proj.weight"].T
+        q = self._heads(self._norm(x, p + "input_layernorm.weight"), p + "self_attn.", "q")
         out = []
         for h in range(c.num_attention_heads):
             kv_head = h // (c.num_attention_heads // c.num_key_value_heads)
-            scores = self._rotate(q[:, h * d : (h + 1) * d], before) @ keys[kv_head].T / math.sqrt(d)
+            scores = self._rotate(q[h], before) @ keys[kv_head].T / math.sqrt(d)
             for t in range(len(x)):
                 scores[t, before + t + 1 :] = -math.inf
             out.append(scores.softmax(-1) @ values[kv_head])

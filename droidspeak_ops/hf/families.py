@@ -33,17 +33,27 @@ class Family:
     self_attn: str = "self_attn"
     k_proj: str = "self_attn.k_proj"
     v_proj: str = "self_attn.v_proj"
+    k_norm: str | None = None
+
+
+def _family(prefix: str, **paths: str) -> Family:
+    """A family whose classes are named the usual way."""
+    return Family(
+        model=f"{prefix}Model",
+        layer=f"{prefix}DecoderLayer",
+        attention=f"{prefix}Attention",
+        norm=f"{prefix}RMSNorm",
+        rope=f"{prefix}RotaryEmbedding",
+        **paths,
+    )
 
 
 # By `config.model_type`.
 FAMILIES = {
-    "llama": Family(
-        model="LlamaModel",
-        layer="LlamaDecoderLayer",
-        attention="LlamaAttention",
-        norm="LlamaRMSNorm",
-        rope="LlamaRotaryEmbedding",
-    ),
+    "llama": _family("Llama"),
+    "mistral": _family("Mistral"),
+    "qwen2": _family("Qwen2"),
+    "qwen3": _family("Qwen3", k_norm="self_attn.k_norm"),
 }
 
 
@@ -57,6 +67,8 @@ class LayerWeights:
     v_weight: torch.Tensor
     k_bias: torch.Tensor | None
     v_bias: torch.Tensor | None
+    k_norm_weight: torch.Tensor | None
+    k_norm_eps: float
 
 
 class Decoder:
@@ -79,8 +91,10 @@ class Decoder:
         self.embed: nn.Module = self.base.get_submodule(family.embed)
         self.rotary: nn.Module = self.base.get_submodule(family.rotary)
         _check_class(family.rope, family.rotary, self.rotary)
+        _check_attention(config)
         self.layers = list(self.base.get_submodule(family.layers))[: config.num_hidden_layers]
-        self.head_dim: int = config.head_dim or config.hidden_size // config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None)
+        self.head_dim: int = head_dim or config.hidden_size // config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
         self._weights = [self._read(family, index) for index in range(len(self.layers))]
 
@@ -137,6 +151,10 @@ class Decoder:
         _check_class(family.attention, f"{where} {family.self_attn}", layer.get_submodule(family.self_attn))
         shape = (self.num_kv_heads * self.head_dim, self.config.hidden_size)
         k_proj, v_proj = (_linear(layer, path, where, shape) for path in (family.k_proj, family.v_proj))
+        k_norm: Any = None
+        if family.k_norm is not None:
+            k_norm = layer.get_submodule(family.k_norm)
+            _check_class(family.norm, f"{where} {family.k_norm}", k_norm)
         return LayerWeights(
             norm_weight=norm.weight,
             norm_eps=norm.variance_epsilon,
@@ -144,6 +162,8 @@ class Decoder:
             v_weight=v_proj.weight,
             k_bias=k_proj.bias,
             v_bias=v_proj.bias,
+            k_norm_weight=None if k_norm is None else k_norm.weight,
+            k_norm_eps=norm.variance_epsilon if k_norm is None else k_norm.variance_epsilon,
         )
 
 
@@ -155,6 +175,16 @@ def _linear(layer: nn.Module, path: str, where: str, shape: tuple[int, int]) -> 
         hint = "; merge the adapter into the model first" if hasattr(module, "base_layer") else ""
         raise UnsupportedModelError(f"{where} {path}: got {got}; a torch.nn.Linear with {shape} is needed{hint}")
     return module
+
+
+def _check_attention(config: Any) -> None:
+    """Every layer sees all tokens before its own."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]
+    for layer, kind in enumerate(kinds):
+        if kind != "full_attention":
+            raise UnsupportedModelError(f"layer {layer}: got {kind}; full_attention in all layers is needed")
 
 
 def _check_class(needed: str, where: str, module: nn.Module) -> None:

@@ -92,6 +92,8 @@ def partial_prefill(
             norm=norm, norm_weights=[each.norm_weight for each in weights] if norm == "hf" else [],
             norm_eps=weights[0].norm_eps, k_biases=[each.k_bias for each in weights if each.k_bias is not None],
             v_biases=[each.v_bias for each in weights if each.v_bias is not None],
+            k_norm_weights=[each.k_norm_weight for each in weights if each.k_norm_weight is not None],
+            head_norm_eps=weights[0].k_norm_eps,
             coses=[cos] * len(weights), sines=[sin] * len(weights),
         )  # fmt: skip
         for layer, target in zip(hidden_states, targets, strict=True):
