@@ -25,75 +25,25 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
+from providers import GROUPED, PROVIDERS, Problem, Provider, expected
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
-from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-import droidspeak_ops as ds
 from droidspeak_ops import tuning
 from droidspeak_ops.demo.measure import timed
-from droidspeak_ops.proof.shapes import SHAPES, Shape, projection
+from droidspeak_ops.proof.shapes import SHAPES
 from droidspeak_ops.proof.targets import TARGETS, time_floor
 
-EPS = 1e-6
 MODELS = ["Llama-3-8B", "Qwen3-8B", "Gemma-3-12B", "Llama-3-70B-TP8", "SmolLM2-135M"]
-NORMS = {"llama": LlamaRMSNorm, "gemma": Gemma3RMSNorm, "olmo": Olmo2RMSNorm}  # Qwen3RMSNorm is LlamaRMSNorm
 GROUP, GROUP_TOKENS = 8, 1024
 
 # Maximum and RMS error, relative to the largest and RMS value: what a chain of roundings adds up to.
 TOLERANCES = {torch.float32: (1e-5, 3e-6), torch.float16: (2e-3, 8e-4), torch.bfloat16: (1.6e-2, 6e-3)}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Layers of one shape, and the caches that a provider fills."""
-
-    shape: Shape
-    tokens: int
-    dtype: torch.dtype
-    device: str
-    layers: int = 1
-
-    @cached_property
-    def tensors(self) -> dict[str, Any]:
-        """Arguments of the operator, and the weights of the input norm; a list has a tensor for each layer."""
-        made = projection(self.shape, self.tokens, dtype=self.dtype, device=self.device, layers=self.layers)
-        return {**made, "norm_weight": [torch.randn_like(x[0]) for x in made["x"]]}
-
-    def layer(self, index: int = 0) -> dict[str, Any]:
-        """The arguments of one layer; None for what it does not have."""
-        return {
-            name: (value[index] if value else None) if isinstance(value, list) else value
-            for name, value in self.tensors.items()
-        }
-
-    @property
-    def outputs(self) -> list[torch.Tensor]:
-        return [*self.tensors["k_cache"], *self.tensors["v_cache"]]
-
-    @property
-    def flops(self) -> int:
-        return sum(
-            2 * self.tokens * weight.numel() for name in ("k_weight", "v_weight") for weight in self.tensors[name]
-        )
-
-    @property
-    def bytes_moved(self) -> int:
-        """Each input once, each output once."""
-        values = self.tensors.values()
-        lists = [value if isinstance(value, list) else [value] for value in values]
-        return sum(tensor.nbytes for tensors in lists for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 @dataclass(frozen=True)
@@ -109,187 +59,7 @@ class Row:
     check: str
 
 
-# --- providers: each makes what needs no hidden states, and returns what is timed -----------------------------------------
-
-
-def eager(problem: Problem) -> Callable[[], None]:
-    shape, layer = problem.shape, problem.layer()
-    norm = _norm(shape.hidden_size, shape, layer["norm_weight"])
-    k_proj, v_proj = (_linear(layer[f"{name}_weight"], layer[f"{name}_bias"]) for name in "kv")
-    k_norm = None if shape.head_norm is None else _norm(shape.head_dim, shape, layer["k_norm_weight"])
-    cos, sin = (torch.cat((layer[name],) * 2, dim=-1) for name in ("cos", "sin"))
-
-    def run() -> None:
-        rows = norm(layer["x"][None])
-        k, v = k_proj(rows), v_proj(rows)
-        if shape.head_norm == "all":
-            k = k_norm(k)
-        k, v = (each.unflatten(-1, (-1, shape.head_dim)) for each in (k, v))
-        if shape.head_norm == "each":
-            k = k_norm(k)
-        k, passed = k.transpose(1, 2).split([shape.rotary_dim, shape.head_dim - shape.rotary_dim], dim=-1)
-        k = k * cos + rotate_half(k) * sin
-        layer["k_cache"].copy_(torch.cat((k, passed), dim=-1) if passed.numel() else k)
-        layer["v_cache"].copy_(v.transpose(1, 2))
-
-    return run
-
-
-def compiled(problem: Problem) -> Callable[[], None]:
-    torch.compiler.reset()  # each problem is compiled for its own shapes
-    return torch.compile(eager(problem), fullgraph=True, dynamic=False)
-
-
-def unfused(problem: Problem) -> Callable[[], None]:
-    shape, layer = problem.shape, problem.layer()
-    order = shape.norm_order
-
-    def run() -> None:
-        rows = ds.ops.row_norm(layer["x"], layer["norm_weight"], EPS, norm_order=order)
-        k = F.linear(rows, layer["k_weight"], layer["k_bias"])
-        v = F.linear(rows, layer["v_weight"], layer["v_bias"])
-        if shape.head_norm == "all":
-            k = ds.ops.row_norm(k, layer["k_norm_weight"], EPS, norm_order=order)
-        k, v = (each.unflatten(-1, (-1, shape.head_dim)) for each in (k, v))
-        if shape.head_norm == "each":
-            k = ds.ops.row_norm(k, layer["k_norm_weight"], EPS, norm_order=order)
-        k, v = (each[None].transpose(1, 2) for each in (k, v))
-        caches = layer["k_cache"], layer["v_cache"], layer["slot_mapping"]
-        ds.ops.kv_splice(k, v, *caches, cos=layer["cos"], sin=layer["sin"])
-
-    return run
-
-
-def liger(problem: Problem) -> Callable[[], None]:
-    from liger_kernel.transformers.rms_norm import LigerRMSNorm
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb
-
-    shape, layer = problem.shape, problem.layer()
-    offset, casting = {"llama": (0.0, "llama"), "gemma": (1.0, "gemma"), "olmo": (0.0, "gemma")}[shape.norm_order]
-
-    def norm_with(weight: torch.Tensor) -> nn.Module:
-        norm = LigerRMSNorm(weight.shape[0], EPS, offset, casting, in_place=False)
-        return _with(norm, weight=weight)
-
-    norm = norm_with(layer["norm_weight"])
-    k_norm = None if shape.head_norm is None else norm_with(layer["k_norm_weight"])
-    q = layer["x"].new_zeros(1, problem.tokens, 1, shape.head_dim).transpose(1, 2)
-    cos, sin = (torch.cat((layer[name],) * 2, dim=-1)[None] for name in ("cos", "sin"))
-
-    def run() -> None:
-        rows = norm(layer["x"][None])
-        k, v = (F.linear(rows, layer[f"{name}_weight"], layer[f"{name}_bias"]) for name in "kv")
-        if shape.head_norm == "all":
-            k = k_norm(k)
-        k, v = (each.unflatten(-1, (-1, shape.head_dim)) for each in (k, v))
-        if shape.head_norm == "each":
-            k = k_norm(k)
-        k = liger_rotary_pos_emb(q, k.transpose(1, 2), cos, sin)[1]
-        layer["k_cache"].copy_(k)
-        layer["v_cache"].copy_(v.transpose(1, 2))
-
-    return run
-
-
-def ours(problem: Problem) -> Callable[[], None]:
-    layer = problem.layer()
-    given = {
-        name: layer[name] for name in ("norm_weight", "norm_order", "k_bias", "v_bias", "k_norm_weight", "cos", "sin")
-    }
-    return partial(ds.ops.kv_project, *_positional(layer), norm="hf", norm_eps=EPS, head_norm_eps=EPS, **given)
-
-
-def ours_folded(problem: Problem, index: int = 0) -> Callable[[], None]:
-    layer = _folded(problem.layer(index))
-    given = {name: layer[name] for name in ("rstd", "norm_order", "k_bias", "v_bias", "k_norm_weight", "cos", "sin")}
-    return partial(ds.ops.kv_project, *_positional(layer), norm="folded", head_norm_eps=EPS, **given)
-
-
-def ours_single(problem: Problem) -> Callable[[], None]:
-    calls = [ours_folded(problem, index) for index in range(problem.layers)]
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return run
-
-
-def ours_grouped(problem: Problem) -> Callable[[], None]:
-    layers = [_folded(problem.layer(index)) for index in range(problem.layers)]
-    columns = list(zip(*(_positional(layer)[:5] for layer in layers), strict=True))
-    plural = {"rstd": "rstds", "k_bias": "k_biases", "v_bias": "v_biases", "k_norm_weight": "k_norm_weights",
-              "cos": "coses", "sin": "sines"}  # fmt: skip
-    given = {plural[name]: [layer[name] for layer in layers] for name in plural if layers[0][name] is not None}
-    return partial(
-        ds.ops.kv_project_layers, *columns, layers[0]["slot_mapping"], norm="folded",
-        norm_order=problem.shape.norm_order, head_norm_eps=EPS, **given,
-    )  # fmt: skip
-
-
-Provider = Callable[[Problem], Callable[[], None]]
-PROVIDERS: dict[str, Provider] = {
-    "transformers": eager,
-    "compile": compiled,
-    "unfused": unfused,
-    "liger": liger,
-    "ours": ours,
-    "ours folded": ours_folded,
-}
-GROUPED: dict[str, Provider] = {"ours x8 single": ours_single, "ours x8 grouped": ours_grouped}
-
-
-def _with(module: nn.Module, **weights: torch.Tensor | None) -> nn.Module:
-    for name, weight in weights.items():
-        setattr(module, name, None if weight is None else nn.Parameter(weight, requires_grad=False))
-    return module
-
-
-def _norm(width: int, shape: Shape, weight: torch.Tensor) -> nn.Module:
-    return _with(NORMS[shape.norm_order](width, eps=EPS), weight=weight)
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    return _with(nn.Linear(*reversed(weight.shape), device="meta"), weight=weight, bias=bias)
-
-
-def _positional(layer: dict[str, Any]) -> list[torch.Tensor]:
-    return [layer[name] for name in ("x", "k_weight", "v_weight", "k_cache", "v_cache", "slot_mapping")]
-
-
-def _folded(layer: dict[str, Any]) -> dict[str, Any]:
-    fold = partial(ds.ops.fold_norm_weight, norm_weight=layer["norm_weight"], norm_order=layer["norm_order"])
-    weights = {name: fold(layer[name]) for name in ("k_weight", "v_weight")}
-    return {**layer, **weights, "rstd": ds.ops.rms_rstd(layer["x"], EPS)}
-
-
 # --- what is right, and how long it takes ---------------------------------------------------------------------------------
-
-
-def expected(problem: Problem) -> list[torch.Tensor]:
-    """K of all layers, then V, in float64 throughout."""
-    keys, values, shape = [], [], problem.shape
-
-    def normed(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        rows = rows * (rows.square().mean(-1, keepdim=True) + EPS).rsqrt()
-        return rows * (1 + weight if shape.norm_order == "gemma" else weight)
-
-    for index in range(problem.layers):
-        layer = {
-            name: value.double() if isinstance(value, torch.Tensor) else value
-            for name, value in problem.layer(index).items()
-        }
-        rows = normed(layer["x"], layer["norm_weight"])
-        k, v = (F.linear(rows, layer[f"{name}_weight"], layer[f"{name}_bias"]) for name in "kv")
-        if shape.head_norm is not None:
-            k = normed(k.unflatten(-1, (-1, layer["k_norm_weight"].shape[0])), layer["k_norm_weight"]).flatten(-2)
-        k, v = (each.unflatten(-1, (-1, shape.head_dim)).transpose(0, 1)[None] for each in (k, v))
-        half = shape.rotary_dim // 2
-        k1, k2, passed = k.split([half, half, shape.head_dim - 2 * half], dim=-1)
-        cos, sin = layer["cos"], layer["sin"]
-        keys.append(torch.cat((k1 * cos - k2 * sin, k2 * cos + k1 * sin, passed), dim=-1))
-        values.append(v)
-    return keys + values
 
 
 def errors(actual: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> tuple[float, float]:

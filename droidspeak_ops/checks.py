@@ -7,13 +7,16 @@ not be asked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.float8_e4m3fn, torch.int8)
-NORM_ORDERS = ("llama", "gemma", "olmo", "none")
+
+Norm = Literal["hf", "folded", "none"]
+NormOrder = Literal["llama", "gemma", "olmo", "none"]
+NORMS, NORM_ORDERS = get_args(Norm), get_args(NormOrder)
 
 
 def fail(name: str, tensor: torch.Tensor, needed: str) -> NoReturn:
@@ -52,14 +55,8 @@ def check_caches(
         fail("k_cache", k_cache, f"[blocks, kv_heads, block_size, head_dim] with an even head_dim in one of {names}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check(name, cache, shape, like, k_cache.dtype)
-        if not all(cache.stride()) and any(
-            size > 1 and not step for size, step in zip(shape, cache.stride(), strict=True)
-        ):
+        if any(size > 1 and not step for size, step in zip(shape, cache.stride(), strict=True)):
             fail(name, cache, "memory of its own for each row (no stride of 0)")
-
-
-def check_slots(slot_mapping: torch.Tensor, num_tokens: int, like: torch.Tensor) -> None:
-    check("slot_mapping", slot_mapping, (num_tokens,), like, torch.int64)
 
 
 def check_rotation(
@@ -94,8 +91,9 @@ def check_scales(
     like: torch.Tensor,
     *,
     needed: bool,
+    written: bool,
 ) -> None:
-    """Scales of 8-bit rows: for both of K and V or neither; none beside rows that are not 8-bit."""
+    """Scales of 8-bit rows: for both of K and V or neither; none beside rows that are not 8-bit; apart if written."""
     for name, scale in zip(names, scales, strict=True):
         if scale is None:
             if needed or any(other is not None for other in scales):
@@ -104,6 +102,34 @@ def check_scales(
             raise ValueError(f"{name}: given beside rows of {dtype}, which have no scales")
         elif scale.shape != shape or scale.dtype != torch.float32 or scale.device != like.device:
             fail(name, scale, f"torch.float32 {shape} on {like.device}")
+        elif written and 0 in scale.stride() and scale.numel() > 1:
+            fail(name, scale, "memory of its own for each scale that is written (no stride of 0)")
+
+
+def check_alike(**arguments: Sequence[torch.Tensor]) -> None:
+    """Each argument has one shape, dtype, device and layout in all layers."""
+    for name, tensors in arguments.items():
+        if not tensors:
+            continue
+        first, *others = tensors
+        shape, stride, dtype, device = first.shape, first.stride(), first.dtype, first.device
+        for layer, tensor in enumerate(others, start=1):
+            same = tensor.shape == shape and tensor.stride() == stride
+            if not same or tensor.dtype != dtype or tensor.device != device:
+                kind = f"{dtype} {tuple(shape)} on {device} with strides {stride}"
+                fail(f"{name}[{layer}]", tensor, f"{kind}, as of layer 0,")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}; one of {', '.join(map(repr, choices))} is needed")
+
+
+def check_norm_weight(name: str, weight: torch.Tensor | None, norm_order: str) -> None:
+    """The order is known, and there is a weight unless it is "none"."""
+    check_choice("norm_order", norm_order, NORM_ORDERS)
+    if (weight is None) != (norm_order == "none"):
+        raise ValueError(f"{name}: {'missing' if weight is None else 'given'} with norm_order={norm_order!r}")
 
 
 # --- what reads values or addresses ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import reference
+from . import reference, tuning
 from ._ops import NAMESPACE
 from .checks import check_positions, check_separate, check_slot_range
 
@@ -78,9 +78,10 @@ def _kv_project_gpu(*args: Any) -> None:
     from .kernels.project_splice import project_splice
 
     _check_projection_memory(args[0], *args[16:])
-    k_norm_weight, k_cache = args[9], args[17]
-    per_head = bool(k_norm_weight) and k_norm_weight[0].shape[0] == k_cache[0].shape[3]
-    config = _config(args[0][0], k_cache[0], per_head)
+    x, k_norm_weight, k_cache = args[0][0], args[9], args[17][0]
+    _, num_kv_heads, _, head_dim = k_cache.shape
+    has_head_norm = bool(k_norm_weight) and k_norm_weight[0].shape[0] == head_dim
+    config = tuning.config(x.device.index, x.dtype, x.shape[1], num_kv_heads, head_dim, has_head_norm=has_head_norm)
     project_splice(*args, config)  # type: ignore[call-arg]  # args are all but the last
 
 
@@ -108,14 +109,6 @@ def _check_projection_memory(
 def _check_splice_memory(*args: Any) -> None:
     names = ("k_cache", "v_cache", "k_cache_scale", "v_cache_scale")
     check_separate({"k": args[0], "v": args[1]}, dict(zip(names, args[8:], strict=True)))
-
-
-def _config(x: torch.Tensor, k_cache: torch.Tensor, has_head_norm: bool) -> Any:
-    from . import tuning
-
-    return tuning.config(
-        x.device.index, x.dtype, x.shape[1], k_cache.shape[1], k_cache.shape[3], has_head_norm=has_head_norm
-    )
 
 
 def _nothing(*args: Any) -> None:

@@ -13,7 +13,6 @@ nothing. A weight may be rows of a fused one: ``qkv_weight[q_size : q_size + kv_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import torch
 
@@ -23,14 +22,18 @@ from .checks import (
     CODES,
     FLOATS,
     NORM_ORDERS,
+    Norm,
+    NormOrder,
     check,
     check_caches,
+    check_choice,
+    check_norm_weight,
     check_rotation,
     check_rows,
     check_scales,
-    check_slots,
     fail,
 )
+from .projection import project, rows
 
 __all__ = [
     "fold_norm_weight",
@@ -43,9 +46,6 @@ __all__ = [
     "rotation_between",
     "row_norm",
 ]
-
-Norm = Literal["hf", "folded", "none"]
-NormOrder = Literal["llama", "gemma", "olmo", "none"]
 
 # Several layers share a launch while one alone would leave a GPU idle: this many tokens in all, and at most 8 layers, whose
 # pointers fit in a kernel's arguments.
@@ -65,7 +65,7 @@ def rms_rstd(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
     """
     check_rows("hidden_states", hidden_states)
     out = torch.empty(hidden_states.shape[:-1], dtype=torch.float32, device=hidden_states.device)
-    ops.rms_rstd(_rows(hidden_states), eps, out.view(-1))
+    ops.rms_rstd(rows(hidden_states), eps, out.view(-1))
     return out
 
 
@@ -87,9 +87,9 @@ def row_norm(
     """
     check_rows("hidden_states", hidden_states)
     check("weight", weight, (hidden_states.shape[-1],), hidden_states, hidden_states.dtype)
-    _check_norm_weight("weight", weight, norm_order)
+    check_norm_weight("weight", weight, norm_order)
     out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
-    ops.row_norm(_rows(hidden_states), weight, norm_order, eps, out.view(-1, out.shape[-1]))
+    ops.row_norm(rows(hidden_states), weight, norm_order, eps, out.view(-1, out.shape[-1]))
     return out
 
 
@@ -97,7 +97,7 @@ def fold_norm_weight(
     weight: torch.Tensor, norm_weight: torch.Tensor, *, norm_order: NormOrder = "llama"
 ) -> torch.Tensor:
     """Fold the weight of an RMS norm ``[C]`` into a projection ``[N, C]`` that follows it, for ``norm="folded"``."""
-    _check_choice("norm_order", norm_order, NORM_ORDERS)
+    check_choice("norm_order", norm_order, NORM_ORDERS)
     return weight * (1.0 + norm_weight if norm_order == "gemma" else norm_weight)
 
 
@@ -152,7 +152,7 @@ def kv_project(
     Raises:
         ValueError: a shape, dtype, device or slot does not fit; the message names the argument.
     """
-    _project(
+    project(
         [hidden_states], [], [k_weight], [v_weight], [], [k_cache], [v_cache], slot_mapping,
         norm=norm, norm_weights=_listed(norm_weight), norm_order=norm_order, norm_eps=norm_eps, rstds=_listed(rstd),
         q_biases=[], k_biases=_listed(k_bias), v_biases=_listed(v_bias), q_norm_weights=[],
@@ -195,7 +195,7 @@ def qkv_project(
 
     Other arguments and errors are those of :func:`kv_project`.
     """
-    _project(
+    project(
         [hidden_states], [q_weight], [k_weight], [v_weight], [q], [k_cache], [v_cache], slot_mapping,
         norm=norm, norm_weights=_listed(norm_weight), norm_order=norm_order, norm_eps=norm_eps, rstds=_listed(rstd),
         q_biases=_listed(q_bias), k_biases=_listed(k_bias), v_biases=_listed(v_bias),
@@ -252,7 +252,7 @@ def kv_project_layers(
         size = min(group, layers - first)
         size = 1 << (size.bit_length() - 1)  # powers of two, so that four kernels serve any number of layers
         some = slice(first, first + size)
-        _project(
+        project(
             hidden_states[some], [], k_weights[some], v_weights[some], [], k_caches[some], v_caches[some], slot_mapping,
             norm=norm, norm_weights=norm_weights[some], norm_order=norm_order, norm_eps=norm_eps, rstds=rstds[some],
             q_biases=[], k_biases=k_biases[some], v_biases=v_biases[some], q_norm_weights=[],
@@ -303,19 +303,16 @@ def kv_splice(
     batch, _, tokens, _ = k.shape
     for name, tensor in (("k", k), ("v", v)):
         check(name, tensor, (batch, num_kv_heads, tokens, head_dim), k, k.dtype)
-    check_slots(slot_mapping, batch * tokens, k)
+    check("slot_mapping", slot_mapping, (batch * tokens,), k, torch.int64)
     check_rotation(cos, sin, None, batch * tokens, head_dim, k, None)
     check_scales(
         ("k_scale", "v_scale"), (k_scale, v_scale), (batch, num_kv_heads, tokens), k.dtype, k,
-        needed=k.dtype == torch.int8,
+        needed=k.dtype == torch.int8, written=False,
     )  # fmt: skip
     check_scales(
         ("k_cache_scale", "v_cache_scale"), (k_cache_scale, v_cache_scale), (blocks, num_kv_heads, block_size),
-        k_cache.dtype, k, needed=k_cache.dtype in CODES,
+        k_cache.dtype, k, needed=k_cache.dtype in CODES, written=not static_scale,
     )  # fmt: skip
-    for name, scale in (("k_cache_scale", k_cache_scale), ("v_cache_scale", v_cache_scale)):
-        if scale is not None and not static_scale and 0 in scale.stride() and scale.numel() > 1:
-            fail(name, scale, "memory of its own for each scale that is written (no stride of 0)")
     ops.kv_splice(
         k, v, k_scale, v_scale, cos, sin, slot_mapping, static_scale, k_cache, v_cache, k_cache_scale, v_cache_scale
     )
@@ -367,122 +364,5 @@ def packed_slots(
     return positions, (block * block_size + row).masked_fill(padding, -1)
 
 
-def _project(
-    hidden_states: Sequence[torch.Tensor],
-    q_weights: Sequence[torch.Tensor],
-    k_weights: Sequence[torch.Tensor],
-    v_weights: Sequence[torch.Tensor],
-    qs: Sequence[torch.Tensor],
-    k_caches: Sequence[torch.Tensor],
-    v_caches: Sequence[torch.Tensor],
-    slot_mapping: torch.Tensor,
-    *,
-    norm: Norm,
-    norm_weights: Sequence[torch.Tensor],
-    norm_order: NormOrder,
-    norm_eps: float,
-    rstds: Sequence[torch.Tensor],
-    q_biases: Sequence[torch.Tensor],
-    k_biases: Sequence[torch.Tensor],
-    v_biases: Sequence[torch.Tensor],
-    q_norm_weights: Sequence[torch.Tensor],
-    k_norm_weights: Sequence[torch.Tensor],
-    head_norm_eps: float,
-    coses: Sequence[torch.Tensor],
-    sines: Sequence[torch.Tensor],
-    positions: torch.Tensor | None,
-) -> None:
-    like = hidden_states[0]
-    check_rows("hidden_states", like)
-    check_caches(k_caches[0], v_caches[0], like, (*FLOATS, torch.float8_e4m3fn))
-    hidden_size, num_tokens = like.shape[-1], like.shape[:-1].numel()
-    _, num_kv_heads, _, head_dim = k_caches[0].shape
-    rows, dtype = num_kv_heads * head_dim, like.dtype
-    check("k_weight", k_weights[0], (rows, hidden_size), like, dtype)
-    check("v_weight", v_weights[0], (rows, hidden_size), like, dtype)
-    if len(k_biases) != len(v_biases) or (qs and len(k_biases) != len(q_biases)):
-        raise ValueError("k_bias, v_bias and the bias of Q, if there is one: all or none are needed")
-    if k_biases:
-        check("k_bias", k_biases[0], (rows,), like, dtype)
-        check("v_bias", v_biases[0], (rows,), like, dtype)
-    if k_norm_weights:
-        _check_norm_weight("k_norm_weight", k_norm_weights[0], norm_order)
-        over_all = any(weights[0].shape[0] != head_dim for weights in (q_norm_weights, k_norm_weights) if weights)
-        check("k_norm_weight", k_norm_weights[0], (rows if over_all else head_dim,), like, dtype)
-        if over_all and k_caches[0].dtype != dtype:
-            fail("k_cache", k_caches[0], f"{dtype}, the dtype of hidden_states, for a norm over all heads,")
-    if qs:
-        num_q_heads = qs[0].shape[1] if qs[0].dim() == 3 else 0
-        check("q", qs[0], (num_tokens, num_q_heads, head_dim), like, dtype)
-        check("q_weight", q_weights[0], (num_q_heads * head_dim, hidden_size), like, dtype)
-        if q_biases:
-            check("q_bias", q_biases[0], (num_q_heads * head_dim,), like, dtype)
-        if len(q_norm_weights) != len(k_norm_weights):
-            raise ValueError("q_norm_weight and k_norm_weight: both or neither are needed")
-        if q_norm_weights:
-            check("q_norm_weight", q_norm_weights[0], (num_q_heads * head_dim if over_all else head_dim,), like, dtype)
-    check_slots(slot_mapping, num_tokens, like)
-    cos, sin = coses[0] if coses else None, sines[0] if sines else None
-    check_rotation(cos, sin, positions, num_tokens, head_dim, like, dtype)
-    if len(hidden_states) > 1:
-        _check_alike(
-            hidden_states=hidden_states, k_weights=k_weights, v_weights=v_weights, k_caches=k_caches, v_caches=v_caches,
-            norm_weights=norm_weights, k_biases=k_biases, v_biases=v_biases, k_norm_weights=k_norm_weights, coses=coses,
-            sines=sines,
-        )  # fmt: skip
-
-    _check_choice("norm", norm, ("hf", "folded", "none"))
-    if norm == "hf":
-        _check_norm_weight("norm_weight", norm_weights[0] if norm_weights else None, norm_order)
-    elif norm_weights:
-        raise ValueError(f"norm_weight: given with norm={norm!r}; only 'hf' multiplies by it")
-    if rstds and norm != "folded":
-        raise ValueError(f"rstd: given with norm={norm!r}; only 'folded' scales by it")
-    x = [_rows(states) for states in hidden_states]
-    if norm == "hf":
-        if norm_weights:
-            check("norm_weight", norm_weights[0], (hidden_size,), like, dtype)
-        normed = [torch.empty((num_tokens, hidden_size), dtype=dtype, device=like.device) for _ in x]
-        for layer, out in enumerate(normed):
-            ops.row_norm(x[layer], norm_weights[layer] if norm_weights else None, norm_order, norm_eps, out)
-        x = normed
-    elif norm == "folded":
-        rstds = [rstd.reshape(-1) for rstd in rstds] or [rms_rstd(one, norm_eps) for one in x]
-        for rstd in rstds:
-            check("rstd", rstd, (num_tokens,), like, torch.float32)
-    ops.kv_project(
-        x, rstds, q_weights, k_weights, v_weights, q_biases, k_biases, v_biases, q_norm_weights, k_norm_weights,
-        norm_order, head_norm_eps, coses, sines, positions, slot_mapping, qs, k_caches, v_caches,
-    )  # fmt: skip
-
-
-def _check_alike(**arguments: Sequence[torch.Tensor]) -> None:
-    for name, tensors in arguments.items():
-        if not tensors:
-            continue
-        first, *others = tensors
-        shape, stride, dtype, device = first.shape, first.stride(), first.dtype, first.device
-        for layer, tensor in enumerate(others, start=1):
-            same = tensor.shape == shape and tensor.stride() == stride
-            if not same or tensor.dtype != dtype or tensor.device != device:
-                kind = f"{dtype} {tuple(shape)} on {device} with strides {stride}"
-                fail(f"{name}[{layer}]", tensor, f"{kind}, as of layer 0,")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}; one of {', '.join(map(repr, choices))} is needed")
-
-
-def _check_norm_weight(name: str, weight: torch.Tensor | None, norm_order: str) -> None:
-    _check_choice("norm_order", norm_order, NORM_ORDERS)
-    if (weight is None) != (norm_order == "none"):
-        raise ValueError(f"{name}: {'missing' if weight is None else 'given'} with norm_order={norm_order!r}")
-
-
 def _listed(tensor: torch.Tensor | None) -> list[torch.Tensor]:
     return [] if tensor is None else [tensor]
-
-
-def _rows(hidden_states: torch.Tensor) -> torch.Tensor:
-    return hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])

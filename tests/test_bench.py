@@ -11,6 +11,7 @@ import projection as bench
 import pytest
 import torch
 import tune
+from providers import ours
 
 from droidspeak_ops import tuning
 from droidspeak_ops.kernels.project_splice import ProjectSpliceConfig
@@ -55,7 +56,7 @@ def test_providers_agree_with_float64(model: str, dtype: torch.dtype) -> None:
 
 
 def slightly_wrong(problem: Any) -> Callable[[], None]:
-    right = bench.ours(problem)
+    right = ours(problem)
 
     def run() -> None:
         right()

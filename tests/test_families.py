@@ -1,12 +1,9 @@
 """Families beside Llama's: exactness of the receiver's path, and what is refused by name."""
 
-import copy
-
 import pytest
 import torch
-from compare import assert_bitwise_equal, assert_close
 from models import SlowLlama, fine_tuned, slow_mixed, tiny, tokens
-from transformers import DynamicCache
+from prefills import assert_is_mixed, assert_is_own_prefill, prefill
 
 import droidspeak_ops as ds
 
@@ -19,22 +16,6 @@ pytestmark = [pytest.mark.parametrize(("family", "options"), FAMILIES)]
 def pair(family: str, options: dict) -> tuple:
     sender = tiny(family, LAYERS, **options)
     return sender, fine_tuned(sender, 0.3)
-
-
-def prefill(sender, receiver, ids: torch.Tensor, plan: ds.Plan, **options) -> ds.MixedCache:
-    context = ds.capture(sender, ids, layers=plan.hidden_layers(LAYERS))
-    return ds.partial_prefill(receiver, context, plan, **options)
-
-
-@torch.no_grad()
-def assert_is_own_prefill(model, cache, ids: torch.Tensor, suffix: torch.Tensor) -> None:
-    own = DynamicCache()
-    model(ids, past_key_values=own)
-    for ours, theirs in zip(cache.layers, own.layers, strict=True):
-        assert_bitwise_equal(ours.keys, theirs.keys)
-        assert_bitwise_equal(ours.values, theirs.values)
-    ours, theirs = (model(suffix, past_key_values=copy.deepcopy(each)).logits for each in (cache, own))
-    assert_bitwise_equal(ours, theirs)
 
 
 def test_recomputing_everything_is_the_own_prefill(pair) -> None:
@@ -50,17 +31,12 @@ def test_sender_equal_to_receiver_is_prefix_caching(pair, plan: ds.Plan) -> None
 
 @pytest.mark.parametrize("norm", ["hf", "folded"])
 @pytest.mark.parametrize(("bands", "project"), [([], [0, 2]), ([(1, 3)], [0, 3]), ([(0, 2)], [])])
-@torch.no_grad()
 def test_mixed_plan_equals_a_slow_computation(pair, bands, project, norm: str) -> None:
     sender, receiver = pair
     ids, suffix = tokens(11), tokens(3)
     mixed, logits = slow_mixed(SlowLlama(sender), SlowLlama(receiver), ids, suffix, bands, project)
     cache = prefill(sender, receiver, ids, ds.Plan(bands, project), norm=norm)
-    for layer, (keys, values) in zip(cache.layers, mixed, strict=True):
-        assert_close(layer.keys[0], torch.stack(keys), torch.float32, operations=LAYERS)
-        assert_close(layer.values[0], torch.stack(values), torch.float32, operations=LAYERS)
-    result = receiver(suffix, past_key_values=cache).logits[0]
-    assert_close(result, logits, torch.float32, operations=LAYERS)
+    assert_is_mixed(receiver, cache, suffix, mixed, logits)
 
 
 def test_greedy_generation_is_that_of_a_plain_prompt(pair) -> None:

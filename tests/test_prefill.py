@@ -4,40 +4,15 @@ import copy
 
 import pytest
 import torch
-from compare import assert_bitwise_equal, assert_close
+from compare import assert_bitwise_equal
 from models import SHAPES, SlowLlama, fine_tuned, slow_mixed, tiny_llama, tokens
+from prefills import assert_is_mixed, assert_is_own_prefill, own_prefill, prefill, suffix_logits
 from transformers import DynamicCache, LlamaForCausalLM
 
 import droidspeak_ops as ds
 
 LAYERS = 6
 EVERYTHING = ds.Plan(bands=[(0, LAYERS)])
-
-
-@torch.no_grad()
-def own_prefill(model: LlamaForCausalLM, ids: torch.Tensor) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, logits_to_keep=1)
-    return cache
-
-
-@torch.no_grad()
-def suffix_logits(model: LlamaForCausalLM, suffix: torch.Tensor, cache) -> torch.Tensor:
-    return model(suffix, past_key_values=copy.deepcopy(cache)).logits
-
-
-def prefill(sender, receiver, ids: torch.Tensor, plan: ds.Plan, **options) -> ds.MixedCache:
-    context = ds.capture(sender, ids, layers=plan.hidden_layers(sender.config.num_hidden_layers))
-    return ds.partial_prefill(receiver, context, plan, **options)
-
-
-def assert_is_own_prefill(model: LlamaForCausalLM, cache, ids: torch.Tensor, suffix: torch.Tensor) -> None:
-    """Bitwise, K/V of every layer and the logits of a suffix over them."""
-    own = own_prefill(model, ids)
-    for ours, theirs in zip(cache.layers, own.layers, strict=True):
-        assert_bitwise_equal(ours.keys, theirs.keys)
-        assert_bitwise_equal(ours.values, theirs.values)
-    assert_bitwise_equal(suffix_logits(model, suffix, cache), suffix_logits(model, suffix, own))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -84,10 +59,7 @@ def test_mixed_plan_equals_a_slow_computation(bands, project, norm: str, shape: 
         projected = [layer for layer in range(LAYERS) if not any(start <= layer < end for start, end in bands)]
     mixed, logits = slow_mixed(SlowLlama(sender), SlowLlama(receiver), ids, suffix, bands, projected)
     cache = prefill(sender, receiver, ids, ds.Plan(bands, project), norm=norm)
-    for layer, (keys, values) in zip(cache.layers, mixed, strict=True):
-        assert_close(layer.keys[0], torch.stack(keys), torch.float32, operations=LAYERS)
-        assert_close(layer.values[0], torch.stack(values), torch.float32, operations=LAYERS)
-    assert_close(suffix_logits(receiver, suffix, cache)[0], logits, torch.float32, operations=LAYERS)
+    assert_is_mixed(receiver, cache, suffix, mixed, logits)
 
 
 def test_plans_differ() -> None:

@@ -15,27 +15,23 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from .machine_code import read_amdgcn, read_cubin
+from .machine_code import Code, read_amdgcn, read_cubin
 from .shapes import SHAPES, Shape, projection
 from .targets import TARGETS, check_targets, occupancy, time_floor
+from .traffic import minimum
 
 FLOOR_TOKENS = (1024, 8192, 32768)
 
 
 @dataclass(frozen=True)
-class Compiled:
+class Compiled(Code):
     """One kernel in one configuration for one target.
 
     Attributes:
-        registers: per thread.
-        spills: what does not fit in registers: local loads and stores, or AMD's count of spilled registers.
         shared_bytes, shared_limit: shared memory of a program, and what the target gives one.
         occupancy: programs that a multiprocessor holds at once.
-        matrix_instructions: in all the code.
-        loop_instructions, loop_matrix_instructions, loop_async_copies: of the innermost loop with matrix instructions.
-        load_bits: narrowest global load of that loop; without one, widest of the kernel.
-        store_bits: widest global store.
         floor_us: by tokens, the microseconds that the target's device needs at its peaks for the operations, or for every
             input read once and every output written once, whichever is more.
     """
@@ -43,17 +39,9 @@ class Compiled:
     kernel: str
     config: str
     target: str
-    registers: int
-    spills: int
     shared_bytes: int
     shared_limit: int
     occupancy: int
-    matrix_instructions: int
-    loop_instructions: int
-    loop_matrix_instructions: int
-    loop_async_copies: int
-    load_bits: int
-    store_bits: int
     floor_us: dict[int, float]
 
 
@@ -155,36 +143,29 @@ def _compile(config: str, target: str, launch: Launch, floor_us: dict[int, float
 
 
 def _time_floor(target: str, launch: Launch) -> float:
-    tensors = {id(tensor): tensor for tensor in _tensors(launch.arguments)}
-    moved = sum(tensor.nbytes for tensor in tensors.values())
+    tensors = {id(leaf): leaf for leaf in tree_leaves(launch.arguments) if isinstance(leaf, torch.Tensor)}
     flops, x = 0, launch.arguments[0]
+    written: list[torch.Tensor] = []  # a second time: what is an input and an output is one argument
     if launch.kernel.__name__ == "_project_splice_kernel":
         weights = [weight for weights in launch.arguments[2:5] for weight in weights if weight is not None]
         flops, x = sum(2 * x[0].shape[0] * weight.numel() for weight in weights), x[0]
     if launch.kernel.__name__ == "_head_norm_kernel":
-        moved += x.nbytes  # in place
-    return time_floor(target, flops, moved, half=x.dtype != torch.float32)
-
-
-def _tensors(arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            yield argument
-        elif isinstance(argument, tuple):
-            yield from _tensors(argument)
+        written = [x]
+    return time_floor(target, flops, minimum(tensors.values(), written), half=x.dtype != torch.float32)
 
 
 # --- what is compiled ----------------------------------------------------------------------------------------------
 
 
 def _project_splice(
-    shape: Shape, dtype: torch.dtype, options: dict[str, Any], changes: Callable[[dict[str, Any]], Any],
-    target: str, tokens: int,
+    shape: Shape, dtype: torch.dtype, options: dict[str, Any], target: str, tokens: int,
+    *, change: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:  # fmt: skip
     from ..kernels.project_splice import project_splice, project_splice_config
 
     arguments = projection(shape, tokens, dtype=dtype, **options)
-    changes(arguments)
+    if change is not None:
+        change(arguments)
     config = project_splice_config(
         target, dtype, shape.num_kv_heads, shape.head_dim, has_head_norm=shape.head_norm == "each"
     )
@@ -232,19 +213,19 @@ def _cases() -> Iterator[Case]:
             ("Q+K+V folded", {"with_q": True, "folded": True}),
             ("K+V folded, 8 layers", {"layers": 8, "folded": True}),
         ):
-            yield Case(f"{model} bf16 {name}", partial(_project_splice, shape, bf16, options, _unchanged))
+            yield Case(f"{model} bf16 {name}", partial(_project_splice, shape, bf16, options))
         if model in ("Llama-3-8B", "Qwen3-8B", "Gemma-3-12B", "Phi-2"):
-            yield Case(f"{model} fp32 K+V", partial(_project_splice, shape, fp32, {}, _unchanged))
+            yield Case(f"{model} fp32 K+V", partial(_project_splice, shape, fp32, {}))
         if shape.norm_order != "llama" or shape is llama:
             yield Case(f"{model} bf16 rows", partial(_row_norm, shape, True))
-    yield Case("Llama-3-8B fp16 K+V", partial(_project_splice, llama, fp16, {}, _unchanged))
-    yield Case("Llama-3-8B bf16 K+V, positions", partial(_project_splice, llama, bf16, {}, _with_positions))
-    yield Case("Llama-3-8B bf16 K+V to NHD pages in fp8", partial(_project_splice, llama, bf16, {}, _to_fp8_pages))
+    yield Case("Llama-3-8B fp16 K+V", partial(_project_splice, llama, fp16, {}))
+    yield Case("Llama-3-8B bf16 K+V, positions", partial(_project_splice, llama, bf16, {}, change=_with_positions))
+    yield Case(
+        "Llama-3-8B bf16 K+V to NHD pages in fp8", partial(_project_splice, llama, bf16, {}, change=_to_fp8_pages)
+    )
     for layers in (2, 4):
         options = {"layers": layers, "folded": True}
-        yield Case(
-            f"Llama-3-8B bf16 K+V folded, {layers} layers", partial(_project_splice, llama, bf16, options, _unchanged)
-        )
+        yield Case(f"Llama-3-8B bf16 K+V folded, {layers} layers", partial(_project_splice, llama, bf16, options))
     yield Case("Llama-3-8B bf16 1/rms", partial(_row_norm, llama, False))
     for source, stored, rotated, static in (
         (bf16, bf16, False, False), (bf16, bf16, True, False), (fp32, bf16, True, False),
@@ -255,10 +236,6 @@ def _cases() -> Iterator[Case]:
         yield Case(f"Llama-3-8B {label}", partial(_kv_splice, llama, source, stored, rotated, static))
     for model in ("Phi-2", "Phi-3-mini", "Gemma-3-12B", "Nemotron-4-340B-TP8"):
         yield Case(f"{model} bf16 to bf16, rotated", partial(_kv_splice, SHAPES[model], bf16, bf16, True, False))
-
-
-def _unchanged(arguments: dict[str, Any]) -> None:
-    pass
 
 
 def _with_positions(arguments: dict[str, Any]) -> None:

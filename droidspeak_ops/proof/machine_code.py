@@ -13,13 +13,22 @@ _LABEL = re.compile(r"^\s*(\.L\w+):")
 _INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Za-z][\w.]*)(.*)")
 _BRANCH = re.compile(r"^(?:BRA|s_c?branch)")
 _ASYNC_COPY = re.compile(r"^(?:LDGSTS|UBLKCP|UTMALDG)")
-_LOAD = re.compile(r"^(?:LDG|LDGSTS|global_load|buffer_load)\b|^(?:LDG|LDGSTS|global_load|buffer_load)[._]")
+_LOAD = re.compile(r"^(?:LDG|LDGSTS|global_load|buffer_load)[._]")
 _STORE = re.compile(r"^(?:STG|global_store|buffer_store)[._]")
 
 
 @dataclass(frozen=True)
 class Code:
-    """What a kernel's machine code holds. The loop is the innermost one with matrix instructions, empty if none has any."""
+    """What a kernel's machine code holds. The loop is the innermost one with matrix instructions, empty if none has any.
+
+    Attributes:
+        registers: per thread.
+        spills: what does not fit in registers: local loads and stores, or AMD's count of spilled registers.
+        matrix_instructions: in all the code.
+        loop_instructions, loop_matrix_instructions, loop_async_copies: of that loop.
+        load_bits: narrowest global load of that loop; without one, widest of the kernel.
+        store_bits: widest global store.
+    """
 
     registers: int
     spills: int
