@@ -15,7 +15,14 @@ from .fingerprint import Fingerprint, ReuseError
 from .plan import Plan
 
 if TYPE_CHECKING:
-    from .hf import MixedCache, UnsupportedModelError, capture, partial_prefill
+    from .hf import (
+        MixedCache,
+        UnsupportedModelError,
+        capture,
+        capture_batch,
+        partial_prefill,
+        partial_prefill_batch,
+    )
 
 __all__ = [
     "Fingerprint",
@@ -26,8 +33,10 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "capture",
+    "capture_batch",
     "ops",
     "partial_prefill",
+    "partial_prefill_batch",
 ]
 
 

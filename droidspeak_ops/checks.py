@@ -68,7 +68,7 @@ def check_rotation(
     like: torch.Tensor,
     dtype: torch.dtype | None,
 ) -> None:
-    """cos and sin of half the rotated columns: a row a token, or rows that `positions` picks."""
+    """cos and sin of half the rotated columns, in `dtype` or float32: a row a token, or rows that `positions` picks."""
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin: one is given and the other is not; both or neither are needed")
     if cos is None or sin is None:
@@ -79,8 +79,8 @@ def check_rotation(
     if cos.dim() != 2 or not 0 < 2 * cos.shape[1] <= head_dim:
         fail("cos", cos, f"({num_tokens}, R/2) with 0 < R <= {head_dim}")
     shape = (num_tokens if positions is None else cos.shape[0], cos.shape[1])
-    check("cos", cos, shape, like, dtype)
-    check("sin", sin, shape, like, dtype or cos.dtype)
+    check("cos", cos, shape, like, None if cos.dtype == torch.float32 else dtype)
+    check("sin", sin, shape, like, cos.dtype)
 
 
 def check_scales(

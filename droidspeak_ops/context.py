@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .fingerprint import Fingerprint, ReuseError
+from .kv import KV, decode_rows, encode, encode_rows
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,14 +22,17 @@ class SharedContext:
 
     Args:
         tokens: int64 ``[B, T]``.
-        keys_values: for each layer K (rotated) and V, each ``[B, K, T, D]``.
+        keys_values: for each layer K (rotated) and V, each ``[B, K, N, D]``: of all T tokens, or of as many of the last ones
+            as the layer's sliding window still shows to the next token.
         hidden_states: by layer, the residual stream that enters it, ``[B, T, C]`` (the paper's E cache).
+        rotations: for each layer cos and sin ``[T, R / 2]`` that the sender rotated its K by; None where it did not.
         sender: who made it.
     """
 
     tokens: torch.Tensor
-    keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]]
-    hidden_states: Mapping[int, torch.Tensor]
+    keys_values: Sequence[KV]
+    hidden_states: Mapping[int, torch.Tensor | KV]
+    rotations: Sequence[Rotation | None]
     sender: Fingerprint
 
     @property
@@ -38,8 +44,15 @@ class SharedContext:
         """The layers at which hidden states are held."""
         return tuple(sorted(self.hidden_states))
 
-    def kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K (rotated) and V of one layer, each ``[B, K, T, D]``."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K, V, hidden states and their scales."""
+        states = self.hidden_states.values()
+        parts = [*self.keys_values, *((each,) if isinstance(each, torch.Tensor) else each for each in states)]
+        return sum(tensor.nbytes for part in parts for tensor in part if tensor is not None)
+
+    def kv(self, layer: int) -> KV:
+        """K (rotated) and V of one layer, each ``[B, K, N, D]``, with the scales of 8-bit rows."""
         return self.keys_values[layer]
 
     def hidden(self, layer: int) -> torch.Tensor:
@@ -49,7 +62,25 @@ class SharedContext:
             ReuseError: they were not captured.
         """
         self.check_hidden([layer])
-        return self.hidden_states[layer]
+        states = self.hidden_states[layer]
+        return states if isinstance(states, torch.Tensor) else decode_rows(states, getattr(torch, self.sender.dtype))
+
+    def quantized(self, dtype: torch.dtype) -> SharedContext:
+        """The same context in 8 bits, each row of a head (or 32 columns of hidden states) with a scale of its own.
+
+        Receivers decode a layer when they reuse it. What that costs in quality is measured in docs/models.md.
+
+        Args:
+            dtype: ``torch.float8_e4m3fn`` or ``torch.int8``.
+
+        Raises:
+            ValueError: another dtype, or a context that is in 8 bits already.
+        """
+        return replace(
+            self,
+            keys_values=[encode(kv, dtype) for kv in self.keys_values],
+            hidden_states={layer: encode_rows(self.hidden(layer), dtype) for layer in self.hidden_states},
+        )
 
     def check_hidden(self, layers: Sequence[int]) -> None:
         """Raise unless hidden states are held at all of `layers`.
@@ -70,13 +101,25 @@ class SharedContext:
         Raises:
             ReuseError: the prompt is another one, or has no suffix; the message says where they part.
         """
-        batch, length = self.tokens.shape
-        if prompt_ids.dim() != 2 or prompt_ids.shape[0] != batch or prompt_ids.shape[1] <= length:
-            raise ReuseError(
-                f"prompt_ids: got shape {tuple(prompt_ids.shape)}; ({batch}, more than {length}) is needed: "
-                "the tokens of the context, then a suffix"
-            )
-        differs = (prompt_ids[:, :length].to(self.tokens.device) != self.tokens).any(0).nonzero()
-        if differs.numel():
-            at = int(differs[0])
-            raise ReuseError(f"prompt_ids: differ from the context at token {at}; a prompt that continues it is needed")
+        check_continues(self.tokens, prompt_ids)
+
+
+def check_continues(tokens: torch.Tensor, prompt_ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    """Raise unless `prompt_ids` ``[B, N]`` are `tokens` ``[B, T]``, where `mask` is true, followed by at least one more.
+
+    Raises:
+        ReuseError: the prompt is another one, or has no suffix; the message says where they part.
+    """
+    batch, length = tokens.shape
+    if prompt_ids.dim() != 2 or prompt_ids.shape[0] != batch or prompt_ids.shape[1] <= length:
+        raise ReuseError(
+            f"prompt_ids: got shape {tuple(prompt_ids.shape)}; ({batch}, more than {length}) is needed: "
+            "the tokens of the context, then a suffix"
+        )
+    differs = prompt_ids[:, :length].to(tokens.device) != tokens
+    if mask is not None:
+        differs &= mask.bool()
+    differing = differs.any(0).nonzero()
+    if differing.numel():
+        at = int(differing[0])
+        raise ReuseError(f"prompt_ids: differ from the context at token {at}; a prompt that continues it is needed")

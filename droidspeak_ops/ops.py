@@ -145,7 +145,8 @@ def kv_project(
         k_norm_weight: RMS norm of K before RoPE: ``[D]`` over each head, ``[K * D]`` over all heads together (which needs
             caches of the dtype of `hidden_states`).
         head_norm_eps: eps of that norm.
-        cos, sin: ``[T, R / 2]`` with R the rotated columns of a head: pairs (i, i + R/2) are rotated, the rest pass.
+        cos, sin: ``[T, R / 2]`` with R the rotated columns of a head: pairs (i, i + R/2) are rotated, the rest pass. Of the
+            dtype of `hidden_states`, in which RoPE then rounds, or float32, where only its result is rounded (OLMo 2).
         positions: int64 ``[T]``: the row of `cos` and `sin` of each token, which then have any number of rows; not checked
             on a GPU. For packed sequences see :func:`packed_slots`.
 

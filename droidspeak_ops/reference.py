@@ -33,11 +33,14 @@ def row_norm_ref(x: torch.Tensor, weight: torch.Tensor | None, norm_order: str, 
 
 
 def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (i, i + R/2) of `x` [T, K, D] by `cos`, `sin` [T, R/2]; columns from R on pass through."""
+    """Rotate the pairs (i, i + R/2) of `x` [T, K, D] by `cos`, `sin` [T, R/2]; columns from R on pass through.
+
+    Products and sums are in the wider dtype of the two (OLMo 2 keeps cos and sin in float32), the result in that of `x`.
+    """
     half = cos.shape[-1]
     x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1).to(x.dtype)
 
 
 def kv_project_ref(

@@ -26,11 +26,14 @@ def weigh(x, weight, NORM_ORDER: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def rotate(x1, x2, cos, sin, DTYPE: tl.constexpr):
-    """Rotate pairs by an angle, rounding each product and each sum as separate operations would."""
-    y1 = round_to(x1 * cos, DTYPE) - round_to(x2 * sin, DTYPE)
-    y2 = round_to(x2 * cos, DTYPE) + round_to(x1 * sin, DTYPE)
-    return round_to(y1, DTYPE), round_to(y2, DTYPE)
+def rotate(x1, x2, cos, sin, ROTARY_DTYPE: tl.constexpr, DTYPE: tl.constexpr):
+    """Rotate pairs by an angle, rounding each product and each sum as separate operations would.
+
+    They are in the dtype of cos and sin (float32 in OLMo 2, whatever the model's), the result in that of the model.
+    """
+    y1 = round_to(x1 * cos, ROTARY_DTYPE) - round_to(x2 * sin, ROTARY_DTYPE)
+    y2 = round_to(x2 * cos, ROTARY_DTYPE) + round_to(x1 * sin, ROTARY_DTYPE)
+    return round_to(round_to(y1, ROTARY_DTYPE), DTYPE), round_to(round_to(y2, ROTARY_DTYPE), DTYPE)
 
 
 @triton.jit

@@ -63,7 +63,7 @@ def _head_norm_kernel(
         m_rotated = o_p < ROTARY_DIM // 2
         b_cos = tl.load(cos_ptr + position * stride_cos + o_p, mask=m_rotated, other=1.0).to(tl.float32)
         b_sin = tl.load(sin_ptr + position * stride_sin + o_p, mask=m_rotated, other=0.0).to(tl.float32)
-        y1, y2 = rotate(y1, y2, b_cos[None, :], b_sin[None, :], DTYPE)
+        y1, y2 = rotate(y1, y2, b_cos[None, :], b_sin[None, :], cos_ptr.dtype.element_ty, DTYPE)
     tl.store(row_ptrs + o_col1[None, :], y1.to(DTYPE), mask=mask)
     tl.store(row_ptrs + o_col2[None, :], y2.to(DTYPE), mask=mask)
 

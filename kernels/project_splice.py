@@ -212,7 +212,7 @@ def _project_splice_kernel(
             m_rotated = (m_n & (o_pair < ROTARY_DIM // 2))[None, :]
             b_cos = tl.load(cos_ptrs, mask=m_rotated, other=1.0).to(tl.float32)
             b_sin = tl.load(sin_ptrs, mask=m_rotated, other=0.0).to(tl.float32)
-            y1, y2 = rotate(y1, y2, b_cos, b_sin, DTYPE)
+            y1, y2 = rotate(y1, y2, b_cos, b_sin, coses[0].dtype.element_ty, DTYPE)
 
     # A slot is a row of the cache, counted through its blocks; tokens with a slot outside the cache are not stored.
     slot = tl.load(slot_mapping_ptr + o_m)

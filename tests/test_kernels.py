@@ -53,6 +53,7 @@ AXES = {
     "head_norm": [None, "each", "all"],
     "norm_order": ORDERS,
     "rotary": ["full", "partial", "none"],
+    "rotary_dtype": [None, torch.float32],
     "layout": ["dense", "NHD", "HND", "strided"],
     "q_heads": [0, 3],
     "kv_heads": [2, 1, 3],

@@ -1,8 +1,16 @@
 """Partial prefill for plain transformers models. The only package here that imports transformers."""
 
-from .cache import MixedCache, MixedLayer
-from .families import UnsupportedModelError
+from .adapters import UnsupportedModelError
+from .batch import capture_batch, partial_prefill_batch
+from .cache import MixedCache
 from .receiver import partial_prefill
 from .sender import capture
 
-__all__ = ["MixedCache", "MixedLayer", "UnsupportedModelError", "capture", "partial_prefill"]
+__all__ = [
+    "MixedCache",
+    "UnsupportedModelError",
+    "capture",
+    "capture_batch",
+    "partial_prefill",
+    "partial_prefill_batch",
+]

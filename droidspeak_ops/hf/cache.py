@@ -1,19 +1,17 @@
-"""The transformers cache that partial prefill fills: preallocated layers that grow in place, and layers that are shared.
-
-This is the only module that depends on transformers' cache classes.
-"""
+"""The transformers cache that partial prefill fills: preallocated layers that grow in place, and layers that are shared."""
 
 from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 
-from ..context import SharedContext
+from ..context import check_continues
 
 HEADROOM = 256
 """Tokens that a layer can grow by before it is moved to a larger buffer."""
@@ -25,6 +23,9 @@ class MixedLayer(DynamicLayer):
     Where transformers' dynamic layer copies all tokens at every step, new tokens are written in place. A shared layer
     starts as somebody else's tensors, which are copied when the first token is appended and never written to.
     """
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,6 +72,14 @@ class MixedLayer(DynamicLayer):
             self._buffers = (_with_room(self.keys, tokens), _with_room(self.values, tokens))
         self.keys, self.values = (buffer[:, :, :tokens] for buffer in self._buffers)
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat the layer for `repeats` suffixes; one sequence's tokens stay shared until something is appended."""
+        if self.is_initialized and self.keys.shape[0] == 1:
+            self.keys, self.values = self.keys.expand(repeats, -1, -1, -1), self.values.expand(repeats, -1, -1, -1)
+            self._buffers = None
+        else:
+            super().batch_repeat_interleave(repeats)
+
     def reset(self) -> None:
         # Not the inherited one, which in older versions zeroes the tensors in place: they may be shared.
         self.__init__()  # type: ignore[misc]
@@ -82,6 +91,70 @@ class MixedLayer(DynamicLayer):
             memo.update((id(tensor), tensor) for tensor in (self.keys, self.values))
         other.__dict__.update(copy.deepcopy(state, memo))
         return other
+
+
+class MixedSlidingLayer(DynamicSlidingWindowLayer):
+    """K/V of the last tokens of one layer, as many as its sliding window still shows to the next.
+
+    New tokens make new tensors, so that those it starts with may be somebody else's.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def over(cls, keys: torch.Tensor, values: torch.Tensor, window: int, tokens: int) -> MixedSlidingLayer:
+        """A layer over K and V ``[B, K, N, D]``, the last rows of `tokens` tokens, which are never written to."""
+        layer = cls(window)
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        layer.cumulative_length = tokens
+        return layer
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append K and V ``[B, K, N, D]``; return all tokens that any of the new ones sees."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if (
+            self.keys.untyped_storage().nbytes() > 2 * self.keys.nbytes
+        ):  # a view, which keeps all of a prefill in memory
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        return keys, values
+
+    def reset(self) -> None:
+        # Not the inherited one, which in older versions zeroes the tensors in place: they may be shared.
+        self.__init__(self.sliding_window)  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MixedSlidingLayer:
+        return copy.copy(self)  # no tensor is ever written to
+
+
+def empty_layer(window: int | None) -> MixedLayer | MixedSlidingLayer:
+    """A layer that nothing has been appended to, with a sliding window or none."""
+    return MixedLayer() if window is None else MixedSlidingLayer(window)
+
+
+def shared_layer(
+    keys: torch.Tensor, values: torch.Tensor, window: int | None, tokens: int
+) -> MixedLayer | MixedSlidingLayer:
+    """A layer of `tokens` tokens over K and V ``[B, K, N, D]`` that belong to others: of all, or of the last that count."""
+    return MixedLayer.shared(keys, values) if window is None else MixedSlidingLayer.over(keys, values, window, tokens)
+
+
+def uninitialized_layer(
+    shape: tuple[int, int, int, int], window: int | None, tokens: int, dtype: torch.dtype, device: torch.device
+) -> MixedLayer | MixedSlidingLayer:
+    """A layer of `tokens` tokens whose `keys` and `values` of a given shape ``[B, K, N, D]`` the caller writes."""
+    if window is None:
+        return MixedLayer.uninitialized(shape, dtype, device)
+    keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    return MixedSlidingLayer.over(keys, values, window, tokens)
+
+
+def rows_held(tokens: int, window: int | None) -> int:
+    """How many of a context's tokens a layer keeps: those that the next one sees."""
+    return tokens if window is None else min(tokens, window - 1)
 
 
 def _has_room(buffer: torch.Tensor, view: torch.Tensor, tokens: int) -> bool:
@@ -103,22 +176,98 @@ def _with_room(filled: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 class MixedCache(Cache):
-    """A receiver's KV cache of a context, part its own and part the sender's; for ``past_key_values``.
+    """A receiver's KV cache of contexts, part its own and part the sender's; for ``past_key_values``.
 
     It approximates what the receiver would have computed. ``generate`` cannot see which tokens a cache stands for, so
-    :meth:`check_prompt` says whether a prompt continues them.
+    :meth:`check_prompt` says whether a prompt continues them, and :meth:`prompt` makes one that does.
+
+    Args:
+        layers: one for each layer of the receiver.
+        tokens: int64 ``[B, T]``: what it stands for.
+        mask: ``[B, T]``: 1 for tokens, 0 for the padding before contexts shorter than others; None without padding.
+        receiver: the transformers model that it was filled for.
     """
 
-    layers: list[MixedLayer]
+    layers: list[MixedLayer | MixedSlidingLayer]
 
-    def __init__(self, layers: list[MixedLayer], context: SharedContext, receiver: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        layers: list[MixedLayer | MixedSlidingLayer],
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        receiver: PreTrainedModel,
+    ) -> None:
         super().__init__(layers=layers)
-        self.context = context
+        self.tokens, self.mask = tokens, mask
         self._receiver = weakref.ref(receiver)
 
     def check_prompt(self, prompt_ids: torch.Tensor) -> None:
-        """Raise :class:`ReuseError` unless `prompt_ids` ``[B, N]`` are the context's tokens followed by a suffix."""
-        self.context.check_prompt(prompt_ids)
+        """Raise :class:`ReuseError` unless `prompt_ids` ``[B, N]`` are the contexts' tokens followed by a suffix."""
+        check_continues(self.tokens, prompt_ids, self.mask)
+
+    def prompt(self, suffixes: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The contexts followed by their suffixes: ``receiver.generate(**cache.prompt(suffixes), past_key_values=cache)``.
+
+        Args:
+            suffixes: int64 ``[N]`` for each sequence of the cache. Shorter ones are padded on the left, behind the context.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, each ``[B, T + N]``.
+
+        Raises:
+            ValueError: there are not as many suffixes as sequences, one is empty, or they differ in length for a model with
+                sliding windows, in which padding would count as tokens.
+        """
+        lengths = [suffix.numel() for suffix in suffixes]
+        batch, longest = self.tokens.shape[0], max(lengths, default=0)
+        if len(suffixes) != batch or not all(lengths):
+            raise ValueError(f"suffixes: got the lengths {lengths}; {batch} of at least one token are needed")
+        if min(lengths) < longest and any(self.is_sliding):
+            raise ValueError(
+                f"suffixes: got the lengths {lengths}; one length is needed where layers have sliding windows"
+            )
+        width = self.tokens.shape[1]
+        input_ids = self.tokens.new_zeros((batch, width + longest))
+        mask = torch.zeros_like(input_ids)
+        input_ids[:, :width] = self.tokens
+        mask[:, :width] = 1 if self.mask is None else self.mask
+        for row, (suffix, length) in enumerate(zip(suffixes, lengths, strict=True)):
+            input_ids[row, input_ids.shape[1] - length :] = suffix
+            mask[row, input_ids.shape[1] - length :] = 1
+        return {"input_ids": input_ids, "attention_mask": mask}
+
+    def to_static(self, max_cache_len: int) -> StaticCache:
+        """transformers' cache of fixed capacity with the same contents, for a decode step that is compiled.
+
+        Args:
+            max_cache_len: the capacity in tokens, the context's included.
+
+        Raises:
+            ValueError: the context does not fit.
+        """
+        held, receiver = int(self.get_seq_length()), self._receiver()
+        if receiver is None or max_cache_len <= held:
+            raise ValueError(
+                f"max_cache_len: got {max_cache_len}; more than {held}, the tokens in the cache, is needed"
+            )
+        static = StaticCache(config=receiver.config, max_cache_len=max_cache_len)
+        for ours, theirs in zip(self.layers, static.layers, strict=True):
+            theirs.lazy_initialization(ours.keys, ours.values)
+            rows = ours.keys.shape[2]
+            # A layer whose window is full keeps one more row, the oldest, which it drops before it looks.
+            first = theirs.max_cache_len - rows if held >= theirs.max_cache_len else 0
+            theirs.keys[:, :, first : first + rows] = ours.keys
+            theirs.values[:, :, first : first + rows] = ours.values
+            theirs.cumulative_length.fill_(held)
+            if theirs.is_sliding:
+                theirs.cumulative_length_int = held
+        return static
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence, for several suffixes on one context."""
+        super().batch_repeat_interleave(repeats)
+        self.tokens = self.tokens.repeat_interleave(repeats, dim=0)
+        self.mask = None if self.mask is None else self.mask.repeat_interleave(repeats, dim=0)
 
     def activate_past_recording(self) -> None:
         """Called where assisted generation starts; makes its first step skip the tokens that are in the cache.
@@ -134,10 +283,9 @@ class MixedCache(Cache):
         def skip_held_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             handle.remove()
             input_ids, held = kwargs.get("input_ids"), self.get_seq_length()
-            tokens = self.context.tokens
             if kwargs.get("past_key_values") is not self or input_ids is None or input_ids.shape[1] <= held:
                 return None
-            if not torch.equal(input_ids[:, : tokens.shape[1]], tokens):
+            if not torch.equal(input_ids[:, : self.tokens.shape[1]], self.tokens):
                 return None
             for name in ("input_ids", "position_ids"):
                 if kwargs.get(name) is not None:

@@ -1,67 +1,79 @@
-"""Reading the decoder layers of transformers models: one row of a table per family, checked against the loaded model."""
+"""Model families: one row of a table each, and how a decoder layer is read by it, checked against the loaded model.
+
+What a row does not say is the same everywhere: ``embed_tokens``, ``rotary_emb`` and ``layers`` of the decoder, ``self_attn`` of
+a layer and ``k_proj`` and ``v_proj`` of that. Which layers have a sliding window is the model's configuration.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.masking_utils import create_causal_mask
 
-from ..fingerprint import Fingerprint, vocabulary_digest, weights_digest
-
-
-class UnsupportedModelError(ValueError):
-    """The model's family is not known, or the loaded model is not what its family should be."""
+from ..checks import NormOrder
+from .adapters import LowRank, UnsupportedModelError, read_linear
 
 
 @dataclass(frozen=True)
 class Family:
-    """The classes that a family is made of, and the paths in the base model or in a decoder layer that are read."""
+    """The classes that a family is made of, and what of its layers is not as in Llama.
 
-    model: str
-    layer: str
-    attention: str
-    norm: str
-    rope: str
-    embed: str = "embed_tokens"
-    layers: str = "layers"
-    rotary: str = "rotary_emb"
-    input_norm: str = "input_layernorm"
-    self_attn: str = "self_attn"
-    k_proj: str = "self_attn.k_proj"
-    v_proj: str = "self_attn.v_proj"
-    k_norm: str | None = None
+    Args:
+        classes: what the names of its classes in transformers begin with.
+        model: the rest of the name of the class that holds the decoder layers.
+        norm_order: where its norms round; see :func:`droidspeak_ops.ops.row_norm`.
+        norm_eps: the attribute of a norm that holds eps.
+        has_input_norm: whether a layer normalises before its projections.
+        k_norm: whether K is normalised before RoPE: each head by itself, or all together.
+        fused: whether Q, K and V are rows of one ``qkv_proj``.
+        rotary_by_type: whether RoPE differs between layers with and without a window.
+        half_rotary: whether cos and sin are as wide as a pair's half, rather than twice that.
+        rotates: an attribute of the attention that says whether the layer has RoPE.
+        embed_scale: an attribute of the decoder that the embeddings are multiplied by outside of their module.
+        decoder: where the decoder is in the base model, if that has other parts.
+    """
 
-
-def _family(prefix: str, **paths: str) -> Family:
-    """A family whose classes are named the usual way."""
-    return Family(
-        model=f"{prefix}Model",
-        layer=f"{prefix}DecoderLayer",
-        attention=f"{prefix}Attention",
-        norm=f"{prefix}RMSNorm",
-        rope=f"{prefix}RotaryEmbedding",
-        **paths,
-    )
+    classes: str
+    model: str = "Model"
+    norm_order: NormOrder = "llama"
+    norm_eps: str = "variance_epsilon"
+    has_input_norm: bool = True
+    k_norm: Literal["each", "all"] | None = None
+    fused: bool = False
+    rotary_by_type: bool = False
+    half_rotary: bool = False
+    rotates: str | None = None
+    embed_scale: str | None = None
+    decoder: str = ""
 
 
 # By `config.model_type`.
 FAMILIES = {
-    "llama": _family("Llama"),
-    "mistral": _family("Mistral"),
-    "qwen2": _family("Qwen2"),
-    "qwen3": _family("Qwen3", k_norm="self_attn.k_norm"),
-}
+    "gemma2": Family("Gemma2", norm_order="gemma", norm_eps="eps"),
+    "gemma3": Family("Gemma3", "TextModel", norm_order="gemma", norm_eps="eps", k_norm="each", rotary_by_type=True,
+                     decoder="language_model"),
+    "gemma3_text": Family("Gemma3", "TextModel", norm_order="gemma", norm_eps="eps", k_norm="each", rotary_by_type=True),
+    "gpt_oss": Family("GptOss", norm_order="olmo", half_rotary=True),
+    "granite": Family("Granite", embed_scale="embedding_multiplier"),
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral"),
+    "mixtral": Family("Mixtral"),
+    "olmo2": Family("Olmo2", norm_order="olmo", has_input_norm=False, k_norm="all"),
+    "phi3": Family("Phi3", fused=True),
+    "qwen2": Family("Qwen2"),
+    "qwen3": Family("Qwen3", k_norm="each"),
+    "qwen3_moe": Family("Qwen3Moe", k_norm="each"),
+    "smollm3": Family("SmolLM3", rotates="use_rope"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LayerWeights:
     """The weights of one layer that its K/V depend on, as :func:`droidspeak_ops.ops.kv_project` names them."""
 
-    norm_weight: torch.Tensor
+    norm_weight: torch.Tensor | None
     norm_eps: float
     k_weight: torch.Tensor
     v_weight: torch.Tensor
@@ -69,124 +81,78 @@ class LayerWeights:
     v_bias: torch.Tensor | None
     k_norm_weight: torch.Tensor | None
     k_norm_eps: float
+    k_low_rank: tuple[LowRank, ...] = ()
+    v_low_rank: tuple[LowRank, ...] = ()
 
 
-class Decoder:
-    """A loaded model, read as a stack of decoder layers. Nothing in the model is changed.
+def family_of(config: Any, model: Any) -> Family:
+    """The row of the table for a model with this configuration.
 
     Raises:
-        UnsupportedModelError: the model is of no known family, or a module is not what its family says.
+        UnsupportedModelError: there is none; the message names the family.
     """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        config: Any = getattr(model, "config", None)
-        model_type = getattr(config, "model_type", type(model).__name__)
-        if model_type not in FAMILIES:
-            raise UnsupportedModelError(f"model: got the family {model_type!r}; one of {sorted(FAMILIES)} is needed")
-        family = FAMILIES[model_type]
-        self.model = model
-        self.config = config
-        self.base: Any = model.base_model
-        _check_class(family.model, "the base model", self.base)
-        self.embed: nn.Module = self.base.get_submodule(family.embed)
-        self.rotary: nn.Module = self.base.get_submodule(family.rotary)
-        _check_class(family.rope, family.rotary, self.rotary)
-        _check_attention(config)
-        self.layers = list(self.base.get_submodule(family.layers))[: config.num_hidden_layers]
-        head_dim = getattr(config, "head_dim", None)
-        self.head_dim: int = head_dim or config.hidden_size // config.num_attention_heads
-        self.num_kv_heads: int = config.num_key_value_heads
-        self._weights = [self._read(family, index) for index in range(len(self.layers))]
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    def weights(self, layer: int) -> LayerWeights:
-        """What the K/V projection of one layer needs, read from the layer's own modules."""
-        return self._weights[layer]
-
-    def positions(self, tokens: torch.Tensor) -> dict[str, Any]:
-        """What all layers share for `tokens` ``[B, T]`` at positions 0 to T - 1: RoPE's cos and sin, the causal mask."""
-        position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-        # Both functions below read dtype, device and the first two sizes of it, and no values.
-        embeddings = torch.empty((*tokens.shape, 0), dtype=self.model.dtype, device=tokens.device)
-        return {
-            "position_ids": position_ids,
-            "position_embeddings": self.rotary(embeddings, position_ids=position_ids),
-            "attention_mask": create_causal_mask(
-                config=self.config,
-                inputs_embeds=embeddings,
-                attention_mask=None,
-                past_key_values=None,
-                position_ids=position_ids,
-            ),
-        }
-
-    def run(self, layer: int, hidden_states: torch.Tensor, positions: dict[str, Any], cache: Any) -> torch.Tensor:
-        """Run one layer of the model as it is, attention and MLP, appending its K/V to `cache`."""
-        return self.layers[layer](hidden_states, past_key_values=cache, use_cache=True, **positions)
-
-    def fingerprint(self, tokenizer: Any = None, *, weights: bool) -> Fingerprint:
-        """The identity of the model, and of `tokenizer` if one is given; with `weights` all of them are read the first time."""
-        config = self.config
-        names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
-        return Fingerprint(
-            architecture={
-                **{name: getattr(config, name) for name in names},
-                "head_dim": self.head_dim,
-                "vocab_size": config.vocab_size,
-            },
-            rope=dict(config.rope_parameters),
-            dtype=str(self.model.dtype).removeprefix("torch."),
-            weights=weights_digest(self.model) if weights else None,
-            tokenizer=None if tokenizer is None else vocabulary_digest(tokenizer),
-        )
-
-    def _read(self, family: Family, index: int) -> LayerWeights:
-        layer, where = self.layers[index], f"layer {index}"
-        _check_class(family.layer, where, layer)
-        norm = layer.get_submodule(family.input_norm)
-        _check_class(family.norm, f"{where} {family.input_norm}", norm)
-        _check_class(family.attention, f"{where} {family.self_attn}", layer.get_submodule(family.self_attn))
-        shape = (self.num_kv_heads * self.head_dim, self.config.hidden_size)
-        k_proj, v_proj = (_linear(layer, path, where, shape) for path in (family.k_proj, family.v_proj))
-        k_norm: Any = None
-        if family.k_norm is not None:
-            k_norm = layer.get_submodule(family.k_norm)
-            _check_class(family.norm, f"{where} {family.k_norm}", k_norm)
-        return LayerWeights(
-            norm_weight=norm.weight,
-            norm_eps=norm.variance_epsilon,
-            k_weight=k_proj.weight,
-            v_weight=v_proj.weight,
-            k_bias=k_proj.bias,
-            v_bias=v_proj.bias,
-            k_norm_weight=None if k_norm is None else k_norm.weight,
-            k_norm_eps=norm.variance_epsilon if k_norm is None else k_norm.variance_epsilon,
-        )
+    model_type = getattr(config, "model_type", type(model).__name__)
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(f"model: got the family {model_type!r}; one of {sorted(FAMILIES)} is needed")
+    return FAMILIES[model_type]
 
 
-def _linear(layer: nn.Module, path: str, where: str, shape: tuple[int, int]) -> nn.Linear:
-    module = layer.get_submodule(path)
-    # Exactly nn.Linear: an adapter or a quantised layer computes something else from the same weight.
-    if type(module) is not nn.Linear or tuple(module.weight.shape) != shape:
-        got = f"{type(module).__name__} with weight {tuple(getattr(module, 'weight', torch.empty(0)).shape)}"
+def check_class(needed: str, where: str, module: nn.Module) -> None:
+    """The module's class is the one of transformers that the family has there."""
+    kind = type(module)
+    if kind.__name__ != needed or not kind.__module__.startswith("transformers."):
         hint = "; merge the adapter into the model first" if hasattr(module, "base_layer") else ""
-        raise UnsupportedModelError(f"{where} {path}: got {got}; a torch.nn.Linear with {shape} is needed{hint}")
-    return module
+        raise UnsupportedModelError(f"{where}: got {kind.__name__}; transformers' {needed} is needed{hint}")
 
 
-def _check_attention(config: Any) -> None:
-    """Every layer sees all tokens before its own."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]
-    for layer, kind in enumerate(kinds):
-        if kind != "full_attention":
-            raise UnsupportedModelError(f"layer {layer}: got {kind}; full_attention in all layers is needed")
+def read_layer(family: Family, layer: nn.Module, index: int, config: Any, head_dim: int) -> LayerWeights:
+    """Read one decoder layer.
+
+    Raises:
+        UnsupportedModelError: a module is not what the family says.
+    """
+    where = f"layer {index}"
+    check_class(f"{family.classes}DecoderLayer", where, layer)
+    attention: Any = layer.get_submodule("self_attn")
+    where_attention = f"{where} self_attn"
+    check_class(f"{family.classes}Attention", where_attention, attention)
+    if not attention.is_causal:
+        raise UnsupportedModelError(f"{where_attention}: attends to tokens that follow; causal attention is needed")
+
+    hidden_size: int = config.hidden_size
+    norm_weight, norm_eps = None, 0.0
+    has_input_norm = hasattr(layer, "input_layernorm")
+    if has_input_norm != family.has_input_norm:
+        raise UnsupportedModelError(
+            f"{where} input_layernorm: {'not ' if has_input_norm else ''}expected in this family"
+        )
+    if has_input_norm:
+        norm_weight, norm_eps = _read_norm(family, layer, "input_layernorm", where, hidden_size)
+
+    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    if family.fused:
+        qkv = read_linear(attention, "qkv_proj", where_attention, (q_size + 2 * kv_size, hidden_size))
+        k, v = qkv.rows(q_size, q_size + kv_size), qkv.rows(q_size + kv_size, q_size + 2 * kv_size)
+    else:
+        k, v = (read_linear(attention, name, where_attention, (kv_size, hidden_size)) for name in ("k_proj", "v_proj"))
+
+    has_k_norm = any("norm" in name for name, _ in attention.named_children())
+    if has_k_norm != (family.k_norm is not None):
+        raise UnsupportedModelError(
+            f"{where_attention}: a norm of K is {'not ' if has_k_norm else ''}expected in this family"
+        )
+    k_norm_weight, k_norm_eps = None, 0.0
+    if family.k_norm is not None:
+        columns = head_dim if family.k_norm == "each" else kv_size
+        k_norm_weight, k_norm_eps = _read_norm(family, attention, "k_norm", where_attention, columns)
+    return LayerWeights(
+        norm_weight, norm_eps, k.weight, v.weight, k.bias, v.bias, k_norm_weight, k_norm_eps, k.low_rank, v.low_rank
+    )
 
 
-def _check_class(needed: str, where: str, module: nn.Module) -> None:
-    if type(module).__name__ != needed:
-        raise UnsupportedModelError(f"{where}: got {type(module).__name__}; {needed} is needed")
+def _read_norm(family: Family, parent: nn.Module, name: str, where: str, columns: int) -> tuple[torch.Tensor, float]:
+    norm: Any = parent.get_submodule(name)
+    check_class(f"{family.classes}RMSNorm", f"{where} {name}", norm)
+    if norm.weight.shape != (columns,):
+        raise UnsupportedModelError(f"{where} {name}: got a weight {tuple(norm.weight.shape)}; ({columns},) is needed")
+    return norm.weight, getattr(norm, family.norm_eps)

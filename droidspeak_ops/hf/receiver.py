@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..context import SharedContext
 from ..fingerprint import ReuseError
+from ..kv import splice
 from ..plan import Plan
-from .cache import MixedCache, MixedLayer
-from .families import Decoder
+from .cache import MixedCache, MixedLayer, MixedSlidingLayer, empty_layer, rows_held, shared_layer, uninitialized_layer
+from .decoder import Decoder
+from .project import Projection, project
 
 
 @torch.no_grad()
@@ -51,65 +53,67 @@ def partial_prefill(
     roles = plan.roles(decoder.num_layers)
     if norm not in ("hf", "folded"):
         raise ValueError(f"norm: got {norm!r}; 'hf' or 'folded' is needed")
-    context.sender.check_reuse_by(decoder.fingerprint(tokenizer, weights=False))
+    ours = decoder.fingerprint(tokenizer, weights=False)
+    context.sender.check_reuse_by(ours)
     context.check_hidden(plan.hidden_layers(decoder.num_layers))
-    if context.tokens.device != receiver.device:
-        raise ReuseError(f"context: on {context.tokens.device}; {receiver.device}, the receiver's device, is needed")
+    device = decoder.model.device
+    if context.tokens.device != device:
+        raise ReuseError(f"context: on {context.tokens.device}; {device}, the receiver's device, is needed")
     if prompt_ids is not None:
         context.check_prompt(prompt_ids)
 
     batch, tokens = context.tokens.shape
-    shape = (batch, decoder.num_kv_heads, tokens, decoder.head_dim)
-    cache = MixedCache(
-        [
-            MixedLayer.shared(*context.kv(layer)) if role == "reuse" else MixedLayer()
-            for layer, role in enumerate(roles)
-        ],
-        context,
-        receiver,
-    )
-    if all(role == "reuse" for role in roles):
-        return cache
+    this_pass = decoder.over(context.tokens)
+    rope_differs = context.sender.rope != ours.rope
+    layers = [empty_layer(window) for window in decoder.windows]
+    cache = MixedCache(layers, context.tokens, None, decoder.model)
+
+    def uninitialized(layer: int) -> MixedLayer | MixedSlidingLayer:
+        window = decoder.windows[layer]
+        shape = (batch, decoder.num_kv_heads, rows_held(tokens, window), decoder.head_dim)
+        return uninitialized_layer(shape, window, tokens, decoder.model.dtype, device)
+
+    def reuse(layer: int) -> None:
+        kv, applied, rotation = context.kv(layer), context.rotations[layer], this_pass.rotation(layer)
+        further = {}
+        if rope_differs and applied is not None and rotation is not None:
+            cos, sin = (_last(half, kv.keys.shape[2]) for half in ops.rotation_between(*applied, *rotation))
+            further = {"cos": cos.repeat(batch, 1), "sin": sin.repeat(batch, 1)}
+        if kv.k_scale is None and not further:
+            layers[layer] = shared_layer(kv.keys, kv.values, decoder.windows[layer], tokens)
+        else:
+            target = layers[layer] = uninitialized(layer)
+            splice(kv, target.keys, target.values, **further)
+
+    def projection(layer: int, hidden_states: torch.Tensor) -> Projection:
+        """To compute K and V of a layer, of the tokens that count, from the hidden states that enter it."""
+        target = layers[layer] = uninitialized(layer)
+        rows, rotation = target.keys.shape[2], this_pass.rotation(layer)
+        return Projection(
+            hidden_states[:, tokens - rows :],
+            decoder.weights(layer),
+            None if rotation is None else (_last(rotation[0], rows), _last(rotation[1], rows)),
+            target.keys,
+            target.values,
+        )
 
     def hidden(layer: int) -> torch.Tensor:
         return decoder.embed(context.tokens) if layer == 0 else context.hidden(layer)
 
-    positions = decoder.positions(context.tokens)
-    slots = torch.arange(batch * tokens, device=receiver.device)
-    cos, sin = (_per_token(half, batch) for half in positions["position_embeddings"])
-
-    def project(hidden_states: dict[int, torch.Tensor]) -> None:
-        """Compute the K and V of layers from the hidden states that enter them."""
-        weights = [decoder.weights(layer) for layer in hidden_states]
-        k_weights, v_weights = [each.k_weight for each in weights], [each.v_weight for each in weights]
-        if norm == "folded":
-            k_weights = [ops.fold_norm_weight(each.k_weight, each.norm_weight) for each in weights]
-            v_weights = [ops.fold_norm_weight(each.v_weight, each.norm_weight) for each in weights]
-        targets = [MixedLayer.uninitialized(shape, receiver.dtype, receiver.device) for _ in weights]
-        ops.kv_project_layers(
-            list(hidden_states.values()), k_weights, v_weights,
-            [target.keys for target in targets], [target.values for target in targets], slots,
-            norm=norm, norm_weights=[each.norm_weight for each in weights] if norm == "hf" else [],
-            norm_eps=weights[0].norm_eps, k_biases=[each.k_bias for each in weights if each.k_bias is not None],
-            v_biases=[each.v_bias for each in weights if each.v_bias is not None],
-            k_norm_weights=[each.k_norm_weight for each in weights if each.k_norm_weight is not None],
-            head_norm_eps=weights[0].k_norm_eps,
-            coses=[cos] * len(weights), sines=[sin] * len(weights),
-        )  # fmt: skip
-        for layer, target in zip(hidden_states, targets, strict=True):
-            cache.layers[layer] = target
-
+    norm_order = decoder.family.norm_order
     for start, end in plan.bands:
         hidden_states = hidden(start)
         for layer in range(start, end - 1):
-            hidden_states = decoder.run(layer, hidden_states, positions, cache)
-        project({end - 1: hidden_states})  # nothing reads the output of a band's last layer
-    if projected := [layer for layer, role in enumerate(roles) if role == "project"]:
-        project({layer: hidden(layer) for layer in projected})
+            hidden_states = this_pass.run(layer, hidden_states, cache)
+        # Nothing reads the output of a band's last layer.
+        project([projection(end - 1, hidden_states)], norm_order, norm)
+    projected = [layer for layer, role in enumerate(roles) if role == "project"]
+    project([projection(layer, hidden(layer)) for layer in projected], norm_order, norm)
+    for layer, role in enumerate(roles):
+        if role == "reuse":
+            reuse(layer)
     return cache
 
 
-def _per_token(rotary: torch.Tensor, batch: int) -> torch.Tensor:
-    """cos or sin from ``rotary_emb``, ``[1, T, R]`` with both halves equal, as ``[B * T, R / 2]``."""
-    half = rotary[..., : rotary.shape[-1] // 2]
-    return half.expand(batch, -1, -1).reshape(-1, half.shape[-1])
+def _last(rows: torch.Tensor, count: int) -> torch.Tensor:
+    return rows[rows.shape[0] - count :]

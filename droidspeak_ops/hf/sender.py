@@ -10,7 +10,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from ..context import SharedContext
-from .families import Decoder
+from ..kv import KV
+from .decoder import Decoder
 
 
 @torch.no_grad()
@@ -40,7 +41,8 @@ def capture(
         raise ValueError(f"layers: got {outside}; layers of the sender are 0 to {decoder.num_layers - 1}")
 
     hidden_states: dict[int, torch.Tensor] = {}
-    cache = DynamicCache(config=sender.config)
+    this_pass = decoder.over(input_ids)
+    cache = DynamicCache(config=decoder.config)
     with ExitStack() as hooks:
         for layer in layers:
             hook = _keep(hidden_states, layer)
@@ -48,10 +50,16 @@ def capture(
         decoder.base(input_ids=input_ids, past_key_values=cache, use_cache=True)
     return SharedContext(
         tokens=input_ids.clone(),
-        keys_values=[(layer.keys, layer.values) for layer in cache.layers],
+        keys_values=[KV(_owned(layer.keys), _owned(layer.values)) for layer in cache.layers],
         hidden_states=hidden_states,
+        rotations=[this_pass.rotation(layer) for layer in range(decoder.num_layers)],
         sender=decoder.fingerprint(tokenizer, weights=True),
     )
+
+
+def _owned(rows: torch.Tensor) -> torch.Tensor:
+    """The rows in memory of their own: what a sliding window keeps is a view of all."""
+    return rows if rows.untyped_storage().nbytes() == rows.nbytes else rows.clone()
 
 
 def _keep(hidden_states: dict[int, torch.Tensor], layer: int) -> Any:

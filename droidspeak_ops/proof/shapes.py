@@ -20,6 +20,7 @@ class Shape:
     has_bias: bool = False
     head_norm: Literal["each", "all"] | None = None
     norm_order: Literal["llama", "gemma", "olmo"] = "llama"
+    rotary_dtype: torch.dtype | None = None
 
 
 SHAPES = {
@@ -28,7 +29,7 @@ SHAPES = {
     "Qwen2.5-7B": Shape(3584, 28, 4, 128, 128, has_bias=True),
     "Qwen3-8B": Shape(4096, 32, 8, 128, 128, head_norm="each"),
     "Gemma-3-12B": Shape(3840, 16, 8, 256, 256, head_norm="each", norm_order="gemma"),
-    "OLMo-2-7B": Shape(4096, 32, 32, 128, 128, head_norm="all", norm_order="olmo"),
+    "OLMo-2-7B": Shape(4096, 32, 32, 128, 128, head_norm="all", norm_order="olmo", rotary_dtype=torch.float32),
     "GPT-OSS-20B": Shape(2880, 64, 8, 64, 64, has_bias=True, norm_order="olmo"),
     "Phi-3-mini": Shape(3072, 32, 32, 96, 96),
     "Phi-2": Shape(2560, 32, 32, 80, 32, has_bias=True),
@@ -72,8 +73,8 @@ def projection(
         "k_norm_weight": if_any(normed, kv_rows if shape.head_norm == "all" else width),
         "norm_order": shape.norm_order,
         "head_norm_eps": 1e-6,
-        "cos": [angle.cos().to(dtype) for angle in angles],
-        "sin": [angle.sin().to(dtype) for angle in angles],
+        "cos": [angle.cos().to(shape.rotary_dtype or dtype) for angle in angles],
+        "sin": [angle.sin().to(shape.rotary_dtype or dtype) for angle in angles],
         "positions": None,
         "slot_mapping": torch.arange(tokens, device=device),
         "q": random(tokens, shape.num_q_heads, width) if with_q else [],

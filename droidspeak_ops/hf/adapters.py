@@ -1,0 +1,125 @@
+"""Linear layers as they are read from a model: plain, or with adapters of PEFT that are not merged.
+
+An unmerged LoRA adapter adds ``up(down(x))`` to the layer's output. It stays a product of low rank here: the projection's
+rows are lengthened by ``down(x)`` and its weights by `up`, so one projection computes both without rounding in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class UnsupportedModelError(ValueError):
+    """The model's family is not known, or the loaded model is not what its family should be."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One adapter: ``down`` ``[r, C]`` and, with its scaling, ``up`` ``[N, r]``."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``x Wᵀ + bias`` and the adapters that are active on it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    low_rank: tuple[LowRank, ...] = ()
+
+    def rows(self, start: int, end: int) -> Linear:
+        """The rows of a fused projection that belong to one of its parts."""
+        adapters = tuple(LowRank(each.down, each.up[start:end]) for each in self.low_rank)
+        return Linear(self.weight[start:end], None if self.bias is None else self.bias[start:end], adapters)
+
+
+def read_linear(parent: nn.Module, name: str, where: str, shape: tuple[int, int]) -> Linear:
+    """Read a linear layer of a given shape, and what PEFT has put around it.
+
+    Raises:
+        UnsupportedModelError: it is another module, or an adapter that computes something else than a sum of low rank.
+    """
+    module: Any = getattr(parent, name, None)
+    where = f"{where}.{name}"
+    adapted = _is_lora(module)
+    base = module.base_layer if adapted else module
+    # Exactly nn.Linear: a quantised layer, or another kind of adapter, computes something else from the same weight.
+    if type(base) is not nn.Linear or tuple(base.weight.shape) != shape:
+        got = f"{type(base).__name__} with weight {tuple(getattr(base, 'weight', torch.empty(0)).shape)}"
+        hint = "; merge the adapter into the model first" if hasattr(module, "base_layer") else ""
+        raise UnsupportedModelError(f"{where}: got {got}; a torch.nn.Linear with {shape} is needed{hint}")
+    adapters = tuple(_read_lora(module, adapter, where) for adapter in active_adapters(module)) if adapted else ()
+    return Linear(base.weight, base.bias, adapters)
+
+
+def decoder_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model, whose adapters lie in its layers; any other model as it is.
+
+    Raises:
+        UnsupportedModelError: the active adapter puts tokens of its own before the prompt.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"model: got {model.active_peft_config.peft_type.value}; an adapter in layers is needed"
+        )
+    return model.get_base_model()
+
+
+def active_adapters(module: Any) -> list[str]:
+    """The adapters of a PEFT layer that add to its output as it stands."""
+    if module.merged or module.disable_adapters:
+        return []
+    return [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+
+
+def effective_weights(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """The weights that a model computes with, by names that are the same with PEFT's layers around its own or without.
+
+    Of adapters those that are active are among them, by place, order and scaling rather than by name.
+    """
+    weights: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
+    for path, module in model.named_modules():
+        if not (hasattr(module, "base_layer") or hasattr(module, "original_module")):  # PEFT's two kinds of wrappers
+            continue
+        active: list[str] = (
+            [] if getattr(module, "merged", False) or module.disable_adapters else list(module.active_adapters)
+        )
+        own = {
+            name.removeprefix(f"{path}."): weights.pop(name) for name in list(weights) if name.startswith(f"{path}.")
+        }
+        for name, tensor in own.items():
+            part, _, rest = name.partition(".")
+            adapter, _, rest_of_adapter = rest.partition(".")
+            if part in ("base_layer", "original_module"):
+                weights.setdefault(f"{path}.{rest}", tensor)
+            elif part == "modules_to_save" and adapter in active:
+                weights[f"{path}.{rest_of_adapter}"] = tensor
+            elif adapter in active:
+                place = f"{active.index(adapter)}*{getattr(module, 'scaling', {}).get(adapter, 1)}"
+                weights[f"{path}.{part}.{place}.{rest_of_adapter}"] = tensor
+    return weights
+
+
+def _is_lora(module: Any) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Linear" and kind.__module__.startswith("peft.tuners.lora")
+
+
+def _read_lora(module: Any, adapter: str, where: str) -> LowRank:
+    down, up = module.lora_A[adapter], module.lora_B[adapter]
+    variant = module.lora_variant.get(adapter)
+    if variant is not None or up.bias is not None or module.fan_in_fan_out:
+        got = type(variant).__name__ if variant is not None else "a bias of its own"
+        raise UnsupportedModelError(
+            f"{where}: got the adapter {adapter!r} with {got}; a plain LoRA is needed; merge the adapter into the model first"
+        )
+    return LowRank(down.weight, up.weight * module.scaling[adapter])

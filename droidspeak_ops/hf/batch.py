@@ -1,0 +1,137 @@
+"""Several contexts at once: read from a padded or packed batch, and prefilled into one cache, each by a plan of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from ..context import SharedContext
+from ..plan import Plan
+from .cache import MixedCache, rows_held, uninitialized_layer
+from .decoder import Decoder
+from .receiver import partial_prefill
+from .sender import capture
+
+
+def capture_batch(
+    sender: PreTrainedModel,
+    input_ids: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    layers: Sequence[int] = (),
+    tokenizer: Any = None,
+) -> list[SharedContext]:
+    """:func:`capture` of each sequence of a batch, padded or packed.
+
+    A sequence is read by itself: no padding is computed, and what is captured is what it would be alone.
+
+    Args:
+        input_ids: int64 ``[B, T]`` with `attention_mask`, or ``[N]`` with `cu_seqlens`, on the sender's device.
+        attention_mask: ``[B, T]``: 1 for tokens, 0 for padding before or behind them.
+        cu_seqlens: integer ``[B + 1]``: sequence b is tokens ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
+        layers, tokenizer: as of :func:`capture`.
+
+    Returns:
+        A context of one sequence for each, in their order.
+
+    Raises:
+        UnsupportedModelError: the sender's family is not supported.
+        ValueError: an argument does not fit, a sequence is empty, or padding lies between its tokens.
+    """
+    if (attention_mask is None) == (cu_seqlens is None):
+        raise ValueError("attention_mask, cu_seqlens: exactly one of them is needed")
+    if attention_mask is not None:
+        sequences = _unpadded(input_ids, attention_mask)
+    else:
+        sequences = _unpacked(input_ids, [int(bound) for bound in cu_seqlens])  # type: ignore[union-attr]
+    return [capture(sender, ids.unsqueeze(0), layers=layers, tokenizer=tokenizer) for ids in sequences]
+
+
+def partial_prefill_batch(
+    receiver: PreTrainedModel,
+    contexts: Sequence[SharedContext],
+    plans: Plan | Sequence[Plan],
+    *,
+    tokenizer: Any = None,
+    norm: Literal["hf", "folded"] = "hf",
+) -> MixedCache:
+    """:func:`partial_prefill` of several contexts into one cache, in which shorter ones are padded on the left.
+
+    Each is computed by itself, so its K/V are bitwise those that it would have alone. :meth:`MixedCache.prompt` makes the
+    prompts: ``receiver.generate(**cache.prompt(suffixes), past_key_values=cache)``.
+
+    Args:
+        receiver, tokenizer, norm: as of :func:`partial_prefill`.
+        contexts: at least one; they may differ in length.
+        plans: one for all, or one for each.
+
+    Returns:
+        A cache of all sequences, as long as the longest context. It holds copies also of reused layers: in a batch their
+        rows lie side by side.
+
+    Raises:
+        ReuseError, UnsupportedModelError: as :func:`partial_prefill`.
+        ValueError: there is no context, or there are not as many plans.
+    """
+    plans = [plans] * len(contexts) if isinstance(plans, Plan) else plans
+    if not contexts or len(plans) != len(contexts):
+        raise ValueError(
+            f"plans: got {len(plans)} for {len(contexts)} contexts; at least one context, a plan each, are needed"
+        )
+    decoder = Decoder(receiver)
+    sizes = [context.tokens.shape for context in contexts]
+    batch, width = sum(rows for rows, _ in sizes), max(length for _, length in sizes)
+    tokens = contexts[0].tokens.new_zeros((batch, width))
+    mask = torch.zeros_like(tokens)
+
+    def layer(window: int | None) -> Any:
+        shape = (batch, decoder.num_kv_heads, rows_held(width, window), decoder.head_dim)
+        return uninitialized_layer(shape, window, width, decoder.model.dtype, decoder.model.device)
+
+    together = MixedCache([layer(window) for window in decoder.windows], tokens, mask, decoder.model)
+    row = 0
+    for context, plan in zip(contexts, plans, strict=True):
+        alone = partial_prefill(receiver, context, plan, tokenizer=tokenizer, norm=norm)
+        rows = slice(row, row + context.tokens.shape[0])
+        for source, target in zip(alone.layers, together.layers, strict=True):
+            for part, whole in ((source.keys, target.keys), (source.values, target.values)):
+                padding = whole.shape[2] - part.shape[2]
+                whole[rows, :, :padding] = 0  # masked, but NaN would pass through any mask
+                whole[rows, :, padding:] = part
+        padding = width - context.tokens.shape[1]
+        tokens[rows, padding:] = context.tokens
+        mask[rows, padding:] = 1
+        row = rows.stop
+    if bool(mask.all()):
+        together.mask = None
+    return together
+
+
+def _unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
+    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: got {tuple(attention_mask.shape)} beside input_ids {tuple(input_ids.shape)}; [B, T] is needed"
+        )
+    sequences = []
+    for row, (ids, kept) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
+        where = kept.nonzero().flatten().tolist()
+        if not where or where[-1] - where[0] + 1 != len(where):
+            raise ValueError(
+                f"attention_mask: row {row} has no token, or padding between tokens; padding at one end is needed"
+            )
+        sequences.append(ids[where[0] : where[-1] + 1])
+    return sequences
+
+
+def _unpacked(input_ids: torch.Tensor, bounds: list[int]) -> list[torch.Tensor]:
+    increasing = all(start < end for start, end in itertools.pairwise(bounds))
+    if input_ids.dim() != 1 or len(bounds) < 2 or not increasing or bounds[0] != 0 or bounds[-1] > input_ids.numel():
+        raise ValueError(
+            f"cu_seqlens: got {bounds} for input_ids {tuple(input_ids.shape)}; increasing bounds from 0 into [N] are needed"
+        )
+    return [input_ids[start:end] for start, end in itertools.pairwise(bounds)]
