@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from models import SlowLlama, fine_tuned, slow_mixed, tiny, tokens
+from models import fine_tuned, tiny, tokens
 from prefills import assert_is_mixed, assert_is_own_prefill, prefill
+from slow import SlowDecoder, slow_mixed
 
 import droidspeak_ops as ds
 
@@ -34,7 +35,7 @@ def test_sender_equal_to_receiver_is_prefix_caching(pair, plan: ds.Plan) -> None
 def test_mixed_plan_equals_a_slow_computation(pair, bands, project, norm: str) -> None:
     sender, receiver = pair
     ids, suffix = tokens(11), tokens(3)
-    mixed, logits = slow_mixed(SlowLlama(sender), SlowLlama(receiver), ids, suffix, bands, project)
+    mixed, logits = slow_mixed(SlowDecoder(sender), SlowDecoder(receiver), ids, suffix, bands, project)
     cache = prefill(sender, receiver, ids, ds.Plan(bands, project), norm=norm)
     assert_is_mixed(receiver, cache, suffix, mixed, logits)
 

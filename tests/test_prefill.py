@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from compare import assert_bitwise_equal
-from models import SHAPES, SlowLlama, fine_tuned, slow_mixed, tiny_llama, tokens
+from models import SHAPES, fine_tuned, tiny_llama, tokens
 from prefills import assert_is_mixed, assert_is_own_prefill, own_prefill, prefill, suffix_logits
+from slow import SlowDecoder, slow_mixed
 from transformers import DynamicCache, LlamaForCausalLM
 
 import droidspeak_ops as ds
@@ -57,7 +58,7 @@ def test_mixed_plan_equals_a_slow_computation(bands, project, norm: str, shape: 
     projected = project
     if project == "rest":
         projected = [layer for layer in range(LAYERS) if not any(start <= layer < end for start, end in bands)]
-    mixed, logits = slow_mixed(SlowLlama(sender), SlowLlama(receiver), ids, suffix, bands, projected)
+    mixed, logits = slow_mixed(SlowDecoder(sender), SlowDecoder(receiver), ids, suffix, bands, projected)
     cache = prefill(sender, receiver, ids, ds.Plan(bands, project), norm=norm)
     assert_is_mixed(receiver, cache, suffix, mixed, logits)
 
