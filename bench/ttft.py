@@ -52,7 +52,7 @@ def measure(sender, receiver, tokens: int, rounds: int, norm: str) -> list[dict[
     full = partial(first_token, receiver, context, ids, None)
 
     def suffix() -> None:
-        cache = DynamicCache([context.kv(layer) for layer in range(depth)])
+        cache = DynamicCache([context.kv(layer)[:2] for layer in range(depth)])
         receiver(ids[:, tokens:], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def projections() -> None:
