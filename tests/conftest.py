@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import support_table
 import torch
 
 HAS_GPU = torch.cuda.is_available()
@@ -12,18 +13,52 @@ if not HAS_GPU:
 
     correct_interpreter()
 
+_support = support_table.SupportTable()
+_THREADS = torch.get_num_threads()
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
+@pytest.fixture(autouse=True)
+def _seed_and_threads(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(0)
+    # Threads that wait for each other are all that a tiny model's time goes to, if other work runs on the machine.
+    torch.set_num_threads(_THREADS if request.node.get_closest_marker("real") else 1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-support-table", action="store_true", help="write what works with which family to docs/models.md"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if marker := item.get_closest_marker("feature"):
+            item.user_properties.append(("feature", (marker.args[0], item.callspec.params["family"])))
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if "feature" in (properties := dict(report.user_properties)):
+        _support.add(*properties["feature"], report)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The table in the documentation is that of the tests."""
+    from models import FAMILIES
+
+    if not _support.is_complete(sorted(FAMILIES)):
+        return
+    table = _support.markdown(sorted(FAMILIES))
+    if session.config.getoption("--write-support-table"):
+        support_table.write(table)
+    elif table != support_table.documented():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.config.pluginmanager.get_plugin("terminalreporter").write_line(
+            f"\n{support_table.PAGE} has another table than the tests; pytest --write-support-table writes it"
+        )

@@ -41,6 +41,7 @@ FAMILIES = {
     "qwen2": {"sliding_window": 8, "max_window_layers": 2},
     "qwen3": {"sliding_window": 8, "max_window_layers": 2},
     "gemma2": {
+        "tie_word_embeddings": False,  # greedy tokens vary only then
         "sliding_window": 8,
         "query_pre_attn_scalar": 24,
         "attn_logit_softcapping": 5.0,
@@ -48,6 +49,7 @@ FAMILIES = {
         "attn_implementation": "eager",  # SDPA does not cap scores, and not every version of transformers says so
     },
     "gemma3_text": {
+        "tie_word_embeddings": False,  # greedy tokens vary only then
         "sliding_window": 8,
         "sliding_window_pattern": 3,
         "query_pre_attn_scalar": 24,

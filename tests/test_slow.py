@@ -22,7 +22,7 @@ CASES = [
     *((family, WITHOUT_WINDOWS) for family in ("gemma2", "gemma3_text", "gpt_oss")),
     ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     ("llama", {"rope_parameters": LLAMA3}),
-    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False}),
+    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": True}),
     ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 2}),
 ]
 # Of the attention implementations here only the eager one caps scores and has sinks.

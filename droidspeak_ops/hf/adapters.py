@@ -55,6 +55,8 @@ def read_linear(parent: nn.Module, name: str, where: str, shape: tuple[int, int]
         got = f"{type(base).__name__} with weight {tuple(getattr(base, 'weight', torch.empty(0)).shape)}"
         hint = "; merge the adapter into the model first" if hasattr(module, "base_layer") else ""
         raise UnsupportedModelError(f"{where}: got {got}; a torch.nn.Linear with {shape} is needed{hint}")
+    if adapted and module.merged and module.disable_adapters:
+        raise UnsupportedModelError(f"{where}: got an adapter that is merged and disabled; unmerge it first")
     adapters = tuple(_read_lora(module, adapter, where) for adapter in active_adapters(module)) if adapted else ()
     return Linear(base.weight, base.bias, adapters)
 
