@@ -7,7 +7,9 @@ import pytest
 import torch
 from cases import Projection, projection
 from compare import assert_close
-from models import fine_tuned, tiny_llama, tokens
+from models import FAMILIES, fine_tuned, tiny, tiny_llama, tokens
+from prefills import own_prefill, prefill
+from transformers.utils import is_flash_attn_2_available
 
 import droidspeak_ops as ds
 
@@ -54,6 +56,24 @@ def test_partial_prefill_is_that_of_the_cpu(plan: ds.Plan, dtype: torch.dtype) -
 
     for actual, expected in zip(keys_values("cuda"), keys_values("cpu"), strict=True):
         assert_close(actual, expected, dtype, operations=6)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputing_everything_is_the_own_prefill(family: str, attention: str) -> None:
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("needs flash-attn")
+    pair = [model.to("cuda", torch.bfloat16) for model in (sender := tiny(family), fine_tuned(sender, 0.3))]
+    try:
+        for model in pair:
+            model.set_attn_implementation(attention)
+    except ValueError as error:  # not every family has every implementation
+        pytest.skip(str(error))
+    ids = tokens(130).cuda()
+    cache = prefill(*pair, ids, ds.Plan([(0, 6)]))
+    for ours, theirs in zip(cache.layers, own_prefill(pair[1], ids).layers, strict=True):
+        assert_close(ours.keys, theirs.keys, torch.bfloat16, operations=6)
+        assert_close(ours.values, theirs.values, torch.bfloat16, operations=6)
 
 
 def test_no_synchronisation_and_capture_in_a_graph() -> None:
