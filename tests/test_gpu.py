@@ -63,7 +63,8 @@ def test_partial_prefill_is_that_of_the_cpu(plan: ds.Plan, dtype: torch.dtype) -
 def test_recomputing_everything_is_the_own_prefill(family: str, attention: str) -> None:
     if attention == "flash_attention_2" and not is_flash_attn_2_available():
         pytest.skip("needs flash-attn")
-    pair = [model.to("cuda", torch.bfloat16) for model in (sender := tiny(family), fine_tuned(sender, 0.3))]
+    sender = tiny(family).to("cuda", torch.bfloat16)
+    pair = [sender, fine_tuned(sender, 0.3)]
     try:
         for model in pair:
             model.set_attn_implementation(attention)

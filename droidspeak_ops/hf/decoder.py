@@ -97,14 +97,11 @@ class Pass:
         self._like = torch.empty((*tokens.shape, 0), dtype=decoder.model.dtype, device=tokens.device)
         self._position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         self._rotary, self._mask = cache(self._compute_rotary), cache(self._compute_mask)
+        self._halves = cache(self._compute_halves)
 
     def rotation(self, layer: int) -> Rotation | None:
         """cos and sin that a layer rotates K by, ``[T, R / 2]``; None where it has no RoPE."""
-        if not self._decoder.rotates(layer):
-            return None
-        cos, sin = self._rotary(self._kind(layer))
-        columns = cos.shape[-1] // (1 if self._decoder.family.half_rotary else 2)
-        return cos[0, :, :columns], sin[0, :, :columns]
+        return self._halves(self._kind(layer)) if self._decoder.rotates(layer) else None
 
     def run(self, layer: int, hidden_states: torch.Tensor, cache: Any) -> torch.Tensor:
         """Run one layer of the model as it is, attention and MLP, appending its K/V to `cache`."""
@@ -122,6 +119,11 @@ class Pass:
 
     def _compute_rotary(self, kind: str | None) -> Rotation:
         return self._decoder.rotary(self._like, self._position_ids, *([] if kind is None else [kind]))
+
+    def _compute_halves(self, kind: str | None) -> Rotation:
+        cos, sin = self._rotary(kind)
+        columns = cos.shape[-1] // (1 if self._decoder.family.half_rotary else 2)
+        return cos[0, :, :columns].contiguous(), sin[0, :, :columns].contiguous()
 
     def _compute_mask(self, sliding: bool) -> Any:
         create = create_sliding_window_causal_mask if sliding else create_causal_mask
