@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import contexts
 import projection as bench
 import pytest
 import torch
 import tune
+from models import fine_tuned, tiny_llama, tokens
 from providers import ours
 
 from droidspeak_ops import tuning
+from droidspeak_ops.hf.cache import HEADROOM
 from droidspeak_ops.kernels.project_splice import ProjectSpliceConfig
 from droidspeak_ops.proof.shapes import SHAPES, projection
 
@@ -166,3 +169,29 @@ def test_a_malformed_file_is_named(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=r"tuned\.json"):
         tuning.load(path, "A100")
+
+
+def test_contexts_of_tiny_models() -> None:
+    sender = tiny_llama()
+    receiver = fine_tuned(sender)
+    asked = [contexts.Question(ids[:, :20], ids, tokens(3)) for ids in (tokens(24), tokens(24))]
+
+    rows = contexts.quantized_rows(sender, receiver, asked)
+    assert len(rows) == 1 + 4 * 3 + 3
+    own, *coded = [float(row["kl"]) for row in rows if row["context"] == "own"]
+    assert own < 1e-10 < min(coded)
+    assert {row["of_float32"] for row in rows if row["plan"] == "all reused"} == {"1.000", f"{(64 + 4) / 256:.3f}"}
+
+    rows = contexts.rope_rows(sender, receiver, asked)
+    assert len(rows) == 2 + len(contexts.ROPES) * 4 + 1 + len(contexts.ROPES) * 2
+    own, *others = [float(row["kl"]) for row in rows if row["context"] == "own"]
+    assert own < 1e-10 < min(others)
+
+    full = contexts.full_caches(sender, receiver, tokens(300), 3)
+    kept, released, appended = contexts.shared_context(sender, receiver, tokens(300), 3)
+    row = 2 * 2 * 64 * 4  # K and V of a token in a layer
+    assert full[0].storages == 3 * 6 * 300 * row
+    assert kept.storages == 6 * 300 * row + 300 * 48 * 4 + 3 * 2 * (300 + HEADROOM) * row
+    assert released.storages == 4 * 300 * row + 3 * 2 * (300 + HEADROOM) * row
+    assert appended.storages == 3 * (2 * (300 + HEADROOM) + 4 * (301 + HEADROOM)) * row
+    assert len(contexts.memory_rows([*full, kept, released, appended])) == 4

@@ -1,0 +1,419 @@
+"""What contexts cost and what they are worth: in 8 bits, from a sender with another RoPE, under several receivers.
+
+    python bench/contexts.py --examples 16 --csv FOLDER
+    python bench/contexts.py --only memory --tokens 4096 --receivers 8
+
+Quality is measured on the shipped held-out examples, SmolLM2-135M-Instruct -> glossary variant. `kl` is the Kullback-Leibler
+divergence, in nats, of the next-token distributions from those of the receiver's own full prefill, from the suffix's last
+token on, with the answer's tokens given; `nll` is the negative log-likelihood of the answer per token. Both are means over
+examples, `added` is that of paired differences of `kl`; `low` and `high` are where 95 % of 10,000 bootstrap means lie.
+
+- `quantized`: each plan from a context in float32, fp8 and int8. Of an `own` context the sender is the receiver: prefix
+  caching, in which nothing but the coding is lost. Bytes are those that a plan needs: K, V, its hidden states, and scales.
+- `rope`: senders that are SmolLM2, or for an `own` context the variant itself, with another RoPE. Reused K are turned on to
+  the receiver's RoPE, or left as they are. No model was trained for another RoPE, so each is a worse sender than without;
+  what counts is turned against not turned, and of an `own` context nothing but RoPE differs.
+- `memory`: receivers of one context of random tokens, the middle third of the layers recomputed, against as many full
+  caches. A process of its own for each, on the CPU: by how much it grew since after a first round of the same work, with the
+  allocator's free memory given back to the system, beside the bytes of all distinct storages. The receivers are one model
+  used several times: only caches are counted. Appending a token to a shared layer copies it, as the last line shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import ctypes
+import gc
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+import torch.nn.functional as F
+import transformers
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import DynamicCache
+
+import droidspeak_ops as ds
+from droidspeak_ops.demo.measure import first_token, glossary_examples
+from droidspeak_ops.demo.run import load_glossary_variant
+from droidspeak_ops.hf.pretrained import SMOLLM2, load_pretrained
+
+PARTS = ("quantized", "rope", "memory")
+PLAIN, FULL, UNCHANGED, TURNED, NOT_TURNED = "float32", "full prefill", "unchanged", "turned", "not turned"
+FORMATS = {PLAIN: None, "fp8 (e4m3fn)": torch.float8_e4m3fn, "int8": torch.int8}
+ROPES: dict[str, dict[str, Any]] = {
+    "theta 130,000": {"rope_theta": 130_000.0},
+    "theta 200,000": {"rope_theta": 200_000.0},
+    "theta 500,000": {"rope_theta": 500_000.0},
+    "linear, factor 2": {"rope_type": "linear", "factor": 2.0},
+    "YaRN, factor 2": {"rope_type": "yarn", "factor": 2.0},
+}
+BOOTSTRAP = 10_000
+
+Row = dict[str, object]
+
+
+class Question(NamedTuple):
+    """Token ids of an example, int64 ``[1, N]``: the context, the prompt that continues it, the answer with its end."""
+
+    context: torch.Tensor
+    prompt: torch.Tensor
+    answer: torch.Tensor
+
+
+class Key(NamedTuple):
+    """One way to answer: from which context, by which plan, and the form that the context is in or the keys are reused in."""
+
+    context: str
+    plan: str
+    form: str
+
+
+class Score(NamedTuple):
+    """One example answered in one way."""
+
+    kl: float
+    nll: float
+    nbytes: int  # of what the plan needs of the context
+
+
+Scores = Iterator[tuple[Key, Score]]
+
+
+# --- quality --------------------------------------------------------------------------------------------------------------
+
+
+def questions(tokenizer: Any, count: int, device: torch.device) -> list[Question]:
+    def ids(text: str) -> torch.Tensor:
+        return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
+
+    return [
+        Question(
+            context := ids(example.context),
+            torch.cat((context, ids(example.suffix)), dim=1),
+            F.pad(ids(example.answer), (0, 1), value=tokenizer.eos_token_id),
+        )
+        for example in glossary_examples()[:count]
+    ]
+
+
+@torch.no_grad()
+def answer_distributions(
+    receiver: Any, context: ds.SharedContext, question: Question, plan: ds.Plan | None
+) -> torch.Tensor:
+    """Log-probabilities ``[N, vocabulary]`` for each token of the answer; of full prefill where `plan` is None."""
+    first, cache = first_token(receiver, context, question.prompt, plan)
+    rest = receiver(question.answer[:, :-1], past_key_values=cache, use_cache=True).logits
+    return torch.cat((first, rest), dim=1)[0].double().log_softmax(-1)
+
+
+def scorer(receiver: Any, context: ds.SharedContext, question: Question) -> Callable[..., Score]:
+    """To score a context and a plan (None for full prefill) on one question, by the receiver's own full prefill of it."""
+    own = answer_distributions(receiver, context, question, None)
+
+    def score(context: ds.SharedContext, plan: ds.Plan | None) -> Score:
+        found = own if plan is None else answer_distributions(receiver, context, question, plan)
+        kl = (own.exp() * (own - found)).sum(-1).mean()
+        return Score(kl.item(), F.nll_loss(found, question.answer[0]).item(), context.nbytes)
+
+    return score
+
+
+def plans(depth: int) -> list[ds.Plan]:
+    band = (depth // 2, depth // 2 + depth // 3)
+    return [ds.Plan(), ds.Plan(project="rest"), ds.Plan([band]), ds.Plan([band], project="rest")]
+
+
+def for_plan(context: ds.SharedContext, plan: ds.Plan) -> ds.SharedContext:
+    """The context with no more hidden states than a plan needs."""
+    layers = plan.hidden_layers(context.num_layers)
+    return replace(context, hidden_states={layer: context.hidden_states[layer] for layer in layers})
+
+
+def quantized_scores(sender: Any, receiver: Any, question: Question) -> Scores:
+    """Plans by whose context it is and its format."""
+    depth = receiver.config.num_hidden_layers
+    theirs = ds.capture(sender, question.context, layers=range(1, depth))
+    own = ds.capture(receiver, question.context)
+    score = scorer(receiver, own, question)
+    yield Key("", FULL, ""), score(own, None)
+    for source, context, candidates in (("sender's", theirs, plans(depth)), ("own", own, [ds.Plan()])):
+        coded = {name: context if dtype is None else context.quantized(dtype) for name, dtype in FORMATS.items()}
+        for plan in candidates:
+            for name in FORMATS:
+                yield Key(source, str(plan), name), score(for_plan(coded[name], plan), plan)
+
+
+def with_rope(model: Any, changes: Mapping[str, Any]) -> Any:
+    """A model that is built for another RoPE, with the same weights: it shares them."""
+    config = copy.deepcopy(model.config)
+    length = {"original_max_position_embeddings": config.max_position_embeddings} if "factor" in changes else {}
+    config.rope_parameters = {**config.rope_parameters, **length, **changes}
+    other = type(model)(config).eval().to(model.device)
+    other.load_state_dict(model.state_dict(), assign=True)
+    if torch.equal(other.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq):
+        raise RuntimeError(f"rope_parameters: {dict(changes)} makes no difference")
+    return other
+
+
+def rope_scores(senders: Mapping[str, Any], receiver: Any, candidates: Sequence[ds.Plan], question: Question) -> Scores:
+    """Plans by the sender's RoPE, and by whether reused K are turned on to the receiver's."""
+    depth = receiver.config.num_hidden_layers
+    layers = sorted({layer for plan in candidates for layer in plan.hidden_layers(depth)})
+    contexts = {name: ds.capture(sender, question.context, layers=layers) for name, sender in senders.items()}
+    unchanged = contexts.pop(UNCHANGED)
+    score = scorer(receiver, unchanged, question)
+    for plan in candidates:
+        yield Key(UNCHANGED, str(plan), ""), score(unchanged, plan)
+    for name, context in contexts.items():
+        as_it_is = replace(context, sender=replace(context.sender, rope=unchanged.sender.rope))
+        for plan in candidates:
+            yield Key(name, str(plan), TURNED), score(context, plan)
+            yield Key(name, str(plan), NOT_TURNED), score(as_it_is, plan)
+
+
+def collect(
+    measure: Callable[[Question], Scores], asked: Sequence[Question], description: str
+) -> dict[Key, list[Score]]:
+    found: dict[Key, list[Score]] = {}
+    for question in track(asked, description=description):
+        for key, score in measure(question):
+            found.setdefault(key, []).append(score)
+    return found
+
+
+def mean_and_interval(name: str, values: Sequence[float]) -> Row:
+    """The mean, and where 95 % of the means of bootstrap samples lie."""
+    data = torch.tensor(values, dtype=torch.float64)
+    drawn = torch.randint(len(data), (BOOTSTRAP, len(data)), generator=torch.Generator().manual_seed(0))
+    low, high = data[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {name: f"{data.mean().item():.3g}", f"{name}_low": f"{low:.3g}", f"{name}_high": f"{high:.3g}"}
+
+
+def quality(scores: Sequence[Score], base: Sequence[Score] | None) -> Row:
+    """Means over examples; what was `added` to the divergence of `base`."""
+    kl = [score.kl for score in scores]
+    added: Row = dict.fromkeys(("added", "added_low", "added_high"), "")
+    if base is not None:
+        added = mean_and_interval("added", [ours - theirs.kl for ours, theirs in zip(kl, base, strict=True)])
+    nll = statistics.fmean(score.nll for score in scores)
+    return {**mean_and_interval("kl", kl), **added, "nll": f"{nll:.4f}"}
+
+
+def quantized_rows(sender: Any, receiver: Any, asked: Sequence[Question]) -> list[Row]:
+    found = collect(partial(quantized_scores, sender, receiver), asked, "8 bits")
+    tokens = sum(question.context.shape[1] for question in asked)
+    rows: list[Row] = []
+    for key, scores in found.items():
+        base = found.get(key._replace(form=PLAIN))
+        size: Row = {"KiB_per_token": "", "of_float32": ""}
+        if base is not None:
+            nbytes, plain = (sum(score.nbytes for score in each) for each in (scores, base))
+            size = {"KiB_per_token": f"{nbytes / tokens / 1024:.1f}", "of_float32": f"{nbytes / plain:.3f}"}
+        added = quality(scores, None if key.form == PLAIN else base)
+        rows.append({"context": key.context, "plan": key.plan, "format": key.form, **size, **added})
+    return rows
+
+
+def rope_rows(sender: Any, receiver: Any, asked: Sequence[Question]) -> list[Row]:
+    without_projection = [plan for plan in plans(receiver.config.num_hidden_layers) if not plan.project]
+    rows: list[Row] = []
+    for source, model, candidates in (("sender's", sender, without_projection), ("own", receiver, [ds.Plan()])):
+        senders = {UNCHANGED: model, **{name: with_rope(model, changes) for name, changes in ROPES.items()}}
+        found = collect(partial(rope_scores, senders, receiver, candidates), asked, f"RoPE, {source} context")
+        for key, scores in found.items():
+            bases = {TURNED: Key(UNCHANGED, key.plan, ""), NOT_TURNED: key._replace(form=TURNED)}
+            added = quality(scores, found[bases[key.form]] if key.form else None)
+            rows.append({"context": source, "rope": key.context, "plan": key.plan, "reused_keys": key.form, **added})
+    return rows
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------
+
+
+class Reading(NamedTuple):
+    """What a process holds: by how much it grew, and the bytes of the storages that are there to be counted."""
+
+    what: str
+    resident: int
+    storages: int
+
+
+def middle_third(depth: int) -> ds.Plan:
+    return ds.Plan([(depth // 3, 2 * depth // 3)])
+
+
+def resident_bytes() -> int:
+    """The process's resident memory, without what its allocator holds for later."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+        if trim is not None:
+            trim(0)
+    return psutil.Process().memory_info().rss
+
+
+def storage_bytes(*owners: Any) -> int:
+    """Bytes of the distinct storages of K, V and hidden states in caches and contexts."""
+    tensors: list[torch.Tensor] = []
+    for owner in owners:
+        if isinstance(owner, ds.SharedContext):
+            tensors += [rows for kv in owner.keys_values for rows in kv[:2]]
+            tensors += [owner.hidden(layer) for layer in owner.hidden_layers]
+        else:
+            tensors += [rows for layer in owner.layers for rows in (layer.keys, layer.values)]
+    return sum({each.data_ptr(): each.nbytes() for each in (rows.untyped_storage() for rows in tensors)}.values())
+
+
+@torch.no_grad()
+def full_caches(sender: Any, receiver: Any, ids: torch.Tensor, receivers: int) -> list[Reading]:
+    """transformers' own caches; `sender` has no part in them."""
+
+    def prefill() -> DynamicCache:
+        cache = DynamicCache(config=receiver.config)
+        receiver(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    prefill()
+    before = resident_bytes()
+    caches = [prefill() for _ in track(range(receivers), description="full caches")]
+    return [Reading("full caches", resident_bytes() - before, storage_bytes(*caches))]
+
+
+@torch.no_grad()
+def shared_context(sender: Any, receiver: Any, ids: torch.Tensor, receivers: int) -> list[Reading]:
+    """Partial prefills of one context: with it, without it, and with a token appended by each receiver."""
+    depth = receiver.config.num_hidden_layers
+    plan = middle_third(depth)
+
+    def capture() -> ds.SharedContext:
+        return ds.capture(sender, ids, layers=plan.hidden_layers(depth))
+
+    def append_one(cache: Any) -> None:
+        receiver(ids[:, :1], past_key_values=cache, use_cache=True)
+
+    append_one(ds.partial_prefill(receiver, capture(), plan))
+    before = resident_bytes()
+    context = capture()
+    caches = [
+        ds.partial_prefill(receiver, context, plan) for _ in track(range(receivers), description="one shared context")
+    ]
+    readings = [Reading(f"{plan}, context kept", resident_bytes() - before, storage_bytes(context, *caches))]
+    del context
+    readings.append(Reading(f"{plan}, context released", resident_bytes() - before, storage_bytes(*caches)))
+    for cache in caches:
+        append_one(cache)
+    readings.append(Reading(f"{plan}, one token appended", resident_bytes() - before, storage_bytes(*caches)))
+    return readings
+
+
+Measurement = Callable[[Any, Any, torch.Tensor, int], list[Reading]]
+
+
+def load_and_read(measurement: Measurement, tokens: int, receivers: int) -> list[Reading]:
+    torch.manual_seed(0)
+    sender, receiver = load_pretrained(SMOLLM2)[0], load_glossary_variant()[0]
+    return measurement(sender, receiver, torch.randint(receiver.config.vocab_size, (1, tokens)), receivers)
+
+
+def in_fresh_process(measurement: Measurement, tokens: int, receivers: int) -> list[Reading]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(load_and_read, measurement, tokens, receivers).result()
+
+
+def memory_rows(readings: Iterable[Reading]) -> list[Row]:
+    """In MB, and as ratios to the first of the readings."""
+    full, *others = readings
+    return [
+        {
+            "what": reading.what,
+            "resident_MB": f"{reading.resident / 1e6:.1f}",
+            "of_full": f"{reading.resident / full.resident:.3f}" if full.resident else "",
+            "storages_MB": f"{reading.storages / 1e6:.1f}",
+            "storages_of_full": f"{reading.storages / full.storages:.3f}",
+        }
+        for reading in (full, *others)
+    ]
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------------
+
+
+def show(rows: Sequence[Row], title: str, note: str) -> None:
+    table = Table(title=title, caption=note)
+    texts = ("context", "plan", "format", "rope", "reused_keys", "what")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name in texts else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(width=180).print(table)
+
+
+def write_csv(rows: Sequence[Row], title: str, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "setting"])
+        writer.writeheader()
+        writer.writerows({**row, "setting": title.replace("\n", ", ")} for row in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--examples", type=int, default=16, help="held-out examples for quality, at most 64")
+    parser.add_argument("--tokens", type=int, default=4096, help="context tokens for memory")
+    parser.add_argument("--receivers", type=int, default=8, help="receivers for memory")
+    parser.add_argument("--csv", type=Path, metavar="FOLDER", help="also write a CSV file for each part to this folder")
+    args = parser.parse_args(arguments)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    models = f"SmolLM2-135M-Instruct -> glossary variant, {versions}"
+
+    def report(part: str, rows: Sequence[Row], title: str, note: str) -> None:
+        show(rows, title, note)
+        if args.csv:
+            args.csv.mkdir(parents=True, exist_ok=True)
+            write_csv(rows, title, args.csv / f"{part}.csv")
+
+    if set(args.only) - {"memory"}:
+        sender, (receiver, tokenizer) = load_pretrained(SMOLLM2)[0].to(device), load_glossary_variant()
+        receiver = receiver.to(device)
+        asked = questions(tokenizer, args.examples, device)
+        lengths = [question.context.shape[1] for question in asked]
+        setting = f"{len(asked)} examples, contexts of {min(lengths)} to {max(lengths)} tokens, float32, {where}"
+        if "quantized" in args.only:
+            note = "added: over the same plan from the context in float32"
+            report(
+                "quantized", quantized_rows(sender, receiver, asked), f"Contexts in 8 bits: {models}\n{setting}", note
+            )
+        if "rope" in args.only:
+            note = (
+                "added: of turned K over unchanged RoPE, which the models were trained for; of K not turned over turned"
+            )
+            report("rope", rope_rows(sender, receiver, asked), f"Senders with another RoPE: {models}\n{setting}", note)
+    if "memory" in args.only:
+        readings = [
+            reading
+            for measurement in (full_caches, shared_context)
+            for reading in in_fresh_process(measurement, args.tokens, args.receivers)
+        ]
+        setting = f"{args.tokens} random tokens, float32, {torch.get_num_threads()} CPU threads"
+        note = "resident: growth of the process; storages: bytes of K, V and hidden states, each storage once"
+        report("memory", memory_rows(readings), f"{args.receivers} receivers of one context: {models}\n{setting}", note)
+
+
+if __name__ == "__main__":
+    main()
