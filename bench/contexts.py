@@ -1,7 +1,6 @@
-"""What contexts cost and what they are worth: in 8 bits, from a sender with another RoPE, under several receivers.
+"""What contexts are worth in 8 bits, and from a sender with another RoPE.
 
     python bench/contexts.py --examples 16 --csv FOLDER
-    python bench/contexts.py --only memory --tokens 4096 --receivers 8
 
 Quality is measured on the shipped held-out examples, SmolLM2-135M-Instruct -> glossary variant. `kl` is the Kullback-Leibler
 divergence, in nats, of the next-token distributions from those of the receiver's own full prefill, from the suffix's last
@@ -13,44 +12,31 @@ examples, `added` is that of paired differences of `kl`; `low` and `high` are wh
 - `rope`: senders that are SmolLM2, or for an `own` context the variant itself, with another RoPE. Reused K are turned on to
   the receiver's RoPE, or left as they are. No model was trained for another RoPE, so each is a worse sender than without;
   what counts is turned against not turned, and of an `own` context nothing but RoPE differs.
-- `memory`: receivers of one context of random tokens, the middle third of the layers recomputed, against as many full
-  caches. A process of its own for each, on the CPU: by how much it grew since after a first round of the same work, with the
-  allocator's free memory given back to the system, beside the bytes of all distinct storages. The receivers are one model
-  used several times: only caches are counted. Appending a token to a shared layer copies it, as the last line shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import ctypes
-import gc
-import multiprocessing
 import statistics
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 import torch.nn.functional as F
 import transformers
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from transformers import DynamicCache
+from tables import Row, show, write_csv
 
 import droidspeak_ops as ds
 from droidspeak_ops.demo.measure import first_token, glossary_examples
 from droidspeak_ops.demo.run import load_glossary_variant
 from droidspeak_ops.hf.pretrained import SMOLLM2, load_pretrained
 
-PARTS = ("quantized", "rope", "memory")
+PARTS = ("quantized", "rope")
 PLAIN, FULL, UNCHANGED, TURNED, NOT_TURNED = "float32", "full prefill", "unchanged", "turned", "not turned"
 FORMATS = {PLAIN: None, "fp8 (e4m3fn)": torch.float8_e4m3fn, "int8": torch.int8}
 ROPES: dict[str, dict[str, Any]] = {
@@ -61,8 +47,6 @@ ROPES: dict[str, dict[str, Any]] = {
     "YaRN, factor 2": {"rope_type": "yarn", "factor": 2.0},
 }
 BOOTSTRAP = 10_000
-
-Row = dict[str, object]
 
 
 class Question(NamedTuple):
@@ -240,140 +224,10 @@ def rope_rows(sender: Any, receiver: Any, asked: Sequence[Question]) -> list[Row
     return rows
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------------
-
-
-class Reading(NamedTuple):
-    """What a process holds: by how much it grew, and the bytes of the storages that are there to be counted."""
-
-    what: str
-    resident: int
-    storages: int
-
-
-def middle_third(depth: int) -> ds.Plan:
-    return ds.Plan([(depth // 3, 2 * depth // 3)])
-
-
-def resident_bytes() -> int:
-    """The process's resident memory, without what its allocator holds for later."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-        if trim is not None:
-            trim(0)
-    return psutil.Process().memory_info().rss
-
-
-def storage_bytes(*owners: Any) -> int:
-    """Bytes of the distinct storages of K, V and hidden states in caches and contexts."""
-    tensors: list[torch.Tensor] = []
-    for owner in owners:
-        if isinstance(owner, ds.SharedContext):
-            tensors += [rows for kv in owner.keys_values for rows in kv[:2]]
-            tensors += [owner.hidden(layer) for layer in owner.hidden_layers]
-        else:
-            tensors += [rows for layer in owner.layers for rows in (layer.keys, layer.values)]
-    return sum({each.data_ptr(): each.nbytes() for each in (rows.untyped_storage() for rows in tensors)}.values())
-
-
-@torch.no_grad()
-def full_caches(sender: Any, receiver: Any, ids: torch.Tensor, receivers: int) -> list[Reading]:
-    """transformers' own caches; `sender` has no part in them."""
-
-    def prefill() -> DynamicCache:
-        cache = DynamicCache(config=receiver.config)
-        receiver(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
-
-    prefill()
-    before = resident_bytes()
-    caches = [prefill() for _ in track(range(receivers), description="full caches")]
-    return [Reading("full caches", resident_bytes() - before, storage_bytes(*caches))]
-
-
-@torch.no_grad()
-def shared_context(sender: Any, receiver: Any, ids: torch.Tensor, receivers: int) -> list[Reading]:
-    """Partial prefills of one context: with it, without it, and with a token appended by each receiver."""
-    depth = receiver.config.num_hidden_layers
-    plan = middle_third(depth)
-
-    def capture() -> ds.SharedContext:
-        return ds.capture(sender, ids, layers=plan.hidden_layers(depth))
-
-    def append_one(cache: Any) -> None:
-        receiver(ids[:, :1], past_key_values=cache, use_cache=True)
-
-    append_one(ds.partial_prefill(receiver, capture(), plan))
-    before = resident_bytes()
-    context = capture()
-    caches = [
-        ds.partial_prefill(receiver, context, plan) for _ in track(range(receivers), description="one shared context")
-    ]
-    readings = [Reading(f"{plan}, context kept", resident_bytes() - before, storage_bytes(context, *caches))]
-    del context
-    readings.append(Reading(f"{plan}, context released", resident_bytes() - before, storage_bytes(*caches)))
-    for cache in caches:
-        append_one(cache)
-    readings.append(Reading(f"{plan}, one token appended", resident_bytes() - before, storage_bytes(*caches)))
-    return readings
-
-
-Measurement = Callable[[Any, Any, torch.Tensor, int], list[Reading]]
-
-
-def load_and_read(measurement: Measurement, tokens: int, receivers: int) -> list[Reading]:
-    torch.manual_seed(0)
-    sender, receiver = load_pretrained(SMOLLM2)[0], load_glossary_variant()[0]
-    return measurement(sender, receiver, torch.randint(receiver.config.vocab_size, (1, tokens)), receivers)
-
-
-def in_fresh_process(measurement: Measurement, tokens: int, receivers: int) -> list[Reading]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(load_and_read, measurement, tokens, receivers).result()
-
-
-def memory_rows(readings: Iterable[Reading]) -> list[Row]:
-    """In MB, and as ratios to the first of the readings."""
-    full, *others = readings
-    return [
-        {
-            "what": reading.what,
-            "resident_MB": f"{reading.resident / 1e6:.1f}",
-            "of_full": f"{reading.resident / full.resident:.3f}" if full.resident else "",
-            "storages_MB": f"{reading.storages / 1e6:.1f}",
-            "storages_of_full": f"{reading.storages / full.storages:.3f}",
-        }
-        for reading in (full, *others)
-    ]
-
-
-# --- what is shown --------------------------------------------------------------------------------------------------------
-
-
-def show(rows: Sequence[Row], title: str, note: str) -> None:
-    table = Table(title=title, caption=note)
-    texts = ("context", "plan", "format", "rope", "reused_keys", "what")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name in texts else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=180).print(table)
-
-
-def write_csv(rows: Sequence[Row], title: str, path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "setting"])
-        writer.writeheader()
-        writer.writerows({**row, "setting": title.replace("\n", ", ")} for row in rows)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--examples", type=int, default=16, help="held-out examples for quality, at most 64")
-    parser.add_argument("--tokens", type=int, default=4096, help="context tokens for memory")
-    parser.add_argument("--receivers", type=int, default=8, help="receivers for memory")
+    parser.add_argument("--examples", type=int, default=16, help="held-out examples, at most 64")
     parser.add_argument("--csv", type=Path, metavar="FOLDER", help="also write a CSV file for each part to this folder")
     args = parser.parse_args(arguments)
 
@@ -388,31 +242,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args.csv.mkdir(parents=True, exist_ok=True)
             write_csv(rows, title, args.csv / f"{part}.csv")
 
-    if set(args.only) - {"memory"}:
-        sender, (receiver, tokenizer) = load_pretrained(SMOLLM2)[0].to(device), load_glossary_variant()
-        receiver = receiver.to(device)
-        asked = questions(tokenizer, args.examples, device)
-        lengths = [question.context.shape[1] for question in asked]
-        setting = f"{len(asked)} examples, contexts of {min(lengths)} to {max(lengths)} tokens, float32, {where}"
-        if "quantized" in args.only:
-            note = "added: over the same plan from the context in float32"
-            report(
-                "quantized", quantized_rows(sender, receiver, asked), f"Contexts in 8 bits: {models}\n{setting}", note
-            )
-        if "rope" in args.only:
-            note = (
-                "added: of turned K over unchanged RoPE, which the models were trained for; of K not turned over turned"
-            )
-            report("rope", rope_rows(sender, receiver, asked), f"Senders with another RoPE: {models}\n{setting}", note)
-    if "memory" in args.only:
-        readings = [
-            reading
-            for measurement in (full_caches, shared_context)
-            for reading in in_fresh_process(measurement, args.tokens, args.receivers)
-        ]
-        setting = f"{args.tokens} random tokens, float32, {torch.get_num_threads()} CPU threads"
-        note = "resident: growth of the process; storages: bytes of K, V and hidden states, each storage once"
-        report("memory", memory_rows(readings), f"{args.receivers} receivers of one context: {models}\n{setting}", note)
+    sender, (receiver, tokenizer) = load_pretrained(SMOLLM2)[0].to(device), load_glossary_variant()
+    receiver = receiver.to(device)
+    asked = questions(tokenizer, args.examples, device)
+    lengths = [question.context.shape[1] for question in asked]
+    setting = f"{len(asked)} examples, contexts of {min(lengths)} to {max(lengths)} tokens, float32, {where}"
+    if "quantized" in args.only:
+        note = "added: over the same plan from the context in float32"
+        report("quantized", quantized_rows(sender, receiver, asked), f"Contexts in 8 bits: {models}\n{setting}", note)
+    if "rope" in args.only:
+        note = "added: of turned K over unchanged RoPE, which the models were trained for; of K not turned over turned"
+        report("rope", rope_rows(sender, receiver, asked), f"Senders with another RoPE: {models}\n{setting}", note)
 
 
 if __name__ == "__main__":

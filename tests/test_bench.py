@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import contexts
+import memory
 import projection as bench
 import pytest
 import torch
@@ -187,11 +188,15 @@ def test_contexts_of_tiny_models() -> None:
     own, *others = [float(row["kl"]) for row in rows if row["context"] == "own"]
     assert own < 1e-10 < min(others)
 
-    full = contexts.full_caches(sender, receiver, tokens(300), 3)
-    kept, released, appended = contexts.shared_context(sender, receiver, tokens(300), 3)
+
+def test_memory_of_tiny_models() -> None:
+    sender = tiny_llama()
+    receiver = fine_tuned(sender)
+    full = memory.full_caches(sender, receiver, tokens(300), 3)
+    kept, released, appended = memory.shared_context(sender, receiver, tokens(300), 3)
     row = 2 * 2 * 64 * 4  # K and V of a token in a layer
     assert full[0].storages == 3 * 6 * 300 * row
     assert kept.storages == 6 * 300 * row + 300 * 48 * 4 + 3 * 2 * (300 + HEADROOM) * row
     assert released.storages == 4 * 300 * row + 3 * 2 * (300 + HEADROOM) * row
     assert appended.storages == 3 * (2 * (300 + HEADROOM) + 4 * (301 + HEADROOM)) * row
-    assert len(contexts.memory_rows([*full, kept, released, appended])) == 4
+    assert len(memory.memory_rows([*full, kept, released, appended])) == 4
