@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
+from reporting import Row, show, write_csv
 from rich.progress import track
-from tables import Row, show, write_csv
 
 import droidspeak_ops as ds
 from droidspeak_ops.demo.measure import first_token, glossary_examples

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import transformers
+from reporting import Row, show, write_csv
 from rich.progress import track
-from tables import Row, show, write_csv
 from transformers import DynamicCache
 
 import droidspeak_ops as ds

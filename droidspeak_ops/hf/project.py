@@ -37,10 +37,18 @@ def project(layers: Sequence[Projection], norm_order: NormOrder, norm: Literal["
     """Project all `layers`, those that are alike together."""
     alike = defaultdict(list)
     for layer in layers:
-        rank = sum(len(each.down) for each in (*layer.weights.k_low_rank, *layer.weights.v_low_rank))
-        alike[layer.keys.shape, layer.keys.stride(), layer.rotation is None, rank].append(layer)
+        alike[_kind(layer)].append(layer)
     for group in alike.values():
         _project_alike(group, norm_order, norm)
+
+
+def _kind(layer: Projection) -> tuple[Any, ...]:
+    """What layers have in common that are projected together: sizes, and which steps there are."""
+    weights = layer.weights
+    steps = (layer.rotation, weights.norm_weight, weights.k_bias, weights.k_norm_weight)
+    rank = sum(len(each.down) for each in (*weights.k_low_rank, *weights.v_low_rank))
+    sizes = (layer.hidden_states.shape, layer.keys.shape, layer.keys.stride(), weights.k_weight.stride(), rank)
+    return (*sizes, *(step is None for step in steps))
 
 
 def _project_alike(layers: list[Projection], norm_order: NormOrder, norm: Literal["hf", "folded"]) -> None:

@@ -62,57 +62,72 @@ def partial_prefill(
     if prompt_ids is not None:
         context.check_prompt(prompt_ids)
 
-    batch, tokens = context.tokens.shape
-    this_pass = decoder.over(context.tokens)
-    rope_differs = context.sender.rope != ours.rope
-    layers = [empty_layer(window) for window in decoder.windows]
-    cache = MixedCache(layers, context.tokens, None, decoder.model)
+    filling = _Filling(decoder, context, rotates_on=context.sender.rope != ours.rope)
+    norm_order = decoder.family.norm_order
+    for start, end in plan.bands:
+        hidden_states = filling.hidden(start)
+        for layer in range(start, end - 1):
+            hidden_states = filling.over.run(layer, hidden_states, filling.cache)
+        # Nothing reads the output of a band's last layer.
+        project([filling.projection(end - 1, hidden_states)], norm_order, norm)
+    projected = [layer for layer, role in enumerate(roles) if role == "project"]
+    project([filling.projection(layer, filling.hidden(layer)) for layer in projected], norm_order, norm)
+    for layer, role in enumerate(roles):
+        if role == "reuse":
+            filling.reuse(layer)
+    return filling.cache
 
-    def uninitialized(layer: int) -> MixedLayer | MixedSlidingLayer:
-        window = decoder.windows[layer]
-        shape = (batch, decoder.num_kv_heads, rows_held(tokens, window), decoder.head_dim)
-        return uninitialized_layer(shape, window, tokens, decoder.model.dtype, device)
 
-    def reuse(layer: int) -> None:
-        kv, applied, rotation = context.kv(layer), context.rotations[layer], this_pass.rotation(layer)
-        further = {}
-        if rope_differs and applied is not None and rotation is not None:
-            cos, sin = (_last(half, kv.keys.shape[2]) for half in ops.rotation_between(*applied, *rotation))
-            further = {"cos": cos.repeat(batch, 1), "sin": sin.repeat(batch, 1)}
+class _Filling:
+    """A receiver's cache of one context, and how each of its layers is filled."""
+
+    def __init__(self, decoder: Decoder, context: SharedContext, *, rotates_on: bool) -> None:
+        self._decoder, self._context, self._rotates_on = decoder, context, rotates_on
+        self.over = decoder.over(context.tokens)
+        self._batch, self._tokens = context.tokens.shape
+        self._layers = [empty_layer(window) for window in decoder.windows]
+        self.cache = MixedCache(self._layers, context.tokens, None, decoder.model)
+
+    def hidden(self, layer: int) -> torch.Tensor:
+        """What enters a layer: the sender's hidden states, or the receiver's own embeddings."""
+        return self._decoder.embed(self._context.tokens) if layer == 0 else self._context.hidden(layer)
+
+    def reuse(self, layer: int) -> None:
+        """Share the sender's K and V; in 8 bits, or rotated by another RoPE, they are decoded and rotated on."""
+        kv, further = self._context.kv(layer), self._rotation_on(layer)
         if kv.k_scale is None and not further:
-            layers[layer] = shared_layer(kv.keys, kv.values, decoder.windows[layer], tokens)
+            self._layers[layer] = shared_layer(kv.keys, kv.values, self._decoder.windows[layer], self._tokens)
         else:
-            target = layers[layer] = uninitialized(layer)
+            target = self._uninitialized(layer)
             splice(kv, target.keys, target.values, **further)
 
-    def projection(layer: int, hidden_states: torch.Tensor) -> Projection:
+    def projection(self, layer: int, hidden_states: torch.Tensor) -> Projection:
         """To compute K and V of a layer, of the tokens that count, from the hidden states that enter it."""
-        target = layers[layer] = uninitialized(layer)
-        rows, rotation = target.keys.shape[2], this_pass.rotation(layer)
+        target, rotation = self._uninitialized(layer), self.over.rotation(layer)
+        rows = target.keys.shape[2]
         return Projection(
-            hidden_states[:, tokens - rows :],
-            decoder.weights(layer),
+            hidden_states.narrow(1, hidden_states.shape[1] - rows, rows),
+            self._decoder.weights(layer),
             None if rotation is None else (_last(rotation[0], rows), _last(rotation[1], rows)),
             target.keys,
             target.values,
         )
 
-    def hidden(layer: int) -> torch.Tensor:
-        return decoder.embed(context.tokens) if layer == 0 else context.hidden(layer)
+    def _uninitialized(self, layer: int) -> MixedLayer | MixedSlidingLayer:
+        window, decoder = self._decoder.windows[layer], self._decoder
+        shape = (self._batch, decoder.num_kv_heads, rows_held(self._tokens, window), decoder.head_dim)
+        made = uninitialized_layer(shape, window, self._tokens, decoder.model.dtype, decoder.model.device)
+        self._layers[layer] = made
+        return made
 
-    norm_order = decoder.family.norm_order
-    for start, end in plan.bands:
-        hidden_states = hidden(start)
-        for layer in range(start, end - 1):
-            hidden_states = this_pass.run(layer, hidden_states, cache)
-        # Nothing reads the output of a band's last layer.
-        project([projection(end - 1, hidden_states)], norm_order, norm)
-    projected = [layer for layer, role in enumerate(roles) if role == "project"]
-    project([projection(layer, hidden(layer)) for layer in projected], norm_order, norm)
-    for layer, role in enumerate(roles):
-        if role == "reuse":
-            reuse(layer)
-    return cache
+    def _rotation_on(self, layer: int) -> dict[str, torch.Tensor]:
+        """By what the sender's K of a layer is to be rotated on, for each of its rows."""
+        applied, rotation = self._context.rotations[layer], self.over.rotation(layer)
+        if not self._rotates_on or applied is None or rotation is None:
+            return {}
+        rows = self._context.kv(layer).keys.shape[2]
+        cos, sin = (_last(half, rows) for half in ops.rotation_between(*applied, *rotation))
+        return {"cos": cos.repeat(self._batch, 1), "sin": sin.repeat(self._batch, 1)}
 
 
 def _last(rows: torch.Tensor, count: int) -> torch.Tensor:
