@@ -151,6 +151,13 @@ def test_bad_suffixes(pair) -> None:
         cache.prompt([tokens(2)[0], tokens(3)[0]])
 
 
+def test_a_prompt_starts_at_the_context(pair) -> None:
+    cache = prefill(*pair, tokens(6), ds.Plan())
+    pair[1].generate(**cache.prompt([tokens(2)[0]]), past_key_values=cache, max_new_tokens=3)
+    with pytest.raises(ValueError, match="the cache holds 10 tokens; only the 6 of the context"):
+        cache.prompt([tokens(2)[0]])
+
+
 def test_padding_is_no_part_of_a_prompt(pair) -> None:
     sender, receiver = pair
     contexts = [ds.capture(sender, tokens(count)) for count in (4, 6)]

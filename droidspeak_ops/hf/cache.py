@@ -216,17 +216,20 @@ class MixedCache(Cache):
 
         Raises:
             ValueError: there are not as many suffixes as sequences, one is empty, or they differ in length for a model with
-                sliding windows, in which padding would count as tokens.
+                sliding windows, in which padding would count as tokens; or something has been appended to the cache.
         """
         lengths = [suffix.numel() for suffix in suffixes]
-        batch, longest = self.tokens.shape[0], max(lengths, default=0)
+        (batch, width), longest = self.tokens.shape, max(lengths, default=0)
+        if (held := self.get_seq_length()) != width:
+            raise ValueError(
+                f"suffixes: the cache holds {held} tokens; only the {width} of the context may precede them"
+            )
         if len(suffixes) != batch or not all(lengths):
             raise ValueError(f"suffixes: got the lengths {lengths}; {batch} of at least one token are needed")
         if min(lengths) < longest and any(self.is_sliding):
             raise ValueError(
                 f"suffixes: got the lengths {lengths}; one length is needed where layers have sliding windows"
             )
-        width = self.tokens.shape[1]
         input_ids = self.tokens.new_zeros((batch, width + longest))
         mask = torch.zeros_like(input_ids)
         input_ids[:, :width] = self.tokens
