@@ -1,4 +1,4 @@
-"""What the benches of contexts and memory print and write: rows of named values."""
+"""What the benches on real models print and write: rows of named values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 Row = dict[str, object]
 
 
-def show(rows: Sequence[Row], title: str, note: str) -> None:
+def show(rows: Sequence[Row], title: str, note: str | None = None) -> None:
     table = Table(title=title, caption=note)
     texts = ("context", "plan", "format", "rope", "reused_keys", "what")
     for name in rows[0]:

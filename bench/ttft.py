@@ -11,7 +11,6 @@ context (prefix caching), and its projections.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import statistics
 from functools import partial
@@ -19,9 +18,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from rich.console import Console
+from reporting import Row, show, write_csv
 from rich.progress import track
-from rich.table import Table
 from transformers import DynamicCache
 
 import droidspeak_ops as ds
@@ -44,7 +42,7 @@ def plans(depth: int) -> list[ds.Plan]:
 
 
 @torch.no_grad()
-def measure(sender, receiver, tokens: int, rounds: int, norm: str) -> list[dict[str, object]]:
+def measure(sender, receiver, tokens: int, rounds: int, norm: str) -> list[Row]:
     depth = receiver.config.num_hidden_layers
     ids = torch.randint(receiver.config.vocab_size, (1, tokens + SUFFIX_TOKENS), device=receiver.device)
     context = ds.capture(sender, ids[:, :tokens], layers=range(depth))
@@ -73,7 +71,7 @@ def measure(sender, receiver, tokens: int, rounds: int, norm: str) -> list[dict[
             ratios[plan].append(times["full"][-1] / times[plan][-1])
 
     median = {name: statistics.median(values) for name, values in times.items()}
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     for plan in candidates:
         projected = plan.roles(depth).count("project") + len(plan.bands)
         bound = (
@@ -110,17 +108,9 @@ def main() -> None:
         f"torch {torch.__version__}, transformers {transformers.__version__}, median of {args.rounds} rounds"
     )
     rows = [row for tokens in args.tokens for row in measure(sender, receiver, tokens, args.rounds, args.norm)]
-    table = Table(title=setting)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name == "plan" else "right")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=140).print(table)
+    show(rows, setting)
     if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], "setting"])
-            writer.writeheader()
-            writer.writerows({**row, "setting": setting} for row in rows)
+        write_csv(rows, setting, args.csv)
 
 
 if __name__ == "__main__":

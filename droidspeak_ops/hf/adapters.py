@@ -53,12 +53,11 @@ def read_linear(parent: nn.Module, name: str, where: str, shape: tuple[int, int]
     # Exactly nn.Linear: a quantised layer, or another kind of adapter, computes something else from the same weight.
     if type(base) is not nn.Linear or tuple(base.weight.shape) != shape:
         got = f"{type(base).__name__} with weight {tuple(getattr(base, 'weight', torch.empty(0)).shape)}"
-        hint = "; merge the adapter into the model first" if hasattr(module, "base_layer") else ""
-        raise UnsupportedModelError(f"{where}: got {got}; a torch.nn.Linear with {shape} is needed{hint}")
+        raise UnsupportedModelError(f"{where}: got {got}; a torch.nn.Linear with {shape} is needed{merge_hint(module)}")
     if adapted and module.merged and module.disable_adapters:
         raise UnsupportedModelError(f"{where}: got an adapter that is merged and disabled; unmerge it first")
-    adapters = tuple(_read_lora(module, adapter, where) for adapter in active_adapters(module)) if adapted else ()
-    return Linear(base.weight, base.bias, adapters)
+    active = [adapter for adapter in active_adapters(module) if adapter in module.lora_A] if adapted else []
+    return Linear(base.weight, base.bias, tuple(_read_lora(module, adapter, where) for adapter in active))
 
 
 def decoder_model(model: Any) -> Any:
@@ -77,10 +76,15 @@ def decoder_model(model: Any) -> Any:
 
 
 def active_adapters(module: Any) -> list[str]:
-    """The adapters of a PEFT layer that add to its output as it stands."""
-    if module.merged or module.disable_adapters:
+    """The adapters that one of PEFT's wrappers applies as it stands, in their order; a merged one is in the weights."""
+    if getattr(module, "merged", False) or module.disable_adapters:
         return []
-    return [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    return list(module.active_adapters)
+
+
+def merge_hint(module: Any) -> str:
+    """What to say of a module that is not what is needed because of an adapter around it."""
+    return "; merge the adapter into the model first" if hasattr(module, "base_layer") else ""
 
 
 def effective_weights(model: nn.Module) -> Mapping[str, torch.Tensor]:
@@ -92,9 +96,7 @@ def effective_weights(model: nn.Module) -> Mapping[str, torch.Tensor]:
     for path, module in model.named_modules():
         if not (hasattr(module, "base_layer") or hasattr(module, "original_module")):  # PEFT's two kinds of wrappers
             continue
-        active: list[str] = (
-            [] if getattr(module, "merged", False) or module.disable_adapters else list(module.active_adapters)
-        )
+        active = active_adapters(module)
         own = {
             name.removeprefix(f"{path}."): weights.pop(name) for name in list(weights) if name.startswith(f"{path}.")
         }

@@ -116,9 +116,8 @@ class MixedSlidingLayer(DynamicSlidingWindowLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append K and V ``[B, K, N, D]``; return all tokens that any of the new ones sees."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if (
-            self.keys.untyped_storage().nbytes() > 2 * self.keys.nbytes
-        ):  # a view, which keeps all of a prefill in memory
+        # What is kept is a view of all, which after a prefill would stay in memory.
+        if self.keys.untyped_storage().nbytes() > 2 * self.keys.nbytes:
             self.keys, self.values = self.keys.clone(), self.values.clone()
         return keys, values
 

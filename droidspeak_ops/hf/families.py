@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..checks import NormOrder
-from .adapters import LowRank, UnsupportedModelError, read_linear
+from .adapters import LowRank, UnsupportedModelError, merge_hint, read_linear
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,9 @@ def check_class(needed: str, where: str, module: nn.Module) -> None:
     """The module's class is the one of transformers that the family has there."""
     kind = type(module)
     if kind.__name__ != needed or not kind.__module__.startswith("transformers."):
-        hint = "; merge the adapter into the model first" if hasattr(module, "base_layer") else ""
-        raise UnsupportedModelError(f"{where}: got {kind.__name__}; transformers' {needed} is needed{hint}")
+        raise UnsupportedModelError(
+            f"{where}: got {kind.__name__}; transformers' {needed} is needed{merge_hint(module)}"
+        )
 
 
 def read_layer(family: Family, layer: nn.Module, index: int, config: Any, head_dim: int) -> LayerWeights:
