@@ -32,7 +32,7 @@ from reporting import Row, show, write_csv
 from rich.progress import track
 
 import droidspeak_ops as ds
-from droidspeak_ops.demo.measure import first_token, glossary_examples
+from droidspeak_ops.demo.measure import Question, first_token, glossary_examples
 from droidspeak_ops.demo.run import load_glossary_variant
 from droidspeak_ops.hf.pretrained import SMOLLM2, load_pretrained
 
@@ -47,14 +47,6 @@ ROPES: dict[str, dict[str, Any]] = {
     "YaRN, factor 2": {"rope_type": "yarn", "factor": 2.0},
 }
 BOOTSTRAP = 10_000
-
-
-class Question(NamedTuple):
-    """Token ids of an example, int64 ``[1, N]``: the context, the prompt that continues it, the answer with its end."""
-
-    context: torch.Tensor
-    prompt: torch.Tensor
-    answer: torch.Tensor
 
 
 class Key(NamedTuple):
@@ -74,23 +66,6 @@ class Score(NamedTuple):
 
 
 Scores = Iterator[tuple[Key, Score]]
-
-
-# --- quality --------------------------------------------------------------------------------------------------------------
-
-
-def questions(tokenizer: Any, count: int, device: torch.device) -> list[Question]:
-    def ids(text: str) -> torch.Tensor:
-        return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
-
-    return [
-        Question(
-            context := ids(example.context),
-            torch.cat((context, ids(example.suffix)), dim=1),
-            F.pad(ids(example.answer), (0, 1), value=tokenizer.eos_token_id),
-        )
-        for example in glossary_examples()[:count]
-    ]
 
 
 @torch.no_grad()
@@ -244,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     sender, (receiver, tokenizer) = load_pretrained(SMOLLM2)[0].to(device), load_glossary_variant()
     receiver = receiver.to(device)
-    asked = questions(tokenizer, args.examples, device)
+    asked = [Question.of(example, tokenizer, device) for example in glossary_examples()[: args.examples]]
     lengths = [question.context.shape[1] for question in asked]
     setting = f"{len(asked)} examples, contexts of {min(lengths)} to {max(lengths)} tokens, float32, {where}"
     if "quantized" in args.only:

@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,22 @@ class Example:
     context: str
     suffix: str
     answer: str
+
+
+class Question(NamedTuple):
+    """Token ids of an example, int64 ``[1, N]``: the context, the prompt that continues it, the answer with its end."""
+
+    context: torch.Tensor
+    prompt: torch.Tensor
+    answer: torch.Tensor
+
+    @classmethod
+    def of(cls, example: Example, tokenizer: Any, device: torch.device) -> Question:
+        context, suffix, answer = (
+            tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
+            for text in (example.context, example.suffix, example.answer)
+        )
+        return cls(context, torch.cat((context, suffix), dim=1), F.pad(answer, (0, 1), value=tokenizer.eos_token_id))
 
 
 @dataclass(frozen=True)
@@ -83,12 +99,7 @@ def measure(
     depth = receiver.config.num_hidden_layers
     layers = {layer for each in strategies if each.plan for layer in each.plan.hidden_layers(depth)}
     for number, example in enumerate(examples):
-        context_ids, suffix_ids, answer_ids = (
-            tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(receiver.device)
-            for text in (example.context, example.suffix, example.answer)
-        )
-        prompt_ids = torch.cat((context_ids, suffix_ids), dim=1)
-        answer_ids = F.pad(answer_ids, (0, 1), value=tokenizer.eos_token_id)
+        context_ids, prompt_ids, answer_ids = Question.of(example, tokenizer, receiver.device)
         context = ds.capture(sender, context_ids, layers=sorted(layers), tokenizer=sender_tokenizer)
         for strategy in strategies:
             start = partial(first_token, receiver, context, prompt_ids, strategy.plan, tokenizer=tokenizer)
