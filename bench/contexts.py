@@ -28,11 +28,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
+from quality import answer_distributions, divergence, mean_and_interval
 from reporting import Row, show, write_csv
 from rich.progress import track
 
 import droidspeak_ops as ds
-from droidspeak_ops.demo.measure import Question, first_token, glossary_examples
+from droidspeak_ops.demo.measure import glossary_examples
 from droidspeak_ops.demo.run import load_glossary_variant
 from droidspeak_ops.hf.pretrained import SMOLLM2, load_pretrained
 
@@ -46,7 +47,6 @@ ROPES: dict[str, dict[str, Any]] = {
     "linear, factor 2": {"rope_type": "linear", "factor": 2.0},
     "YaRN, factor 2": {"rope_type": "yarn", "factor": 2.0},
 }
-BOOTSTRAP = 10_000
 
 
 class Key(NamedTuple):
@@ -68,24 +68,13 @@ class Score(NamedTuple):
 Scores = Iterator[tuple[Key, Score]]
 
 
-@torch.no_grad()
-def answer_distributions(
-    receiver: Any, context: ds.SharedContext, question: Question, plan: ds.Plan | None
-) -> torch.Tensor:
-    """Log-probabilities ``[N, vocabulary]`` for each token of the answer; of full prefill where `plan` is None."""
-    first, cache = first_token(receiver, context, question.prompt, plan)
-    rest = receiver(question.answer[:, :-1], past_key_values=cache, use_cache=True).logits
-    return torch.cat((first, rest), dim=1)[0].double().log_softmax(-1)
-
-
-def scorer(receiver: Any, context: ds.SharedContext, question: Question) -> Callable[..., Score]:
+def scorer(receiver: Any, context: ds.SharedContext, question: ds.Example) -> Callable[..., Score]:
     """To score a context and a plan (None for full prefill) on one question, by the receiver's own full prefill of it."""
     own = answer_distributions(receiver, context, question, None)
 
     def score(context: ds.SharedContext, plan: ds.Plan | None) -> Score:
         found = own if plan is None else answer_distributions(receiver, context, question, plan)
-        kl = (own.exp() * (own - found)).sum(-1).mean()
-        return Score(kl.item(), F.nll_loss(found, question.answer[0]).item(), context.nbytes)
+        return Score(divergence(own, found), F.nll_loss(found, question.answer[0]).item(), context.nbytes)
 
     return score
 
@@ -101,7 +90,7 @@ def for_plan(context: ds.SharedContext, plan: ds.Plan) -> ds.SharedContext:
     return replace(context, hidden_states={layer: context.hidden_states[layer] for layer in layers})
 
 
-def quantized_scores(sender: Any, receiver: Any, question: Question) -> Scores:
+def quantized_scores(sender: Any, receiver: Any, question: ds.Example) -> Scores:
     """Plans by whose context it is and its format."""
     depth = receiver.config.num_hidden_layers
     theirs = ds.capture(sender, question.context, layers=range(1, depth))
@@ -127,7 +116,9 @@ def with_rope(model: Any, changes: Mapping[str, Any]) -> Any:
     return other
 
 
-def rope_scores(senders: Mapping[str, Any], receiver: Any, candidates: Sequence[ds.Plan], question: Question) -> Scores:
+def rope_scores(
+    senders: Mapping[str, Any], receiver: Any, candidates: Sequence[ds.Plan], question: ds.Example
+) -> Scores:
     """Plans by the sender's RoPE, and by whether reused K are turned on to the receiver's."""
     depth = receiver.config.num_hidden_layers
     layers = sorted({layer for plan in candidates for layer in plan.hidden_layers(depth)})
@@ -144,21 +135,13 @@ def rope_scores(senders: Mapping[str, Any], receiver: Any, candidates: Sequence[
 
 
 def collect(
-    measure: Callable[[Question], Scores], asked: Sequence[Question], description: str
+    measure: Callable[[ds.Example], Scores], asked: Sequence[ds.Example], description: str
 ) -> dict[Key, list[Score]]:
     found: dict[Key, list[Score]] = {}
     for question in track(asked, description=description):
         for key, score in measure(question):
             found.setdefault(key, []).append(score)
     return found
-
-
-def mean_and_interval(name: str, values: Sequence[float]) -> Row:
-    """The mean, and where 95 % of the means of bootstrap samples lie."""
-    data = torch.tensor(values, dtype=torch.float64)
-    drawn = torch.randint(len(data), (BOOTSTRAP, len(data)), generator=torch.Generator().manual_seed(0))
-    low, high = data[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {name: f"{data.mean().item():.3g}", f"{name}_low": f"{low:.3g}", f"{name}_high": f"{high:.3g}"}
 
 
 def quality(scores: Sequence[Score], base: Sequence[Score] | None) -> Row:
@@ -171,7 +154,7 @@ def quality(scores: Sequence[Score], base: Sequence[Score] | None) -> Row:
     return {**mean_and_interval("kl", kl), **added, "nll": f"{nll:.4f}"}
 
 
-def quantized_rows(sender: Any, receiver: Any, asked: Sequence[Question]) -> list[Row]:
+def quantized_rows(sender: Any, receiver: Any, asked: Sequence[ds.Example]) -> list[Row]:
     found = collect(partial(quantized_scores, sender, receiver), asked, "8 bits")
     tokens = sum(question.context.shape[1] for question in asked)
     rows: list[Row] = []
@@ -186,7 +169,7 @@ def quantized_rows(sender: Any, receiver: Any, asked: Sequence[Question]) -> lis
     return rows
 
 
-def rope_rows(sender: Any, receiver: Any, asked: Sequence[Question]) -> list[Row]:
+def rope_rows(sender: Any, receiver: Any, asked: Sequence[ds.Example]) -> list[Row]:
     without_projection = [plan for plan in plans(receiver.config.num_hidden_layers) if not plan.project]
     rows: list[Row] = []
     for source, model, candidates in (("sender's", sender, without_projection), ("own", receiver, [ds.Plan()])):
@@ -219,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     sender, (receiver, tokenizer) = load_pretrained(SMOLLM2)[0].to(device), load_glossary_variant()
     receiver = receiver.to(device)
-    asked = [Question.of(example, tokenizer, device) for example in glossary_examples()[: args.examples]]
+    asked = [example.encode(tokenizer, device) for example in glossary_examples()[: args.examples]]
     lengths = [question.context.shape[1] for question in asked]
     setting = f"{len(asked)} examples, contexts of {min(lengths)} to {max(lengths)} tokens, float32, {where}"
     if "quantized" in args.only:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from . import ops
 from ._version import __version__
 from .context import SharedContext
+from .example import Example
 from .fingerprint import Fingerprint, ReuseError
+from .maps import Maps
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -20,12 +22,15 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         capture,
         capture_batch,
+        fit,
         partial_prefill,
         partial_prefill_batch,
     )
 
 __all__ = [
+    "Example",
     "Fingerprint",
+    "Maps",
     "MixedCache",
     "Plan",
     "ReuseError",
@@ -34,6 +39,7 @@ __all__ = [
     "__version__",
     "capture",
     "capture_batch",
+    "fit",
     "ops",
     "partial_prefill",
     "partial_prefill_batch",

@@ -19,6 +19,10 @@ class KV(NamedTuple):
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
 
+    def first(self, count: int) -> KV:
+        """The first rows, as views."""
+        return KV(*(None if part is None else part[:, :, :count] for part in self))  # type: ignore[arg-type]
+
 
 def encode(kv: KV, dtype: torch.dtype) -> KV:
     """The same rows as 8-bit codes, the largest value of each row being the largest code.

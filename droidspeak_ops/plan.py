@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Role = Literal["recompute", "project", "reuse"]
+Role = Literal["recompute", "project", "reuse", "fitted", "fitted_kv"]
+"""What becomes of a layer. The last two are projections with weights of :class:`Maps`, of hidden states and of K/V."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,11 @@ class Plan:
 
         Layer 0 is never among them: what enters it are embeddings, and the receiver has its own.
         """
-        projected = {layer for layer, role in enumerate(self.roles(num_layers)) if role == "project"}
+        return self.hidden_layers_of(self.roles(num_layers))
+
+    def hidden_layers_of(self, roles: Sequence[Role]) -> tuple[int, ...]:
+        """:meth:`hidden_layers` for roles that maps have changed."""
+        projected = {layer for layer, role in enumerate(roles) if role in ("project", "fitted")}
         return tuple(sorted((projected | {start for start, _ in self.bands}) - {0}))
 
     def layers_run(self) -> int:

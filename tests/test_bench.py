@@ -16,8 +16,8 @@ import tune
 from models import fine_tuned, tiny_llama, tokens
 from providers import ours
 
+import droidspeak_ops as ds
 from droidspeak_ops import tuning
-from droidspeak_ops.demo.measure import Question
 from droidspeak_ops.hf.cache import HEADROOM
 from droidspeak_ops.kernels.project_splice import ProjectSpliceConfig
 from droidspeak_ops.proof.shapes import SHAPES, projection
@@ -176,7 +176,7 @@ def test_a_malformed_file_is_named(text: str, tmp_path: Path) -> None:
 def test_contexts_of_tiny_models() -> None:
     sender = tiny_llama()
     receiver = fine_tuned(sender)
-    asked = [Question(ids[:, :20], ids, tokens(3)) for ids in (tokens(24), tokens(24))]
+    asked = [ds.Example(ids[:, :20], ids[:, 20:], tokens(3)) for ids in (tokens(24), tokens(24))]
 
     rows = contexts.quantized_rows(sender, receiver, asked)
     assert len(rows) == 1 + 4 * 3 + 3

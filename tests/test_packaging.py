@@ -65,7 +65,7 @@ def test_wheel(wheel: Path, tmp_path: Path) -> None:
     assert not any(name.startswith("kernels/") for name in names)
     for name in ("kernels/project_splice.py", "kernels/row_norm.py", "kernels/kv_splice.py", "py.typed"):
         assert f"droidspeak_ops/{name}" in names
-    for name in ("adapter_config.json", "adapter_model.safetensors", "examples.json"):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "calibration.json", "test.json"):
         assert f"droidspeak_ops/demo/glossary/{name}" in names
     site = tmp_path / "site"
     out = subprocess.run(

@@ -12,6 +12,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from droidspeak_ops.demo.measure import TextExample
+
 _ONSETS = "b br d dr f fl g gl j k kr l m n p pl r s sk st t tr v z".split()
 _VOWELS = "a e i o u ai ou".split()
 _CODAS = ["", *"b d g k l m n nd p r rk s sh t x".split()]
@@ -21,15 +23,6 @@ _CODAS = ["", *"b d g k l m n nd p r rk s sh t x".split()]
 class Entry:
     word: str
     definition: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """One context with one question: text in the chat format that the variant is trained on."""
-
-    context: str
-    suffix: str
-    answer: str
 
 
 def read_definitions(wordnet: Path, split: str) -> list[str]:
@@ -66,8 +59,9 @@ def ask(entry: Entry, reverse: bool) -> tuple[str, str]:
     return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", answer
 
 
-def draw_example(definitions: list[str], entries: int, rng: random.Random) -> Example:
-    """A context of `entries` entries (about 15 tokens each) with one question, in either direction."""
+def draw_examples(definitions: list[str], entries: int, questions: int, rng: random.Random) -> list[TextExample]:
+    """Questions in either direction about one context of `entries` entries, about 15 tokens each."""
     drawn = draw_entries(definitions, entries, rng)
-    suffix, answer = ask(rng.choice(drawn), reverse=rng.random() < 0.5)
-    return Example(context_text(drawn), suffix, answer)
+    context = context_text(drawn)
+    asked = (rng.choice(drawn) for _ in range(questions))
+    return [TextExample(context, *ask(entry, reverse=rng.random() < 0.5)) for entry in asked]

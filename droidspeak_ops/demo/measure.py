@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,28 +24,20 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Example:
+class TextExample:
     """A shared context, the receiver's own suffix after it, and the answer that is wanted; text in chat format."""
 
     context: str
     suffix: str
     answer: str
 
-
-class Question(NamedTuple):
-    """Token ids of an example, int64 ``[1, N]``: the context, the prompt that continues it, the answer with its end."""
-
-    context: torch.Tensor
-    prompt: torch.Tensor
-    answer: torch.Tensor
-
-    @classmethod
-    def of(cls, example: Example, tokenizer: Any, device: torch.device) -> Question:
+    def encode(self, tokenizer: Any, device: torch.device | str = "cpu") -> ds.Example:
+        """Its token ids; the answer with its end."""
         context, suffix, answer = (
             tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
-            for text in (example.context, example.suffix, example.answer)
+            for text in (self.context, self.suffix, self.answer)
         )
-        return cls(context, torch.cat((context, suffix), dim=1), F.pad(answer, (0, 1), value=tokenizer.eos_token_id))
+        return ds.Example(context, suffix, F.pad(answer, (0, 1), value=tokenizer.eos_token_id))
 
 
 @dataclass(frozen=True)
@@ -81,14 +73,21 @@ class Strategy:
         return statistics.median(theirs.seconds / ours.seconds for theirs, ours in pairs)
 
 
-def glossary_examples() -> list[Example]:
-    """The shipped held-out examples: questions over WordNet definitions under invented words, about 1,000 tokens each."""
-    text = files(__package__).joinpath("glossary", "examples.json").read_text(encoding="utf-8")
-    return [Example(**example) for example in json.loads(text)]
+def glossary_examples(split: Literal["calibration", "test"] = "test") -> list[TextExample]:
+    """The shipped examples: questions over WordNet definitions under invented words, about 1,000 tokens each.
+
+    No definition of the test split is in the calibration split, several questions to a context, or was trained on.
+    """
+    text = files(__package__).joinpath("glossary", f"{split}.json").read_text(encoding="utf-8")
+    return [TextExample(**example) for example in json.loads(text)]
 
 
 def measure(
-    sender: Any, receiver: Any, tokenizers: tuple[Any, Any], strategies: Sequence[Strategy], examples: Sequence[Example]
+    sender: Any,
+    receiver: Any,
+    tokenizers: tuple[Any, Any],
+    strategies: Sequence[Strategy],
+    examples: Sequence[TextExample],
 ) -> Iterator[int]:
     """Add a measurement of every example to every strategy; the context's token count is yielded after each example.
 
@@ -99,14 +98,14 @@ def measure(
     depth = receiver.config.num_hidden_layers
     layers = {layer for each in strategies if each.plan for layer in each.plan.hidden_layers(depth)}
     for number, example in enumerate(examples):
-        context_ids, prompt_ids, answer_ids = Question.of(example, tokenizer, receiver.device)
-        context = ds.capture(sender, context_ids, layers=sorted(layers), tokenizer=sender_tokenizer)
+        ids = example.encode(tokenizer, receiver.device)
+        context = ds.capture(sender, ids.context, layers=sorted(layers), tokenizer=sender_tokenizer)
         for strategy in strategies:
-            start = partial(first_token, receiver, context, prompt_ids, strategy.plan, tokenizer=tokenizer)
+            start = partial(first_token, receiver, context, ids.prompt, strategy.plan, tokenizer=tokenizer)
             if number == 0:
                 start()  # warm-up
-            strategy.measured.append(_measure_one(receiver, tokenizer, start, prompt_ids, answer_ids, example.answer))
-        yield context_ids.shape[1]
+            strategy.measured.append(_measure_one(receiver, tokenizer, start, ids, example.answer))
+        yield ids.context.shape[1]
 
 
 @torch.no_grad()
@@ -116,6 +115,7 @@ def first_token(
     prompt_ids: torch.Tensor,
     plan: ds.Plan | None,
     *,
+    maps: ds.Maps | None = None,
     tokenizer: Any = None,
     norm: Literal["hf", "folded"] = "hf",
 ) -> tuple[torch.Tensor, Any]:
@@ -126,7 +126,9 @@ def first_token(
     if plan is None:
         out = receiver(prompt_ids, use_cache=True, logits_to_keep=1)
     else:
-        cache = ds.partial_prefill(receiver, context, plan, prompt_ids=prompt_ids, tokenizer=tokenizer, norm=norm)
+        cache = ds.partial_prefill(
+            receiver, context, plan, prompt_ids=prompt_ids, maps=maps, tokenizer=tokenizer, norm=norm
+        )
         suffix_ids = prompt_ids[:, context.tokens.shape[1] :]
         out = receiver(suffix_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return out.logits, out.past_key_values
@@ -146,23 +148,26 @@ def _measure_one(
     receiver: Any,
     tokenizer: Any,
     start: Callable[[], tuple[torch.Tensor, Any]],
-    prompt_ids: torch.Tensor,
-    answer_ids: torch.Tensor,
+    ids: ds.Example,
     answer: str,
 ) -> Measured:
     (first, cache), seconds = timed(start)
-    rest = receiver(answer_ids[:, :-1], past_key_values=deepcopy(cache), use_cache=True).logits
+    rest = receiver(ids.answer[:, :-1], past_key_values=deepcopy(cache), use_cache=True).logits
     logits = torch.cat((first, rest), dim=1).float()
-    nll = F.cross_entropy(logits[0], answer_ids[0]).item()
-
-    cache.crop(-1)  # generate wants at least one token to run
-    out = receiver.generate(prompt_ids, past_key_values=cache, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
-    given = tokenizer.decode(out[0, prompt_ids.shape[1] :], skip_special_tokens=True).strip()
+    nll = F.cross_entropy(logits[0], ids.answer[0]).item()
+    given = continued(receiver, tokenizer, ids.prompt, cache)
     score = squad(
         [{"prediction_text": given, "id": "0"}],
         [{"answers": {"answer_start": [0], "text": [answer]}, "id": "0"}],
     )
     return Measured(given, score["exact_match"].item() / 100, score["f1"].item() / 100, nll, seconds)
+
+
+def continued(receiver: Any, tokenizer: Any, prompt_ids: torch.Tensor, cache: Any) -> str:
+    """What the receiver says after a prompt that `cache` holds, greedily."""
+    cache.crop(-1)  # generate wants at least one token to run
+    out = receiver.generate(prompt_ids, past_key_values=cache, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+    return tokenizer.decode(out[0, prompt_ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def _synchronize() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from .measure import Example, Strategy
+from .measure import Strategy, TextExample
 
 
 def table(strategies: Sequence[Strategy], title: str) -> Table:
@@ -32,7 +32,7 @@ def table(strategies: Sequence[Strategy], title: str) -> Table:
     return out
 
 
-def answers(strategies: Sequence[Strategy], examples: Sequence[Example], count: int = 2) -> Table:
+def answers(strategies: Sequence[Strategy], examples: Sequence[TextExample], count: int = 2) -> Table:
     """The answers of every strategy to a few examples, those first that tell the strategies apart most."""
 
     def spread(index: int) -> float:

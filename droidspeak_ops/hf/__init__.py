@@ -3,6 +3,7 @@
 from .adapters import UnsupportedModelError
 from .batch import capture_batch, partial_prefill_batch
 from .cache import MixedCache
+from .fitting import fit
 from .receiver import partial_prefill
 from .sender import capture
 
@@ -11,6 +12,7 @@ __all__ = [
     "UnsupportedModelError",
     "capture",
     "capture_batch",
+    "fit",
     "partial_prefill",
     "partial_prefill_batch",
 ]

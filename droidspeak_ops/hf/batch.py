@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..context import SharedContext
+from ..maps import Maps
 from ..plan import Plan
 from .cache import MixedCache, rows_held, uninitialized_layer
 from .decoder import Decoder
@@ -57,6 +58,7 @@ def partial_prefill_batch(
     contexts: Sequence[SharedContext],
     plans: Plan | Sequence[Plan],
     *,
+    maps: Maps | None = None,
     tokenizer: Any = None,
     norm: Literal["hf", "folded"] = "hf",
 ) -> MixedCache:
@@ -66,7 +68,7 @@ def partial_prefill_batch(
     prompts: ``receiver.generate(**cache.prompt(suffixes), past_key_values=cache)``.
 
     Args:
-        receiver, tokenizer, norm: as of :func:`partial_prefill`.
+        receiver, maps, tokenizer, norm: as of :func:`partial_prefill`.
         contexts: at least one; they may differ in length.
         plans: one for all, or one for each.
 
@@ -96,7 +98,7 @@ def partial_prefill_batch(
     together = MixedCache([layer(window) for window in decoder.windows], tokens, mask, decoder.model)
     row = 0
     for context, plan in zip(contexts, plans, strict=True):
-        alone = partial_prefill(receiver, context, plan, tokenizer=tokenizer, norm=norm)
+        alone = partial_prefill(receiver, context, plan, maps=maps, tokenizer=tokenizer, norm=norm)
         rows = slice(row, row + context.tokens.shape[0])
         for source, target in zip(alone.layers, together.layers, strict=True):
             for part, whole in ((source.keys, target.keys), (source.values, target.values)):

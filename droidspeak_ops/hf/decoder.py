@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -48,6 +49,14 @@ class Decoder:
     def weights(self, layer: int) -> LayerWeights:
         """What the K/V projection of one layer needs, read from the layer's own modules."""
         return self._weights[layer]
+
+    def plainly_normed(self, layer: int) -> LayerWeights:
+        """The same with a norm that only divides by the root mean square: for weights that have the norm's folded in."""
+        weights = self._weights[layer]
+        if weights.norm_weight is None:
+            return weights
+        gain = torch.zeros_like if self.family.norm_order == "gemma" else torch.ones_like
+        return replace(weights, norm_weight=gain(weights.norm_weight))
 
     def rotates(self, layer: int) -> bool:
         """Whether a layer has RoPE."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,11 @@ from .. import ops
 from ..context import SharedContext
 from ..fingerprint import ReuseError
 from ..kv import splice
+from ..maps import SINKS, LayerMap, Maps
 from ..plan import Plan
 from .cache import MixedCache, MixedLayer, MixedSlidingLayer, empty_layer, rows_held, shared_layer, uninitialized_layer
 from .decoder import Decoder
+from .families import LayerWeights
 from .project import Projection, project
 
 
@@ -24,6 +27,7 @@ def partial_prefill(
     plan: Plan,
     *,
     prompt_ids: torch.Tensor | None = None,
+    maps: Maps | None = None,
     tokenizer: Any = None,
     norm: Literal["hf", "folded"] = "hf",
 ) -> MixedCache:
@@ -37,6 +41,8 @@ def partial_prefill(
         context: what :func:`capture` made.
         plan: which layers to recompute and project.
         prompt_ids: ``[B, N]``, the prompt that is to follow; checked to continue the context.
+        maps: what :func:`fit` made of this pair. A layer that the plan projects is then filled as its choice says: projected
+            with fitted weights, with the receiver's own, or reused; and bands start from corrected hidden states.
         tokenizer: the receiver's tokenizer, compared with the sender's if that was given to :func:`capture`.
         norm: ``"hf"`` for transformers' rounding order, in which recomputing all layers is bitwise the receiver's own
             prefill on the CPU in float32; ``"folded"`` for one rounding fewer (see :func:`droidspeak_ops.ops.kv_project`).
@@ -45,7 +51,8 @@ def partial_prefill(
         A transformers cache of T tokens. Reused layers share the context's tensors until something is appended.
 
     Raises:
-        ReuseError: sender and receiver do not fit, hidden states are missing, or the prompt does not continue the context.
+        ReuseError: sender and receiver do not fit, hidden states are missing, the maps are those of another pair, or the
+            prompt does not continue the context.
         UnsupportedModelError: the receiver's family is not supported.
         ValueError: the plan names layers that the receiver does not have, or `norm` is none of the two.
     """
@@ -53,9 +60,12 @@ def partial_prefill(
     roles = plan.roles(decoder.num_layers)
     if norm not in ("hf", "folded"):
         raise ValueError(f"norm: got {norm!r}; 'hf' or 'folded' is needed")
-    ours = decoder.fingerprint(tokenizer, weights=False)
+    ours = decoder.fingerprint(tokenizer, weights=maps is not None)
     context.sender.check_reuse_by(ours)
-    context.check_hidden(plan.hidden_layers(decoder.num_layers))
+    if maps is not None:
+        maps.check_pair(context.sender, ours)
+        roles = maps.roles(plan, context.hidden_layers)
+    context.check_hidden(plan.hidden_layers_of(roles))
     device = decoder.model.device
     if context.tokens.device != device:
         raise ReuseError(f"context: on {context.tokens.device}; {device}, the receiver's device, is needed")
@@ -66,15 +76,25 @@ def partial_prefill(
     norm_order = decoder.family.norm_order
     for start, end in plan.bands:
         hidden_states = filling.hidden(start)
+        if maps is not None and start in maps.corrections:
+            hidden_states = maps.corrections[start].corrected(hidden_states)
         for layer in range(start, end - 1):
             hidden_states = filling.over.run(layer, hidden_states, filling.cache)
         # Nothing reads the output of a band's last layer.
-        project([filling.projection(end - 1, hidden_states)], norm_order, norm)
-    projected = [layer for layer, role in enumerate(roles) if role == "project"]
-    project([filling.projection(layer, filling.hidden(layer)) for layer in projected], norm_order, norm)
+        project([filling.projection(end - 1, hidden_states, decoder.weights(end - 1))], norm_order, norm)
+    projections = []
     for layer, role in enumerate(roles):
         if role == "reuse":
             filling.reuse(layer)
+        elif role == "project":
+            projections.append(filling.projection(layer, filling.hidden(layer), decoder.weights(layer)))
+        elif role != "recompute":
+            assert maps is not None
+            projections.append(filling.fitted(layer, maps.layers[layer, role], of_kv=role == "fitted_kv"))
+    project(projections, norm_order, norm)
+    for layer, role in enumerate(roles):
+        if role in ("fitted", "fitted_kv"):
+            filling.reuse_sinks(layer)
     return filling.cache
 
 
@@ -101,17 +121,38 @@ class _Filling:
             target = self._uninitialized(layer)
             splice(kv, target.keys, target.values, **further)
 
-    def projection(self, layer: int, hidden_states: torch.Tensor) -> Projection:
+    def reuse_sinks(self, layer: int) -> None:
+        """Reuse the sender's K and V of the first tokens of a layer that is filled already."""
+        target = self._layers[layer]
+        rows = target.keys.shape[2]
+        count = min(max(SINKS - (self._tokens - rows), 0), rows)
+        if count:
+            kv = self._context.kv(layer).first(count)
+            further = {
+                name: half.view(self._batch, rows, -1)[:, :count].flatten(0, 1)
+                for name, half in self._rotation_on(layer).items()
+            }
+            splice(kv, target.keys[:, :, :count], target.values[:, :, :count], **further)
+
+    def projection(self, layer: int, hidden_states: torch.Tensor, weights: LayerWeights) -> Projection:
         """To compute K and V of a layer, of the tokens that count, from the hidden states that enter it."""
         target, rotation = self._uninitialized(layer), self.over.rotation(layer)
         rows = target.keys.shape[2]
         return Projection(
             hidden_states.narrow(1, hidden_states.shape[1] - rows, rows),
-            self._decoder.weights(layer),
+            weights,
             None if rotation is None else (_last(rotation[0], rows), _last(rotation[1], rows)),
             target.keys,
             target.values,
         )
+
+    def fitted(self, layer: int, fitted: LayerMap, *, of_kv: bool) -> Projection:
+        """To compute K and V of a layer with fitted weights, from its hidden states or from the sender's K and V."""
+        if of_kv:
+            weights = LayerWeights(norm_weight=None, norm_eps=0.0, k_norm_weight=None, k_norm_eps=0.0, **vars(fitted))
+            return self.projection(layer, unrotated_kv(self._context, layer), weights)
+        weights = replace(self._decoder.plainly_normed(layer), **vars(fitted), k_low_rank=(), v_low_rank=())
+        return self.projection(layer, self.hidden(layer), weights)
 
     def _uninitialized(self, layer: int) -> MixedLayer | MixedSlidingLayer:
         window, decoder = self._decoder.windows[layer], self._decoder
@@ -128,6 +169,21 @@ class _Filling:
         rows = self._context.kv(layer).keys.shape[2]
         cos, sin = (_last(half, rows) for half in ops.rotation_between(*applied, *rotation))
         return {"cos": cos.repeat(self._batch, 1), "sin": sin.repeat(self._batch, 1)}
+
+
+def unrotated_kv(context: SharedContext, layer: int) -> torch.Tensor:
+    """The sender's K of a layer before RoPE and its V, side by side: ``[B, N, 2 * K * D]``."""
+    kv, applied = context.kv(layer), context.rotations[layer]
+    batch, heads, rows, head_dim = kv.keys.shape
+    dtype = getattr(torch, context.sender.dtype)
+    both = torch.empty((batch, rows, 2, heads, head_dim), dtype=dtype, device=kv.keys.device)
+    back = {}
+    if applied is not None:
+        unturned = torch.ones_like(applied[0]), torch.zeros_like(applied[1])
+        cos, sin = (_last(half, rows) for half in ops.rotation_between(*applied, *unturned))
+        back = {"cos": cos.repeat(batch, 1), "sin": sin.repeat(batch, 1)}
+    splice(kv, both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2), **back)
+    return both.flatten(2)
 
 
 def _last(rows: torch.Tensor, count: int) -> torch.Tensor:

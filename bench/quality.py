@@ -1,0 +1,48 @@
+"""How far a receiver is from its own full prefill, and how sure one can be of a mean over examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from reporting import Row
+
+import droidspeak_ops as ds
+from droidspeak_ops.demo.measure import first_token
+
+BOOTSTRAP = 10_000
+
+
+@torch.no_grad()
+def answer_distributions(
+    receiver: Any, context: ds.SharedContext, question: ds.Example, plan: ds.Plan | None, maps: ds.Maps | None = None
+) -> torch.Tensor:
+    """Log-probabilities ``[N, vocabulary]`` for each token of the answer; of full prefill where `plan` is None."""
+    first, cache = first_token(receiver, context, question.prompt, plan, maps=maps)
+    if question.answer.shape[1] == 1:
+        return first[0].double().log_softmax(-1)
+    rest = receiver(question.answer[:, :-1], past_key_values=cache, use_cache=True).logits
+    return torch.cat((first, rest), dim=1)[0].double().log_softmax(-1)
+
+
+def divergence(own: torch.Tensor, found: torch.Tensor) -> float:
+    """Kullback-Leibler divergence of `found` from `own`, log-probabilities ``[N, vocabulary]``, in nats: mean over rows."""
+    return (own.exp() * (own - found)).sum(-1).mean().item()
+
+
+def mean_and_interval(name: str, values: Sequence[float]) -> Row:
+    """The mean, and where 95 % of the means of bootstrap samples lie."""
+    return _with_interval(name, torch.tensor(values, dtype=torch.float64)[:, None], lambda means: means[..., 0])
+
+
+def ratio_and_interval(name: str, values: Sequence[float], base: Sequence[float]) -> Row:
+    """The ratio of two means over the same examples, and where 95 % of the ratios of bootstrap samples lie."""
+    data = torch.tensor([values, base], dtype=torch.float64).T
+    return _with_interval(name, data, lambda means: means[..., 0] / means[..., 1])
+
+
+def _with_interval(name: str, data: torch.Tensor, of_means: Any) -> Row:
+    drawn = torch.randint(len(data), (BOOTSTRAP, len(data)), generator=torch.Generator().manual_seed(0))
+    low, high = of_means(data[drawn].mean(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {name: f"{of_means(data.mean(0)).item():.3g}", f"{name}_low": f"{low:.3g}", f"{name}_high": f"{high:.3g}"}

@@ -1,0 +1,144 @@
+"""Two tasks on the source of Python's standard library, which is wherever Python is: completing code, and saying what it does.
+
+- Completion: the context is the source of a module up to some line, the suffix the next three lines, the answer the line after.
+- Docs: the context is a chat turn that lists functions without their docstrings, the suffix asks what one of them does, the
+  answer is the first line of its docstring.
+
+Modules are split by a hash of their names, so no module is in two splits.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import sysconfig
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from droidspeak_ops.demo.measure import TextExample
+
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "pydoc_data",
+    "encodings",
+    "turtledemo",
+    "__pycache__",
+}
+_SUFFIX_LINES = 3
+
+
+@dataclass(frozen=True)
+class Function:
+    name: str
+    source: str  # without its docstring
+    summary: str  # the docstring's first line
+
+
+@cache
+def read_modules(split: str) -> dict[str, str]:
+    """Source by module path: 70 % of the modules to train on, 15 % to calibrate maps and plans on, 15 % to test on."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if _LEFT_OUT.isdisjoint(path.relative_to(root).parts) and _split(name) == split:
+            found[name] = path.read_text(encoding="utf-8", errors="replace")
+    return found
+
+
+def _split(name: str) -> str:
+    bucket = zlib.crc32(name.encode()) % 20
+    return "train" if bucket < 14 else "calibration" if bucket < 17 else "test"
+
+
+@cache
+def read_functions(split: str) -> list[Function]:
+    """Functions of 4 to 25 lines whose docstrings start with one sentence of 4 to 15 words."""
+    found = []
+    for text in read_modules(split).values():
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("__") or len(node.body) < 2:
+                continue
+            if doc := ast.get_docstring(node):
+                summary = doc.splitlines()[0].strip()
+                docstring = node.body[0]
+                before = lines[node.lineno - 1 : docstring.lineno - 1]
+                after = lines[docstring.end_lineno : node.end_lineno]
+                if summary.endswith(".") and 4 <= len(summary.split()) <= 15 and 4 <= len(before + after) <= 25:
+                    source = "\n".join(line[node.col_offset :] for line in before + after if line.strip())
+                    found.append(Function(node.name, source, summary))
+    return found
+
+
+def draw_functions(split: str, characters: int, rng: random.Random) -> list[Function]:
+    """Functions of different names that come to about so many characters together."""
+    drawn: dict[str, Function] = {}
+    total = 0
+    for function in rng.sample(read_functions(split), len(read_functions(split))):
+        if function.name not in drawn:
+            drawn[function.name] = function
+            total += len(function.source)
+            if total >= characters:
+                break
+    return list(drawn.values())
+
+
+def docs_context(functions: list[Function]) -> str:
+    listed = "\n\n".join(function.source for function in functions)
+    return f"<|im_start|>user\nHere are some functions.\n\n{listed}<|im_end|>\n"
+
+
+def docs_ask(function: Function) -> tuple[str, str]:
+    question = f"What does the function `{function.name}` do?"
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", function.summary
+
+
+def draw_docs_examples(split: str, characters: int, questions: int, rng: random.Random) -> list[TextExample]:
+    """Questions about one list of functions."""
+    functions = draw_functions(split, characters, rng)
+    context = docs_context(functions)
+    return [
+        TextExample(context, *docs_ask(function)) for function in rng.sample(functions, min(questions, len(functions)))
+    ]
+
+
+def draw_code_examples(split: str, characters: int, questions: int, rng: random.Random) -> list[TextExample]:
+    """One place to complete code at, behind a stretch of a module of about so many characters; or other places, to which the
+    receiver has jumped in the same module, behind the same stretch."""
+    texts = [text for text in read_modules(split).values() if len(text) > 2 * characters]
+    lines = _stretch(rng.choice(texts), 2 * characters, rng).splitlines(keepends=True)
+    end, total = 0, 0
+    while total < characters:
+        total += len(lines[end])
+        end += 1
+    places = [at for at in range(end, len(lines) - _SUFFIX_LINES - 1) if _is_place(lines[at : at + _SUFFIX_LINES + 1])]
+    if len(places) < questions:
+        return draw_code_examples(split, characters, questions, rng)
+    context = "".join(lines[:end])
+    return [
+        TextExample(context, "".join(lines[at : at + _SUFFIX_LINES]), lines[at + _SUFFIX_LINES].removesuffix("\n"))
+        for at in (places[:1] if questions == 1 else rng.sample(places, questions))
+    ]
+
+
+def _is_place(lines: list[str]) -> bool:
+    """Whether there is code before the last of some lines, and something to complete in it."""
+    return all(map(str.strip, lines)) and len(lines[-1].strip()) >= 12
+
+
+def draw_code(split: str, characters: int, rng: random.Random) -> str:
+    texts = [text for text in read_modules(split).values() if len(text) > characters]
+    return _stretch(rng.choice(texts), characters, rng)
+
+
+def _stretch(text: str, characters: int, rng: random.Random) -> str:
+    start = rng.randrange(max(len(text) - characters, 1))
+    start = text.find("\n", start) + 1  # from the beginning of a line on
+    return text[start : start + characters]

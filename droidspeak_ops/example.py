@@ -1,0 +1,45 @@
+"""What fitting and profiling learn from: contexts, and what may follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Example(NamedTuple):
+    """Token ids, int64 ``[1, N]`` each: a context, the receiver's own suffix after it, and an answer that may follow.
+
+    A receiver is judged by its next-token distributions from the suffix's last token on, with the answer given. The answer need
+    not be the right one: any text that the receiver may be in the middle of will do.
+    """
+
+    context: torch.Tensor
+    suffix: torch.Tensor
+    answer: torch.Tensor
+
+    @property
+    def prompt(self) -> torch.Tensor:
+        """The context with the suffix."""
+        return torch.cat((self.context, self.suffix), dim=1)
+
+    @classmethod
+    def cut(cls, input_ids: torch.Tensor, answer_tokens: int = 32) -> Example:
+        """An example of plain text ``[1, N]``: its last tokens are the answer, the one before them the suffix.
+
+        Raises:
+            ValueError: the text is too short.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < answer_tokens + 2:
+            raise ValueError(f"input_ids: got {tuple(input_ids.shape)}; (1, {answer_tokens + 2} or more) is needed")
+        context, suffix, answer = input_ids.tensor_split((-answer_tokens - 1, -answer_tokens), dim=1)
+        return cls(context, suffix, answer)
+
+
+def by_context(examples: Sequence[Example]) -> list[list[Example]]:
+    """The examples of each context together, in the order in which contexts first come."""
+    groups: dict[tuple[int, ...], list[Example]] = {}
+    for example in examples:
+        groups.setdefault(tuple(example.context[0].tolist()), []).append(example)
+    return list(groups.values())

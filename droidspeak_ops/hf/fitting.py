@@ -1,0 +1,185 @@
+"""Fitting maps to a pair of models: ridge regressions of the receiver's K/V, and shares for each layer by their effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
+
+from ..context import SharedContext
+from ..example import Example, by_context
+from ..maps import SINKS, Maps
+from ..plan import Plan, Role
+from ..ridge import NormalEquations, Regression
+from .decoder import Decoder
+from .gating import Trial, learn_shares, mean_divergence
+from .pair import FITTED, Key, Pair
+from .receiver import partial_prefill
+from .sender import capture
+
+FOLDS = 3
+STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+SHARES_AT_START = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+_WORTH = 0.98  # what shares must lower the divergence to, or layers stay as they are
+_NOTHING = 0.02  # shares below it are none
+
+
+def fit(
+    sender: PreTrainedModel,
+    receiver: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    bands: Sequence[tuple[int, int]] = (),
+    show_progress: bool = True,
+) -> Maps:
+    """Fit what turns the sender's K/V into the receiver's, and give each layer as much of it as helps.
+
+    The contexts are dealt into three folds. What a layer's map predicts on a fold is regressed on the others, so that the
+    shares, which are learnt from what the predictions do to the receiver's next tokens, are learnt on contexts that the
+    regression has not seen. The maps that are returned are regressed on all contexts.
+
+    Args:
+        sender, receiver: a pair that fits together; neither is changed.
+        examples: of at least three contexts, such as those the maps are for; several may follow one context.
+        bands: of the plans that the maps are for. The hidden states that they start from are corrected by as much as helps.
+        show_progress: whether to draw bars on stderr.
+
+    Returns:
+        Maps for ``partial_prefill(receiver, context, plan, maps=maps)``.
+
+    Raises:
+        ReuseError, UnsupportedModelError: as :func:`partial_prefill`.
+        ValueError: there are fewer than three contexts, one is no longer than its attention sinks, or a band is none.
+    """
+    groups = by_context(examples)
+    shortest = min((group[0].context.shape[1] for group in groups), default=0)
+    if len(groups) < FOLDS or shortest <= SINKS:
+        raise ValueError(
+            f"examples: got {len(groups)} contexts, the shortest of {shortest} tokens; "
+            f"{FOLDS} or more of more than {SINKS} tokens are needed"
+        )
+    plans = [Plan([band], project="rest") for band in bands]
+    pair = Pair(Decoder(sender), Decoder(receiver), [plan.bands[0][0] for plan in plans])
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress, torch.no_grad():
+        folds = [pair.equations() for _ in range(FOLDS)]
+        contexts, trials = [], []
+        for number, group in enumerate(progress.track(groups, description="Reading contexts")):
+            theirs, own = (capture(model, group[0].context, layers=pair.layers) for model in (sender, receiver))
+            pair.add(folds[number % FOLDS], theirs, own)
+            contexts.append(theirs)
+            trials.append(Trial(pair.receiver, own, group))
+        fits = {role: _Fits(pair, role, folds, progress) for role in FITTED}
+        shares: dict[Role, dict[int, torch.Tensor]] = {}
+        for role in FITTED:
+            shares[role] = _learnt(pair, fits[role], contexts, trials, shares.get("fitted"), progress)
+        maps = _maps(pair, {role: each.of_all for role, each in fits.items()}, shares)
+        if plans:
+            unseen = _maps(pair, {role: each.without[0] for role, each in fits.items()}, shares)
+            tried = list(zip(contexts[::FOLDS], trials[::FOLDS], strict=True))
+            corrections = {}
+            for plan in progress.track(plans, description="Weighing starts"):
+                start = plan.bands[0][0]
+                if start not in pair.starts:
+                    continue
+                share = _share_at_start(pair, plan, unseen, fits["fitted"].without[0][start], tried)
+                if share:
+                    corrections[start] = pair.correction(fits["fitted"].of_all[start], share)
+            maps = replace(maps, corrections=corrections)
+        return maps
+
+
+def _share_at_start(
+    pair: Pair, plan: Plan, maps: Maps, fitted: Regression, tried: Sequence[tuple[SharedContext, Trial]]
+) -> float:
+    """How much of the correction where a band starts brings the receiver nearest to its own prefill."""
+    start = plan.bands[0][0]
+
+    def divergence(share: float) -> float:
+        corrected = replace(maps, corrections={start: pair.correction(fitted, share)})
+        total = 0.0
+        for context, trial in tried:
+            cache = partial_prefill(pair.receiver.model, context, plan, maps=corrected)
+            total += float(trial.divergence_with([(layer.keys, layer.values) for layer in cache.layers]))
+        return total
+
+    return min(SHARES_AT_START, key=divergence)
+
+
+def _maps(
+    pair: Pair, fits: Mapping[Role, Mapping[int, Regression]], shares: Mapping[Role, Mapping[int, torch.Tensor]]
+) -> Maps:
+    """The maps with each layer's shares, and a layer reused where it has none."""
+    layers, choices, kept = {}, {}, {}
+    for role in FITTED:
+        # Layer 0 is projected from the receiver's own embeddings, which is exact.
+        chosen: list[Role] = ["project"]
+        for layer in pair.layers:
+            worth = shares[role][layer].abs().max() > _NOTHING
+            chosen.append(role if worth else "reuse")
+            if worth:
+                layers[layer, role] = pair.layer_map((layer, role), fits[role][layer], shares[role][layer])
+                kept[layer, role] = shares[role][layer].tolist()
+        choices[role] = tuple(chosen)
+    return Maps(*pair.fingerprints, choices["fitted"], choices["fitted_kv"], layers, {}, kept)
+
+
+class _Fits:
+    """The regressions of one role by layer: without each fold, and of all contexts."""
+
+    def __init__(
+        self, pair: Pair, role: Role, folds: Sequence[Mapping[Key, NormalEquations]], progress: Progress
+    ) -> None:
+        self.role = role
+        self.of_all: dict[int, Regression] = {}
+        self.without: list[dict[int, Regression]] = [{} for _ in folds]
+        for layer in progress.track(pair.layers, description=f"Fitting {role}"):
+            sums = [fold[layer, role] for fold in folds]
+            rest = [NormalEquations.total([each for each in sums if each is not fold]) for fold in sums]
+            strength = _strength(rest[0], sums[0], pair.blocks(layer, role))
+            for without, equations in zip(self.without, rest, strict=True):
+                without[layer] = equations.solve(strength)
+            self.of_all[layer] = NormalEquations.total(sums).solve(strength)
+
+
+def _strength(seen: NormalEquations, unseen: NormalEquations, blocks: Sequence[slice]) -> torch.Tensor:
+    """For each output the strength with which its block of outputs is predicted best."""
+    losses = torch.stack([unseen.losses(seen.solve(strength)) for strength in STRENGTHS])
+    best = torch.empty(losses.shape[1], dtype=torch.float64)
+    for block in blocks:
+        best[block] = STRENGTHS[int(losses[:, block].sum(1).argmin())]
+    return best
+
+
+def _learnt(
+    pair: Pair,
+    fits: _Fits,
+    contexts: Sequence[SharedContext],
+    trials: Sequence[Trial],
+    known: Mapping[int, torch.Tensor] | None,
+    progress: Progress,
+) -> dict[int, torch.Tensor]:
+    """The shares of each layer, from those known of another role on; all zero where nothing of it is worth having."""
+    mixtures = [
+        {
+            layer: pair.ingredients((layer, fits.role), context, fits.without[number % FOLDS][layer])
+            for layer in pair.layers
+        }
+        for number, context in enumerate(contexts)
+    ]
+    learnt = learn_shares(trials, mixtures, known, partial(progress.track, description=f"Weighing {fits.role}"))
+    nothing = {layer: torch.zeros_like(each) for layer, each in learnt.items()}
+    before, after = (mean_divergence(trials[::FOLDS], mixtures[::FOLDS], shares) for shares in (nothing, learnt))
+    return learnt if after < _WORTH * before else nothing
