@@ -82,9 +82,7 @@ def fit(
             contexts.append(theirs)
             trials.append(Trial(pair.receiver, own, group))
         fits = {role: _Fits(pair, role, folds, progress) for role in FITTED}
-        shares: dict[Role, dict[int, torch.Tensor]] = {}
-        for role in FITTED:
-            shares[role] = _learnt(pair, fits[role], contexts, trials, shares.get("fitted"), progress)
+        shares = {role: _learnt(pair, fits[role], contexts, trials, progress) for role in FITTED}
         maps = _maps(pair, {role: each.of_all for role, each in fits.items()}, shares)
         if plans:
             unseen = _maps(pair, {role: each.without[0] for role, each in fits.items()}, shares)
@@ -168,10 +166,9 @@ def _learnt(
     fits: _Fits,
     contexts: Sequence[SharedContext],
     trials: Sequence[Trial],
-    known: Mapping[int, torch.Tensor] | None,
     progress: Progress,
 ) -> dict[int, torch.Tensor]:
-    """The shares of each layer, from those known of another role on; all zero where nothing of it is worth having."""
+    """The shares of each layer; all zero where nothing of it is worth having."""
     mixtures = [
         {
             layer: pair.ingredients((layer, fits.role), context, fits.without[number % FOLDS][layer])
@@ -179,7 +176,7 @@ def _learnt(
         }
         for number, context in enumerate(contexts)
     ]
-    learnt = learn_shares(trials, mixtures, known, partial(progress.track, description=f"Weighing {fits.role}"))
+    learnt = learn_shares(trials, mixtures, partial(progress.track, description=f"Weighing {fits.role}"))
     nothing = {layer: torch.zeros_like(each) for layer, each in learnt.items()}
-    before, after = (mean_divergence(trials[::FOLDS], mixtures[::FOLDS], shares) for shares in (nothing, learnt))
+    before, after = (mean_divergence(trials, mixtures, shares) for shares in (nothing, learnt))
     return learnt if after < _WORTH * before else nothing

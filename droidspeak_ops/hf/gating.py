@@ -131,24 +131,18 @@ def rotated(keys: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
 def learn_shares(
     trials: Sequence[Trial],
     mixtures: Sequence[Mixture],
-    known: Mapping[int, torch.Tensor] | None,
     track: Callable[[Sequence[int]], Iterable[int]],
 ) -> dict[int, torch.Tensor]:
     """The shares ``[P, 2]`` by layer that bring the receiver nearest to its own prefill.
 
     Args:
         trials, mixtures: of each context; a step takes the next one.
-        known: shares of other ingredients to start from, which halves the steps that are needed.
         track: wraps the steps, to show progress.
     """
-    steps = range(max(STEPS if known is None else STEPS // 2, len(trials)))
+    steps = range(max(STEPS, len(trials)))
     shares = {}
     for layer, of in mixtures[0].items():
-        count = of.parts.shape[1]
-        start = (
-            torch.full((count, 2), _START, device=of.base.device) if known is None else known[layer][-count:].clone()
-        )
-        shares[layer] = start.requires_grad_()
+        shares[layer] = torch.full((of.parts.shape[1], 2), _START, device=of.base.device, requires_grad=True)
     optimizer = torch.optim.Adam(shares.values(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(steps))
     for step in track(steps):

@@ -94,13 +94,13 @@ class Pair:
         weight, bias = (torch.cat(parts).to(rows.dtype) for parts in zip(*terms, strict=True))
         mixed_of = F.linear(rows, weight, bias).unflatten(-1, (len(terms), 2, heads, -1))  # [N, terms, 2, K, D]
         mixed_of[: max(SINKS - (tokens - len(rows)), 0), 1:] = 0
+        keys, values = mixed_of.unbind(2)
         norm_weight = self.receiver.weights(layer).k_norm_weight if role == "fitted" else None
         if norm_weight is None:
             rotation = self.receiver.over(theirs.tokens).rotation(layer)
-            keys = rotated(mixed_of[:, :, 0].flatten(1, 2), rotation).unflatten(1, (len(terms), heads))
-            mixed_of = torch.stack([keys, mixed_of[:, :, 1]], dim=2)
-        base, *parts = mixed_of.permute(1, 2, 3, 0, 4).contiguous()
-        return Ingredients(base, torch.stack(parts, dim=1), norm_weight)
+            keys = rotated(keys.flatten(1, 2), rotation).unflatten(1, (len(terms), heads))
+        both = torch.stack([each.permute(1, 2, 0, 3) for each in (keys, values)])  # [2, terms, K, N, D]
+        return Ingredients(both[:, 0], both[:, 1:], norm_weight)
 
     def layer_map(self, key: Key, fitted: Regression, shares: torch.Tensor) -> LayerMap:
         """The map with `shares` ``[P, 2]`` of its parts, in the receiver's dtype."""
