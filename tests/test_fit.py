@@ -209,7 +209,7 @@ def test_unmerged_adapters_of_the_sender_itself() -> None:
         r=4, target_modules=["k_proj", "v_proj", "q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
     )
     sender, receiver = base, get_peft_model(fine_tuned(base, 0.0), config).eval()
-    fitted = ds.fit(sender, receiver, examples(8), show_progress=False)
+    fitted = ds.fit(sender, receiver, examples(8), bands=[(2, 4)], show_progress=False)
     held_out = examples(3)
     assert divergence(sender, receiver, ALL, fitted, held_out) < divergence(sender, receiver, ds.Plan(), None, held_out)
 
@@ -266,6 +266,14 @@ def test_too_few_contexts(pair, count: int) -> None:
 def test_contexts_that_are_no_longer_than_the_sinks(pair) -> None:
     with pytest.raises(ValueError, match="the shortest of 4 tokens"):
         ds.fit(*pair, [ds.Example.cut(tokens(37), 32), *examples(3)], show_progress=False)
+
+
+@pytest.mark.parametrize("field", ["suffix", "answer"])
+def test_an_example_that_lacks_something(pair, field: str) -> None:
+    cut = examples(3)
+    cut[1] = cut[1]._replace(**{field: tokens(4)[:, :0]})
+    with pytest.raises(ValueError, match=rf"got torch.int64 \(1, 0\) as the {field} of number 1"):
+        ds.fit(*pair, cut, show_progress=False)
 
 
 def test_text_too_short_to_cut() -> None:

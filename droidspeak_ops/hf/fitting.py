@@ -55,7 +55,8 @@ def fit(
 
     Raises:
         ReuseError, UnsupportedModelError: as :func:`partial_prefill`.
-        ValueError: there are fewer than three contexts, one is no longer than its attention sinks, or a band is none.
+        ValueError: there are fewer than three contexts, one is no longer than its attention sinks, an example has no suffix or
+            answer, or a band is none.
     """
     groups = by_context(examples)
     shortest = min((group[0].context.shape[1] for group in groups), default=0)
@@ -64,6 +65,13 @@ def fit(
             f"examples: got {len(groups)} contexts, the shortest of {shortest} tokens; "
             f"{FOLDS} or more of more than {SINKS} tokens are needed"
         )
+    for number, example in enumerate(examples):
+        for name, ids in zip(Example._fields, example, strict=True):
+            if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.dtype != torch.int64:
+                got = f"{ids.dtype} {tuple(ids.shape)}"
+                raise ValueError(
+                    f"examples: got {got} as the {name} of number {number}; int64 [1, N], not empty, is needed"
+                )
     plans = [Plan([band], project="rest") for band in bands]
     pair = Pair(Decoder(sender), Decoder(receiver), [plan.bands[0][0] for plan in plans])
     columns = (
@@ -155,7 +163,7 @@ class _Fits:
 def _strength(seen: NormalEquations, unseen: NormalEquations, blocks: Sequence[slice]) -> torch.Tensor:
     """For each output the strength with which its block of outputs is predicted best."""
     losses = torch.stack([unseen.losses(seen.solve(strength)) for strength in STRENGTHS])
-    best = torch.empty(losses.shape[1], dtype=torch.float64)
+    best = torch.empty(losses.shape[1], dtype=torch.float64, device=losses.device)
     for block in blocks:
         best[block] = STRENGTHS[int(losses[:, block].sum(1).argmin())]
     return best
