@@ -15,9 +15,9 @@ from typing import Any
 import stdlib
 import torch
 from rapidfuzz.distance import Levenshtein
-from torchmetrics.functional.text import rouge_score, squad
+from torchmetrics.functional.text import rouge_score
 
-from droidspeak_ops.demo.measure import TextExample, glossary_examples
+from droidspeak_ops.demo.measure import TextExample, glossary_examples, squad_scores
 from droidspeak_ops.demo.run import load_glossary_variant
 from droidspeak_ops.hf.pretrained import SMOLLM2, cache_folder, load_pretrained
 
@@ -54,8 +54,7 @@ class Task:
 
 
 def f1(given: str, wanted: str) -> float:
-    reference = {"answers": {"answer_start": [0], "text": [wanted]}, "id": "0"}
-    return squad([{"prediction_text": given, "id": "0"}], [reference])["f1"].item() / 100
+    return squad_scores(given, wanted)[1]
 
 
 def rouge_l(given: str, wanted: str) -> float:

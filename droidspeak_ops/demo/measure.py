@@ -156,11 +156,17 @@ def _measure_one(
     logits = torch.cat((first, rest), dim=1).float()
     nll = F.cross_entropy(logits[0], ids.answer[0]).item()
     given = continued(receiver, tokenizer, ids.prompt, cache)
+    exact_match, f1 = squad_scores(given, answer)
+    return Measured(given, exact_match, f1, nll, seconds)
+
+
+def squad_scores(given: str, wanted: str) -> tuple[float, float]:
+    """Exact match and F1 of an answer as SQuAD counts them, between 0 and 1."""
     score = squad(
         [{"prediction_text": given, "id": "0"}],
-        [{"answers": {"answer_start": [0], "text": [answer]}, "id": "0"}],
+        [{"answers": {"answer_start": [0], "text": [wanted]}, "id": "0"}],
     )
-    return Measured(given, score["exact_match"].item() / 100, score["f1"].item() / 100, nll, seconds)
+    return score["exact_match"].item() / 100, score["f1"].item() / 100
 
 
 def continued(receiver: Any, tokenizer: Any, prompt_ids: torch.Tensor, cache: Any) -> str:
