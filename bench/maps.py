@@ -89,18 +89,21 @@ class Loaded:
         """By way the divergence on every example."""
         found: dict[str, list[float]] = {name: [] for name in ways}
         for example in track(test, description=description):
-            context = ds.capture(self.sender, example.context, layers=range(self.receiver.config.num_hidden_layers))
+            context = self.read(example)
             own = answer_distributions(self.receiver, ds.capture(self.receiver, example.context), example, ds.Plan())
             for name, way in ways.items():
                 given = answer_distributions(self.receiver, way.context(context), example, way.plan, way.maps)
                 found[name].append(divergence(own, given))
         return found
 
+    def read(self, example: ds.Example) -> ds.SharedContext:
+        """The sender's context of an example, with hidden states at every layer."""
+        return ds.capture(self.sender, example.context, layers=range(self.receiver.config.num_hidden_layers))
+
     @torch.no_grad()
-    def answers(self, way: Way | None, example: ds.Example) -> str:
+    def answer(self, way: Way | None, context: ds.SharedContext, example: ds.Example) -> str:
         """What the receiver answers, by full prefill where there is no way."""
         plan, maps = (None, None) if way is None else (way.plan, way.maps)
-        context = ds.capture(self.sender, example.context, layers=range(self.receiver.config.num_hidden_layers))
         _, cache = first_token(self.receiver, context, example.prompt, plan, maps=maps)
         return continued(self.receiver, self.tokenizer, example.prompt, cache)
 
@@ -110,10 +113,10 @@ def maps_of(name: str, pair: Loaded) -> tuple[ds.Maps, float, int]:
     path = cache_folder() / "variants" / f"maps-{name}.safetensors"
     note = path.with_suffix(".txt")
     if not note.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         examples = pair.examples("calibration", CALIBRATION_CONTEXTS)
         began = time.perf_counter()
         ds.fit(pair.sender, pair.receiver, examples, bands=[BAND]).save(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(f"{time.perf_counter() - began} {tokens_of(examples)}")
     seconds, tokens = note.read_text().split()
     return ds.Maps.load(path), float(seconds), int(tokens)
@@ -145,6 +148,7 @@ def measure_pairs(names: Sequence[str], contexts: int) -> list[Row]:
         ways = ways_of(maps)
         found = pair.divergences(ways, test, f"{name}: test contexts")
         scores = answer_scores(pair, {"full prefill": None, **ways}, contexts, f"{name}: answers")
+        distance = relative_distance(pair.sender, pair.receiver)
         lengths = [example.context.shape[1] for example in test]
         long = [number for number, length in enumerate(lengths) if length > LONG]
         for way in ways:
@@ -165,7 +169,7 @@ def measure_pairs(names: Sequence[str], contexts: int) -> list[Row]:
                     "tokens": f"{min(lengths)}-{max(lengths)}",
                     "fit_seconds": f"{seconds:.0f}",
                     "fit_tokens": tokens,
-                    "distance": f"{relative_distance(pair.sender, pair.receiver):.3f}",
+                    "distance": f"{distance:.3f}",
                 }
             )
     return rows
@@ -178,8 +182,9 @@ def answer_scores(pair: Loaded, ways: dict[str, Way | None], contexts: int, desc
     totals = dict.fromkeys(names, 0.0)
     for text in track(texts, description=description):
         example = text.encode(pair.tokenizer, pair.receiver.device)
+        context = pair.read(example)
         for name in names:
-            totals[name] += pair.named.task.score(pair.answers(ways[name], example), text.answer)
+            totals[name] += pair.named.task.score(pair.answer(ways[name], context, example), text.answer)
     return {name: f"{total / len(texts):.3f}" for name, total in totals.items()}
 
 

@@ -183,22 +183,10 @@ def _layers(rows: Rows, path: Path) -> None:
         above, below = grid[:, column]
         for what, colour in (("reused", "#b8b8b8"), ("projected", "#31a354"), ("fitted", "#3182bd")):
             above.plot(layers, [float(row[what]) for row in of_pair], color=colour, label=what)
-        for what, style in (("fit_k", "-"), ("fit_v", "--")):
-            below.plot(
-                layers,
-                [float(row[what]) for row in of_pair],
-                style,
-                color="#3182bd",
-                label=f"regression, {what[-1].upper()}",
-            )
-        for what, style in (("own_k", "-"), ("own_v", "--")):
-            below.plot(
-                layers,
-                [float(row[what]) for row in of_pair],
-                style,
-                color="#31a354",
-                label=f"own weights, {what[-1].upper()}",
-            )
+        for part, name_of_part, colour in (("fit", "regression", "#3182bd"), ("own", "own weights", "#31a354")):
+            for side, style in (("k", "-"), ("v", "--")):
+                shares = [float(row[f"{part}_{side}"]) for row in of_pair]
+                below.plot(layers, shares, style, color=colour, label=f"{name_of_part}, {side.upper()}")
         above.set_title(name, fontsize=10)
         below.set_xlabel("layer")
         for axes in (above, below):

@@ -23,6 +23,11 @@ SINKS = 4
 """Tokens at the head of a context that maps leave alone: attention sinks, whose rows are like no others."""
 
 
+def sinks_among(rows: int, tokens: int) -> int:
+    """How many of the last `rows` of a context's `tokens`, which a sliding window may have left, are attention sinks."""
+    return min(max(SINKS - (tokens - rows), 0), rows)
+
+
 @dataclass(frozen=True, eq=False)
 class LayerMap:
     """The weights of one projection: K before RoPE and V from what the sender has at that layer.

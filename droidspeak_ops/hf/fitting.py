@@ -178,11 +178,7 @@ def _learnt(
 ) -> dict[int, torch.Tensor]:
     """The shares of each layer; all zero where nothing of it is worth having."""
     mixtures = [
-        {
-            layer: pair.ingredients((layer, fits.role), context, fits.without[number % FOLDS][layer])
-            for layer in pair.layers
-        }
-        for number, context in enumerate(contexts)
+        pair.mixture(fits.role, context, fits.without[number % FOLDS]) for number, context in enumerate(contexts)
     ]
     learnt = learn_shares(trials, mixtures, partial(progress.track, description=f"Weighing {fits.role}"))
     nothing = {layer: torch.zeros_like(each) for layer, each in learnt.items()}

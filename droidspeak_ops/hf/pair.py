@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -10,12 +11,12 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..context import SharedContext
-from ..maps import RMS_EPS, SINKS, Correction, LayerMap
+from ..maps import RMS_EPS, SINKS, Correction, LayerMap, sinks_among
 from ..plan import Role
 from ..ridge import NormalEquations, Regression
 from .adapters import LowRank
-from .decoder import Decoder
-from .gating import Ingredients, rotated
+from .decoder import Decoder, Pass
+from .gating import Ingredients, Mixture, rotated
 from .receiver import unrotated_kv
 
 FITTED: tuple[Role, ...] = ("fitted", "fitted_kv")
@@ -48,6 +49,7 @@ class Pair:
         self.fingerprints[0].check_reuse_by(self.fingerprints[1])
         self.layers = range(1, receiver.num_layers)
         self.starts = {layer for layer in starts if layer > 0 and receiver.weights(layer).norm_weight is not None}
+        self.projection = cache(self._compute_projection)
         self._width = 2 * receiver.num_kv_heads * receiver.head_dim
 
     def equations(self) -> dict[Key, NormalEquations]:
@@ -77,12 +79,16 @@ class Pair:
                 missing = torch.cat([missing, (own.hidden(layer) - theirs.hidden(layer))[0] * per_row], dim=1)
             equations[layer, "fitted"].add(rows[SINKS:], missing[SINKS:], weights)
             rows, own_rows = unrotated_kv(theirs, layer)[0], unrotated_kv(own, layer)[0]
-            skipped = max(SINKS - (theirs.tokens.shape[1] - len(rows)), 0)
+            skipped = sinks_among(len(rows), theirs.tokens.shape[1])
             missing = (own_rows - rows)[skipped:]
             equations[layer, "fitted_kv"].add(rows[skipped:], missing, tamed(missing))
 
-    def ingredients(self, key: Key, theirs: SharedContext, fitted: Regression) -> Ingredients:
-        """What the sender has of a context at a layer, and what shares of a map would add."""
+    def mixture(self, role: Role, theirs: SharedContext, fits: Mapping[int, Regression]) -> Mixture:
+        """What the sender has of a context, layer by layer, and what shares of the maps would add."""
+        over = self.receiver.over(theirs.tokens)
+        return {layer: self._ingredients((layer, role), theirs, fits[layer], over) for layer in self.layers}
+
+    def _ingredients(self, key: Key, theirs: SharedContext, fitted: Regression, over: Pass) -> Ingredients:
         layer, role = key
         tokens, heads = theirs.tokens.shape[1], self.receiver.num_kv_heads
         if role == "fitted":
@@ -93,12 +99,11 @@ class Pair:
         terms = self._terms(key, fitted)
         weight, bias = (torch.cat(parts).to(rows.dtype) for parts in zip(*terms, strict=True))
         mixed_of = F.linear(rows, weight, bias).unflatten(-1, (len(terms), 2, heads, -1))  # [N, terms, 2, K, D]
-        mixed_of[: max(SINKS - (tokens - len(rows)), 0), 1:] = 0
+        mixed_of[: sinks_among(len(rows), tokens), 1:] = 0
         keys, values = mixed_of.unbind(2)
         norm_weight = self.receiver.weights(layer).k_norm_weight if role == "fitted" else None
         if norm_weight is None:
-            rotation = self.receiver.over(theirs.tokens).rotation(layer)
-            keys = rotated(keys.flatten(1, 2), rotation).unflatten(1, (len(terms), heads))
+            keys = rotated(keys.flatten(1, 2), over.rotation(layer)).unflatten(1, (len(terms), heads))
         both = torch.stack([each.permute(1, 2, 0, 3) for each in (keys, values)])  # [2, terms, K, N, D]
         return Ingredients(both[:, 0], both[:, 1:], norm_weight)
 
@@ -127,12 +132,13 @@ class Pair:
         theirs, own = (self.projection(decoder, layer) for decoder in (self.sender, self.receiver))
         return [theirs, Linear(own.weight - theirs.weight, own.bias - theirs.bias), added]
 
-    def projection(self, decoder: Decoder, layer: int) -> Linear:
+    def _compute_projection(self, decoder: Decoder, layer: int) -> Linear:
         """A model's own projection of hidden states over their root mean square, in float64: the norm's weight folded in."""
         weights = decoder.weights(layer)
         weight = torch.cat([_dense(weights.k_weight, weights.k_low_rank), _dense(weights.v_weight, weights.v_low_rank)])
         if weights.norm_weight is not None:
-            weight = weight * (weights.norm_weight.double() + (1.0 if decoder.family.norm_order == "gemma" else 0.0))
+            gain = weights.norm_weight.double()
+            weight = ops.fold_norm_weight(weight, gain, norm_order=decoder.family.norm_order)
         if weights.k_bias is None or weights.v_bias is None:
             return Linear(weight, weight.new_zeros(len(weight)))
         return Linear(weight, torch.cat([weights.k_bias, weights.v_bias]).double())

@@ -12,7 +12,7 @@ from .. import ops
 from ..context import SharedContext
 from ..fingerprint import ReuseError
 from ..kv import splice
-from ..maps import SINKS, LayerMap, Maps
+from ..maps import LayerMap, Maps, sinks_among
 from ..plan import Plan
 from .cache import MixedCache, MixedLayer, MixedSlidingLayer, empty_layer, rows_held, shared_layer, uninitialized_layer
 from .decoder import Decoder
@@ -125,7 +125,7 @@ class _Filling:
         """Reuse the sender's K and V of the first tokens of a layer that is filled already."""
         target = self._layers[layer]
         rows = target.keys.shape[2]
-        count = min(max(SINKS - (self._tokens - rows), 0), rows)
+        count = sinks_among(rows, self._tokens)
         if count:
             kv = self._context.kv(layer).first(count)
             further = {
