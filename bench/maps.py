@@ -38,6 +38,7 @@ import droidspeak_ops as ds
 from droidspeak_ops.demo.measure import continued, first_token, timed
 from droidspeak_ops.example import by_context
 from droidspeak_ops.hf.decoder import Decoder
+from droidspeak_ops.hf.fitting import FOLDS
 from droidspeak_ops.hf.pair import Pair
 from droidspeak_ops.hf.pretrained import cache_folder
 
@@ -188,13 +189,24 @@ def answer_scores(pair: Loaded, ways: dict[str, Way | None], contexts: int, desc
     return {name: f"{total / len(texts):.3f}" for name, total in totals.items()}
 
 
+def of_tokens(groups: Sequence[Sequence[ds.Example]], tokens: int) -> list[ds.Example]:
+    """The examples of the first contexts that have about so many tokens together; of three that are cut, where it is few."""
+    kept: list[ds.Example] = []
+    for number, group in enumerate(groups):
+        if number >= FOLDS and tokens_of(kept) >= tokens:
+            break
+        kept += group
+    longest = tokens // FOLDS if tokens_of(kept) > 2 * tokens else None
+    return [each._replace(context=each.context[:, -longest:] if longest else each.context) for each in kept]
+
+
 def measure_tokens(name: str, contexts: int, sizes: Sequence[int]) -> list[Row]:
-    """Calibration on ever more contexts of a pair."""
+    """Calibration on ever more tokens of a pair."""
     pair = Loaded.of(name)
-    calibration = by_context(pair.examples("calibration", max(sizes)))
+    groups = by_context(pair.examples("calibration", max(sizes) // 500))
     ways, tokens, seconds = {"reuse": Way(ds.Plan())}, {}, {}
     for size in sizes:
-        examples = [example for group in calibration[:size] for example in group]
+        examples = of_tokens(groups, size)
         began = time.perf_counter()
         maps = ds.fit(pair.sender, pair.receiver, examples)
         for way, holds_hidden in (("fitted", True), ("fitted, no hidden states", False)):
@@ -303,7 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--contexts", type=int, default=64, help="test contexts of each pair; the other parts take a quarter"
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[3, 6, 12, 24, 48], help="calibration contexts")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[1_000, 3_000, 12_000, 50_000], help="calibration tokens"
+    )
     parser.add_argument("--folder", type=Path, required=True, help="where CSV files and plots are written")
     args = parser.parse_args(arguments)
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ def by_layer(
         }
         relative = {name: (found - target).square().sum(1) / variance for name, found in errors.items()}
         drift = (wanted - given).norm(dim=1)
-        shares = maps.shares.get((layer, "fitted"))
+        share_of_k, share_of_v = maps.shares.get(layer, (0.0, 0.0))
         rows.append(
             {
                 "layer": layer,
@@ -96,10 +96,10 @@ def by_layer(
                 "fitted, delimiters": f"{relative['fitted'][of_delimiters].mean().item():.4f}",
                 "fitted, other tokens": f"{relative['fitted'][~of_delimiters].mean().item():.4f}",
                 "largest drift over median": f"{(drift.max() / drift.median()).item():.1f}",
-                "own_k": f"{shares[0][0]:.2f}" if shares else "0", "own_v": f"{shares[0][1]:.2f}" if shares else "0",
-                "fit_k": f"{shares[1][0]:.2f}" if shares else "0", "fit_v": f"{shares[1][1]:.2f}" if shares else "0",
+                "share of K": f"{share_of_k:.2f}",
+                "share of V": f"{share_of_v:.2f}",
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -183,16 +183,15 @@ def _layers(rows: Rows, path: Path) -> None:
         above, below = grid[:, column]
         for what, colour in (("reused", "#b8b8b8"), ("projected", "#31a354"), ("fitted", "#3182bd")):
             above.plot(layers, [float(row[what]) for row in of_pair], color=colour, label=what)
-        for part, name_of_part, colour in (("fit", "regression", "#3182bd"), ("own", "own weights", "#31a354")):
-            for side, style in (("k", "-"), ("v", "--")):
-                shares = [float(row[f"{part}_{side}"]) for row in of_pair]
-                below.plot(layers, shares, style, color=colour, label=f"{name_of_part}, {side.upper()}")
+        for side, style in (("K", "-"), ("V", "--")):
+            shares = [float(row[f"share of {side}"]) for row in of_pair]
+            below.plot(layers, shares, style, color="#3182bd", label=side)
         above.set_title(name, fontsize=10)
         below.set_xlabel("layer")
         for axes in (above, below):
             axes.spines[["top", "right"]].set_visible(False)
     grid[0, 0].set_ylabel("squared error of K and V,\nover their variance")
-    grid[1, 0].set_ylabel("share")
+    grid[1, 0].set_ylabel("share of what is fitted")
     grid[0, -1].legend(fontsize=8, frameon=False)
     grid[1, -1].legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)

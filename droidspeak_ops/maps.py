@@ -74,8 +74,8 @@ class Maps:
         choices_without_hidden: the same for contexts that hold no hidden states.
         layers: by layer and role the maps that are chosen anywhere.
         corrections: by layer, of the hidden states that a band starts from.
-        shares: of each map in `layers`, for K and for V: from hidden states, how far it is from the sender's projection to the
-            receiver's, and how much of the regression is added; from K/V, the latter alone. For reading, not used.
+        shares: by layer, for K and for V: how far the maps in `layers` go from what the sender has to what is fitted. For
+            reading, not used.
     """
 
     sender: Fingerprint
@@ -84,7 +84,7 @@ class Maps:
     choices_without_hidden: tuple[Role, ...]
     layers: Mapping[tuple[int, Role], LayerMap]
     corrections: Mapping[int, Correction]
-    shares: Mapping[tuple[int, Role], Sequence[Sequence[float]]]
+    shares: Mapping[int, Sequence[float]]
 
     def roles(self, plan: Plan, held: Collection[int] | None = None) -> tuple[Role, ...]:
         """The role of every layer: those that `plan` projects follow the choices.
@@ -136,7 +136,7 @@ class Maps:
             "receiver": asdict(self.receiver),
             "choices": self.choices,
             "choices_without_hidden": self.choices_without_hidden,
-            "shares": {f"{layer}.{role}": shares for (layer, role), shares in self.shares.items()},
+            "shares": self.shares,
         }
         target = Path(path)
         scratch = target.with_name(f".{target.name}.{os.getpid()}")
@@ -166,7 +166,7 @@ class Maps:
                 return kind(*(file.get_tensor(f"{layer}.{role}.{name}") for name in kind.__dataclass_fields__))
 
             layers = {(int(layer), role): read(LayerMap, layer, role) for layer, role in stored if role != "correction"}
-            shares = {(layer, role): loaded["shares"][f"{layer}.{role}"] for layer, role in layers}
+            shares = {int(layer): each for layer, each in loaded["shares"].items()}
             corrections = {int(layer): read(Correction, layer, role) for layer, role in stored if role == "correction"}
         return cls(
             Fingerprint(**loaded["sender"]),

@@ -9,6 +9,8 @@ from models import fine_tuned, tiny, tiny_llama, tokens
 from peft import LoraConfig, get_peft_model
 
 import droidspeak_ops as ds
+from droidspeak_ops.hf.decoder import Decoder
+from droidspeak_ops.hf.gating import Trial
 
 LAYERS = 4
 SUFFIX = 32
@@ -60,6 +62,27 @@ def test_maps_help_on_other_contexts(family: str) -> None:
     reused = divergence(sender, receiver, ds.Plan(), None, held_out)
     assert divergence(sender, receiver, ALL, fitted, held_out) < 0.9 * reused
     assert divergence(sender, receiver, ALL, fitted, held_out, change=without_hidden) < 0.95 * reused
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_oss"])
+def test_examples_side_by_side_are_judged_as_if_alone(family: str, attention: str) -> None:
+    """Also where sliding windows end inside the context, inside the suffix, and where layers differ in it."""
+    if (family, attention) == ("gpt_oss", "sdpa"):
+        pytest.skip("transformers has no SDPA for gpt_oss")
+    model = tiny(family, LAYERS, attn_implementation=attention)
+    context = tokens(20)
+    some = [ds.Example(context, tokens(given), tokens(answered)) for given, answered in ((3, 1), (12, 4), (1, 9))]
+    own = ds.capture(model, context)
+    keys_values = [own.kv(layer)[:2] for layer in range(LAYERS)]
+    trial = Trial(Decoder(model), own, some)
+    together = trial._log_probabilities(keys_values, range(3))
+    alone = []
+    for example in some:
+        ids = torch.cat((example.prompt, example.answer[:, :-1]), dim=1)
+        logits = model(ids, logits_to_keep=example.answer.shape[1]).logits
+        alone.append(logits[0].detach().log_softmax(-1))
+    assert_close(together.detach(), torch.cat(alone), torch.float32, operations=64)
 
 
 def test_maps_of_equal_models_change_nothing() -> None:
@@ -284,6 +307,13 @@ def test_text_too_short_to_cut() -> None:
 def test_a_band_that_is_none(pair) -> None:
     with pytest.raises(ValueError, match="bands"):
         ds.fit(*pair, examples(3), bands=[(3, 2)], show_progress=False)
+
+
+def test_attention_without_masks_is_refused(pair) -> None:
+    receiver = fine_tuned(pair[1], 0.0)
+    receiver.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ds.UnsupportedModelError, match="got attention 'flash_attention_2'; 'sdpa' or 'eager'"):
+        ds.fit(pair[0], receiver, examples(3), show_progress=False)
 
 
 def test_a_pair_that_does_not_fit_is_refused(pair) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,8 +16,9 @@ from ..example import Example, by_context
 from ..maps import SINKS, Maps
 from ..plan import Plan, Role
 from ..ridge import NormalEquations, Regression
+from .adapters import UnsupportedModelError
 from .decoder import Decoder
-from .gating import Trial, learn_shares, mean_divergence
+from .gating import Mixture, Shares, Trial, learn_shares, mean_divergence
 from .pair import FITTED, Key, Pair
 from .receiver import partial_prefill
 from .sender import capture
@@ -54,7 +55,7 @@ def fit(
         Maps for ``partial_prefill(receiver, context, plan, maps=maps)``.
 
     Raises:
-        ReuseError, UnsupportedModelError: as :func:`partial_prefill`.
+        ReuseError, UnsupportedModelError: as :func:`partial_prefill`; or the receiver's attention is neither SDPA nor eager.
         ValueError: there are fewer than three contexts, one is no longer than its attention sinks, an example has no suffix or
             answer, or a band is none.
     """
@@ -72,6 +73,11 @@ def fit(
                 raise ValueError(
                     f"examples: got {got} as the {name} of number {number}; int64 [1, N], not empty, is needed"
                 )
+    attention = receiver.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"receiver: got attention {attention!r}; 'sdpa' or 'eager', which take masks, is needed"
+        )
     plans = [Plan([band], project="rest") for band in bands]
     pair = Pair(Decoder(sender), Decoder(receiver), [plan.bands[0][0] for plan in plans])
     columns = (
@@ -90,10 +96,10 @@ def fit(
             contexts.append(theirs)
             trials.append(Trial(pair.receiver, own, group))
         fits = {role: _Fits(pair, role, folds, progress) for role in FITTED}
-        shares = {role: _learnt(pair, fits[role], contexts, trials, progress) for role in FITTED}
-        maps = _maps(pair, {role: each.of_all for role, each in fits.items()}, shares)
+        shares, worth = _learnt(pair, fits, contexts, trials, progress)
+        maps = _maps(pair, {role: each.of_all for role, each in fits.items()}, shares, worth)
         if plans:
-            unseen = _maps(pair, {role: each.without[0] for role, each in fits.items()}, shares)
+            unseen = _maps(pair, {role: each.without[0] for role, each in fits.items()}, shares, worth)
             tried = list(zip(contexts[::FOLDS], trials[::FOLDS], strict=True))
             corrections = {}
             for plan in progress.track(plans, description="Weighing starts"):
@@ -124,20 +130,18 @@ def _share_at_start(
     return min(SHARES_AT_START, key=divergence)
 
 
-def _maps(
-    pair: Pair, fits: Mapping[Role, Mapping[int, Regression]], shares: Mapping[Role, Mapping[int, torch.Tensor]]
-) -> Maps:
-    """The maps with each layer's shares, and a layer reused where it has none."""
-    layers, choices, kept = {}, {}, {}
+def _maps(pair: Pair, fits: Mapping[Role, Mapping[int, Regression]], shares: Shares, worth: Collection[Role]) -> Maps:
+    """The maps with each layer's shares; a layer is reused where it has none, and all are by a role that is not worth it."""
+    layers, choices = {}, {}
+    kept = {layer: each.tolist() for layer, each in shares.items() if each.abs().max() > _NOTHING}
     for role in FITTED:
         # Layer 0 is projected from the receiver's own embeddings, which is exact.
         chosen: list[Role] = ["project"]
         for layer in pair.layers:
-            worth = shares[role][layer].abs().max() > _NOTHING
-            chosen.append(role if worth else "reuse")
-            if worth:
-                layers[layer, role] = pair.layer_map((layer, role), fits[role][layer], shares[role][layer])
-                kept[layer, role] = shares[role][layer].tolist()
+            mapped = role in worth and layer in kept
+            chosen.append(role if mapped else "reuse")
+            if mapped:
+                layers[layer, role] = pair.layer_map((layer, role), fits[role][layer], shares[layer])
         choices[role] = tuple(chosen)
     return Maps(*pair.fingerprints, choices["fitted"], choices["fitted_kv"], layers, {}, kept)
 
@@ -171,16 +175,26 @@ def _strength(seen: NormalEquations, unseen: NormalEquations, blocks: Sequence[s
 
 def _learnt(
     pair: Pair,
-    fits: _Fits,
+    fits: Mapping[Role, _Fits],
     contexts: Sequence[SharedContext],
     trials: Sequence[Trial],
     progress: Progress,
-) -> dict[int, torch.Tensor]:
-    """The shares of each layer; all zero where nothing of it is worth having."""
-    mixtures = [
-        pair.mixture(fits.role, context, fits.without[number % FOLDS]) for number, context in enumerate(contexts)
-    ]
-    learnt = learn_shares(trials, mixtures, partial(progress.track, description=f"Weighing {fits.role}"))
-    nothing = {layer: torch.zeros_like(each) for layer, each in learnt.items()}
-    before, after = (mean_divergence(trials, mixtures, shares) for shares in (nothing, learnt))
-    return learnt if after < _WORTH * before else nothing
+) -> tuple[Shares, set[Role]]:
+    """The shares of each layer, and the roles that lower the divergence with them.
+
+    Both roles are fitted to the same K and V, so what is learnt with maps from hidden states serves those from K/V too.
+    """
+
+    def mixture(role: Role, number: int) -> Mixture:
+        return pair.mixture(role, contexts[number], fits[role].without[number % FOLDS])
+
+    mixtures = [mixture("fitted", number) for number in range(len(contexts))]
+    shares = learn_shares(trials, mixtures, partial(progress.track, description="Weighing layers"))
+    before = mean_divergence(trials, mixtures, {layer: torch.zeros_like(each) for layer, each in shares.items()})
+    worth = set()
+    for role in FITTED:
+        mixed = mixtures if role == "fitted" else (mixture(role, number) for number in range(len(contexts)))
+        judged = progress.track(mixed, total=len(contexts), description=f"Judging {role}")
+        if mean_divergence(trials, judged, shares) < _WORTH * before:
+            worth.add(role)
+    return shares, worth

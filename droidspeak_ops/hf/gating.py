@@ -1,12 +1,13 @@
 """How much of a fitted map each layer gets: as much as brings the receiver's next tokens nearest to those of its own prefill.
 
 A map is linear, and so is every mixture of it with what it would replace. The shares are learnt by gradient descent on the
-output's divergence: one for K and one for V of each layer and part, few enough not to learn noise.
+output's divergence: one for K and one for V of each layer, few enough not to learn noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,35 +17,40 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ..context import Rotation, SharedContext
 from ..example import Example
 from ..reference import rope_ref, row_norm_ref
-from .cache import MixedSlidingLayer
+from .cache import MixedSlidingLayer, rows_held
 from .decoder import Decoder
 
 STEPS = 24
-EXAMPLES = 2
-"""Of a context, that a step or a judgement takes."""
+EXAMPLES = 8
+"""Of a context, that a step takes; another visit to the context takes others, where there are more."""
 
-_LEARNING_RATE, _START = 0.1, 0.3
+JUDGED = 2
+"""Of a context, that shares are judged by."""
+
+_LEARNING_RATE, _START = 0.3, 0.3
 _LOWEST, _HIGHEST = -0.25, 1.5
 
 
 class Ingredients(NamedTuple):
-    """What K and V of one layer can be mixed of: ``base + sum of share * part``.
+    """What K and V of one layer can be mixed of: ``base + share * toward``.
 
     Args:
-        base: K and V ``[2, K, N, D]`` of the last N tokens of a context. K is rotated, or where it is yet to pass the
-            receiver's norm of K neither normed nor rotated.
-        parts: ``[2, P, K, N, D]``, in the same state.
+        base: K and V ``[2, K, N, D]`` of the last N tokens of a context, as the sender has them. K is rotated, or where it is
+            yet to pass the receiver's norm of K neither normed nor rotated.
+        toward: from `base` to what is fitted, in the same state.
         norm_weight: of K; None where there is nothing left to do.
     """
 
     base: torch.Tensor
-    parts: torch.Tensor
+    toward: torch.Tensor
     norm_weight: torch.Tensor | None
 
 
 Mixture = Mapping[int, Ingredients]
 """A context's ingredients by layer, of all but the first, whose K and V are the receiver's own."""
 
+Shares = Mapping[int, torch.Tensor]
+"""By layer a share for K and one for V, ``[2]``."""
 
 KeysValues = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -57,38 +63,32 @@ class Trial:
         self._tokens = own.tokens.shape[1]
         self._over = decoder.over(own.tokens)
         self._own_keys_values = [own.kv(layer)[:2] for layer in range(decoder.num_layers)]
-        self._own: dict[int, torch.Tensor] = {}
+        self._own = cache(self._compute_own)
 
-    def divergence(self, mixture: Mixture, shares: Mapping[int, torch.Tensor], visit: int = 0) -> torch.Tensor:
+    def divergence(self, mixture: Mixture, shares: Shares, visit: int = 0, count: int = EXAMPLES) -> torch.Tensor:
         """:meth:`divergence_with` of K and V that are mixed."""
         mixed = [self._mixed(layer, of, shares[layer]) for layer, of in sorted(mixture.items())]
-        return self.divergence_with([self._own_keys_values[0], *mixed], visit)
+        return self.divergence_with([self._own_keys_values[0], *mixed], visit, count)
 
-    def divergence_with(self, keys_values: KeysValues, visit: int = 0) -> torch.Tensor:
+    def divergence_with(self, keys_values: KeysValues, visit: int = 0, count: int = EXAMPLES) -> torch.Tensor:
         """Mean Kullback-Leibler divergence of next tokens from those after the receiver's own prefill, in nats.
 
         Args:
             keys_values: K and V ``[1, K, N, D]`` of the context by layer.
-            visit: another one takes other examples, where there are many.
+            visit, count: so many examples are taken, and at another visit others, where there are more.
         """
-        count = len(self._examples)
-        which = [(visit * EXAMPLES + number) % count for number in range(min(EXAMPLES, count))]
-        found = torch.cat(self._log_probabilities(keys_values, [self._examples[number] for number in which]))
-        own = torch.cat([self._after_own(number) for number in which])
-        return F.kl_div(found, own, log_target=True, reduction="sum") / len(found)
+        total = len(self._examples)
+        which = tuple((visit * count + number) % total for number in range(min(count, total)))
+        found = self._log_probabilities(keys_values, which)
+        return F.kl_div(found, self._own(which), log_target=True, reduction="sum") / len(found)
 
     @torch.no_grad()
-    def _after_own(self, number: int) -> torch.Tensor:
-        if number not in self._own:
-            (self._own[number],) = self._log_probabilities(self._own_keys_values, [self._examples[number]])
-        return self._own[number]
+    def _compute_own(self, which: tuple[int, ...]) -> torch.Tensor:
+        return self._log_probabilities(self._own_keys_values, which)
 
     def _mixed(self, layer: int, of: Ingredients, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V ``[1, K, N, D]`` of a layer, mixed with `shares` ``[P, 2]``."""
-        keys, values = (
-            base + (share @ parts.flatten(1)).view(base.shape)
-            for base, parts, share in zip(of.base, of.parts, shares.T, strict=True)
-        )
+        """K and V ``[1, K, N, D]`` of a layer, mixed with `shares` ``[2]``."""
+        keys, values = of.base + shares[:, None, None, None] * of.toward
         if of.norm_weight is not None:
             rows = keys.transpose(0, 1)
             whole = rows if of.norm_weight.shape[0] == rows.shape[-1] else rows.flatten(-2)
@@ -97,29 +97,49 @@ class Trial:
             keys = rotated(rows, self._over.rotation(layer)).transpose(0, 1)
         return keys[None], values[None]
 
-    def _log_probabilities(self, keys_values: KeysValues, examples: Sequence[Example]) -> list[torch.Tensor]:
-        """Of the next token where an example is judged, ``[judged, vocabulary]`` for each."""
-        follow = [torch.cat((each.suffix, each.answer[:, :-1]), dim=1)[0] for each in examples]
-        batch, tokens = len(examples), self._tokens
+    def _log_probabilities(self, keys_values: KeysValues, which: Sequence[int]) -> torch.Tensor:
+        """Of the next token where examples are judged, ``[judged, vocabulary]``.
+
+        They lie in one row, each right behind the context and blind to the others.
+        """
+        examples = [self._examples[number] for number in which]
+        follow = [torch.cat((each.suffix, each.answer[:, :-1]), dim=1) for each in examples]
+        ids = torch.cat(follow, dim=1)
+        behind = torch.cat([torch.arange(each.shape[1], device=ids.device) for each in follow])
+        owners = torch.cat([torch.full_like(each[0], number) for number, each in enumerate(follow)])
+        firsts = torch.tensor([each.suffix.shape[1] - 1 for each in examples], device=ids.device)
         layers: list[Any] = []
         for (keys, values), window in zip(keys_values, self._decoder.windows, strict=True):
-            keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
             if window is None:
                 layer = DynamicLayer()
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values = keys, values
             else:
-                layer = MixedSlidingLayer.over(keys, values, window, tokens)
+                layer = MixedSlidingLayer.over(keys, values, window, self._tokens)
             layers.append(layer)
-        ids = torch.nn.utils.rnn.pad_sequence(follow, batch_first=True)
-        skipped = min(each.suffix.shape[1] for each in examples) - 1
+        masks = {
+            "full_attention" if window is None else "sliding_attention": self._mask(owners, behind, window)
+            for window in set(self._decoder.windows)
+        }
         logits = self._decoder.model(
-            ids, past_key_values=Cache(layers=layers), logits_to_keep=ids.shape[1] - skipped
+            ids,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            position_ids=(self._tokens + behind)[None],
+            past_key_values=Cache(layers=layers),
+            logits_to_keep=(behind >= firsts[owners]).nonzero()[:, 0],
         ).logits
-        return [
-            logits[row, example.suffix.shape[1] - 1 - skipped : len(given) - skipped].float().log_softmax(-1)
-            for row, (example, given) in enumerate(zip(examples, follow, strict=True))
-        ]
+        return logits[0].float().log_softmax(-1)
+
+    def _mask(self, owners: torch.Tensor, behind: torch.Tensor, window: int | None) -> torch.Tensor:
+        """What is added to attention logits ``[1, 1, N, held + N]``: an example sees the context and what of it lies before."""
+        held = rows_held(self._tokens, window)
+        apart = behind[:, None] - torch.cat([torch.arange(-held, 0, device=behind.device), behind])
+        sees = apart >= 0
+        sees[:, held:] &= owners[:, None] == owners
+        if window is not None:
+            sees &= apart < window
+        dtype = self._decoder.model.dtype
+        return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[None, None]
 
 
 def rotated(keys: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
@@ -133,16 +153,16 @@ def learn_shares(
     mixtures: Sequence[Mixture],
     track: Callable[[Sequence[int]], Iterable[int]],
 ) -> dict[int, torch.Tensor]:
-    """The shares ``[P, 2]`` by layer that bring the receiver nearest to its own prefill.
+    """The shares by layer that bring the receiver nearest to its own prefill.
 
     Args:
         trials, mixtures: of each context; a step takes the next one.
         track: wraps the steps, to show progress.
     """
     steps = range(max(STEPS, len(trials)))
-    shares = {}
-    for layer, of in mixtures[0].items():
-        shares[layer] = torch.full((of.parts.shape[1], 2), _START, device=of.base.device, requires_grad=True)
+    shares = {
+        layer: torch.full((2,), _START, device=of.base.device, requires_grad=True) for layer, of in mixtures[0].items()
+    }
     optimizer = torch.optim.Adam(shares.values(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(steps))
     for step in track(steps):
@@ -159,7 +179,7 @@ def learn_shares(
 
 
 @torch.no_grad()
-def mean_divergence(trials: Sequence[Trial], mixtures: Sequence[Mixture], shares: Mapping[int, torch.Tensor]) -> float:
+def mean_divergence(trials: Sequence[Trial], mixtures: Iterable[Mixture], shares: Shares) -> float:
     """The divergence from the receiver's own prefill, in nats, of the mean trial."""
-    found = [trial.divergence(mixture, shares) for trial, mixture in zip(trials, mixtures, strict=True)]
+    found = [trial.divergence(mixture, shares, count=JUDGED) for trial, mixture in zip(trials, mixtures, strict=True)]
     return torch.stack(found).mean().item()

@@ -96,24 +96,23 @@ class Pair:
             rows = self.unit(layer, theirs.hidden(layer))[tokens - kept :]
         else:
             rows = unrotated_kv(theirs, layer)[0]
-        terms = self._terms(key, fitted)
-        weight, bias = (torch.cat(parts).to(rows.dtype) for parts in zip(*terms, strict=True))
-        mixed_of = F.linear(rows, weight, bias).unflatten(-1, (len(terms), 2, heads, -1))  # [N, terms, 2, K, D]
-        mixed_of[: sinks_among(len(rows), tokens), 1:] = 0
-        keys, values = mixed_of.unbind(2)
+        base, toward = (
+            F.linear(rows, weight.to(rows.dtype), bias.to(rows.dtype)).unflatten(-1, (2, heads, -1))  # [N, 2, K, D]
+            for weight, bias in self._terms(key, fitted)
+        )
+        toward[: sinks_among(len(rows), tokens)] = 0
         norm_weight = self.receiver.weights(layer).k_norm_weight if role == "fitted" else None
         if norm_weight is None:
-            keys = rotated(keys.flatten(1, 2), over.rotation(layer)).unflatten(1, (len(terms), heads))
-        both = torch.stack([each.permute(1, 2, 0, 3) for each in (keys, values)])  # [2, terms, K, N, D]
-        return Ingredients(both[:, 0], both[:, 1:], norm_weight)
+            for each in (base, toward):
+                each[:, 0] = rotated(each[:, 0], over.rotation(layer))
+        base, toward = (each.permute(1, 2, 0, 3).contiguous() for each in (base, toward))  # [2, K, N, D]
+        return Ingredients(base, toward, norm_weight)
 
     def layer_map(self, key: Key, fitted: Regression, shares: torch.Tensor) -> LayerMap:
-        """The map with `shares` ``[P, 2]`` of its parts, in the receiver's dtype."""
-        base, *parts = self._terms(key, fitted)
-        weight, bias = base
-        for share, part in zip(shares.double(), parts, strict=True):
-            rows = share.repeat_interleave(self._width // 2)
-            weight, bias = weight + rows[:, None] * part.weight, bias + rows * part.bias
+        """The map with `shares` ``[2]`` of what is fitted, for K and V, in the receiver's dtype."""
+        base, toward = self._terms(key, fitted)
+        rows = shares.double().repeat_interleave(self._width // 2)
+        weight, bias = base.weight + rows[:, None] * toward.weight, base.bias + rows * toward.bias
         dtype = self.receiver.model.dtype
         return LayerMap(*(part.to(dtype).contiguous() for part in (*weight.chunk(2), *bias.chunk(2))))
 
@@ -122,15 +121,14 @@ class Pair:
         weight, bias = (share * part[self._width :] for part in (fitted.weight, fitted.bias))
         return Correction(weight.to(self.receiver.model.dtype), bias.to(self.receiver.model.dtype))
 
-    def _terms(self, key: Key, fitted: Regression) -> list[Linear]:
-        """What the sender has, as a map of its rows; and what may be added to it: from hidden states what turns the sender's
-        projection into the receiver's own, then what the regression adds."""
+    def _terms(self, key: Key, fitted: Regression) -> tuple[Linear, Linear]:
+        """What the sender has, as a map of its rows, and what leads from there to what is fitted."""
         layer, role = key
         added = Linear(fitted.weight[: self._width], fitted.bias[: self._width])
         if role == "fitted_kv":
-            return [Linear(torch.eye(self._width).to(added.weight), torch.zeros_like(added.bias)), added]
+            return Linear(torch.eye(self._width).to(added.weight), torch.zeros_like(added.bias)), added
         theirs, own = (self.projection(decoder, layer) for decoder in (self.sender, self.receiver))
-        return [theirs, Linear(own.weight - theirs.weight, own.bias - theirs.bias), added]
+        return theirs, Linear(own.weight - theirs.weight + added.weight, own.bias - theirs.bias + added.bias)
 
     def _compute_projection(self, decoder: Decoder, layer: int) -> Linear:
         """A model's own projection of hidden states over their root mean square, in float64: the norm's weight folded in."""
