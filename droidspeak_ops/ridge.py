@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-_ROWS = 256  # whose products are summed before float64 takes over
+_ROWS = 1024  # whose products are summed before float64 takes over
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class NormalEquations:
     def add(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add rows `x` ``[N, P]`` and `y` ``[N, Q]``, each counted as often as its weight ``[N]`` says.
 
-        Products of a few hundred rows are summed in their own dtype, float32 at least, which on a CPU is twice as fast.
+        Products of a thousand rows are summed in their own dtype, float32 at least, which on a CPU is twice as fast.
         """
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         wide, y = F.pad(x.to(dtype), (0, 1), value=1.0), y.to(dtype)

@@ -24,7 +24,7 @@ from .receiver import partial_prefill
 from .sender import capture
 
 FOLDS = 3
-STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+STRENGTHS = (0.001, 0.01, 0.03, 0.1, 1.0)
 SHARES_AT_START = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _WORTH = 0.98  # what shares must lower the divergence to, or layers stay as they are

@@ -7,7 +7,6 @@ output's divergence: one for K and one for V of each layer, few enough not to le
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from .cache import MixedSlidingLayer, rows_held
 from .decoder import Decoder
 
 STEPS = 24
-EXAMPLES = 8
+EXAMPLES = 4
 """Of a context, that a step takes; another visit to the context takes others, where there are more."""
 
 JUDGED = 2
@@ -63,7 +62,7 @@ class Trial:
         self._tokens = own.tokens.shape[1]
         self._over = decoder.over(own.tokens)
         self._own_keys_values = [own.kv(layer)[:2] for layer in range(decoder.num_layers)]
-        self._own = cache(self._compute_own)
+        self._own: dict[int, torch.Tensor] = {}
 
     def divergence(self, mixture: Mixture, shares: Shares, visit: int = 0, count: int = EXAMPLES) -> torch.Tensor:
         """:meth:`divergence_with` of K and V that are mixed."""
@@ -78,13 +77,18 @@ class Trial:
             visit, count: so many examples are taken, and at another visit others, where there are more.
         """
         total = len(self._examples)
-        which = tuple((visit * count + number) % total for number in range(min(count, total)))
-        found = self._log_probabilities(keys_values, which)
-        return F.kl_div(found, self._own(which), log_target=True, reduction="sum") / len(found)
+        which = [(visit * count + number) % total for number in range(min(count, total))]
+        found, own = self._log_probabilities(keys_values, which), self._after_own(which)
+        return F.kl_div(found, own, log_target=True, reduction="sum") / len(found)
 
     @torch.no_grad()
-    def _compute_own(self, which: tuple[int, ...]) -> torch.Tensor:
-        return self._log_probabilities(self._own_keys_values, which)
+    def _after_own(self, which: Sequence[int]) -> torch.Tensor:
+        missing = [number for number in which if number not in self._own]
+        if missing:
+            found = self._log_probabilities(self._own_keys_values, missing)
+            judged = [self._examples[number].answer.shape[1] for number in missing]
+            self._own |= dict(zip(missing, found.split(judged), strict=True))
+        return torch.cat([self._own[number] for number in which])
 
     def _mixed(self, layer: int, of: Ingredients, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V ``[1, K, N, D]`` of a layer, mixed with `shares` ``[2]``."""
