@@ -44,7 +44,7 @@ from droidspeak_ops.hf.pretrained import cache_folder
 
 sys.path.insert(0, str(Path(__file__).parent / "variants"))
 import maps_study
-from pairs import PAIRS, NamedPair, relative_distance
+from pairs import CODE, GLOSSARY, PAIRS, NamedPair, relative_distance
 
 BAND = (15, 20)
 REST = ds.Plan(project="rest")
@@ -140,39 +140,38 @@ def ways_of(maps: ds.Maps) -> dict[str, Way]:
     }
 
 
-def measure_pairs(names: Sequence[str], contexts: int) -> list[Row]:
+def measure_pair(name: str, contexts: int) -> list[Row]:
+    pair = Loaded.of(name)
+    maps, seconds, tokens = maps_of(name, pair)
+    test = pair.examples("test", contexts)
+    ways = ways_of(maps)
+    found = pair.divergences(ways, test, f"{name}: test contexts")
+    scores = answer_scores(pair, {"full prefill": None, **ways}, contexts, f"{name}: answers")
+    distance = relative_distance(pair.sender, pair.receiver)
+    lengths = [example.context.shape[1] for example in test]
+    long = [number for number, length in enumerate(lengths) if length > LONG]
     rows: list[Row] = []
-    for name in names:
-        pair = Loaded.of(name)
-        maps, seconds, tokens = maps_of(name, pair)
-        test = pair.examples("test", contexts)
-        ways = ways_of(maps)
-        found = pair.divergences(ways, test, f"{name}: test contexts")
-        scores = answer_scores(pair, {"full prefill": None, **ways}, contexts, f"{name}: answers")
-        distance = relative_distance(pair.sender, pair.receiver)
-        lengths = [example.context.shape[1] for example in test]
-        long = [number for number, length in enumerate(lengths) if length > LONG]
-        for way in ways:
-            kl = found[way]
-            of_long = [[found[each][number] for number in long] for each in (way, "reuse")]
-            rows.append(
-                {
-                    "pair": name,
-                    "way": way,
-                    **mean_and_interval("kl", kl),
-                    **ratio_and_interval("of_reuse", kl, found["reuse"]),
-                    **ratio_and_interval("of_band", kl, found["band"]),
-                    "of_reuse_long": f"{sum(of_long[0]) / sum(of_long[1]):.3g}" if long else "",
-                    "score": scores.get(way, ""),
-                    "score_full_prefill": scores["full prefill"],
-                    "metric": pair.named.task.metric,
-                    "contexts": len(test),
-                    "tokens": f"{min(lengths)}-{max(lengths)}",
-                    "fit_seconds": f"{seconds:.0f}",
-                    "fit_tokens": tokens,
-                    "distance": f"{distance:.3f}",
-                }
-            )
+    for way in ways:
+        kl = found[way]
+        of_long = [[found[each][number] for number in long] for each in (way, "reuse")]
+        rows.append(
+            {
+                "pair": name,
+                "way": way,
+                **mean_and_interval("kl", kl),
+                **ratio_and_interval("of_reuse", kl, found["reuse"]),
+                **ratio_and_interval("of_band", kl, found["band"]),
+                "of_reuse_long": f"{sum(of_long[0]) / sum(of_long[1]):.3g}" if long else "",
+                "score": scores.get(way, ""),
+                "score_full_prefill": scores["full prefill"],
+                "metric": pair.named.task.metric,
+                "contexts": len(test),
+                "tokens": f"{min(lengths)}-{max(lengths)}",
+                "fit_seconds": f"{seconds:.0f}",
+                "fit_tokens": tokens,
+                "distance": f"{distance:.3f}",
+            }
+        )
     return rows
 
 
@@ -226,10 +225,10 @@ def measure_tokens(name: str, contexts: int, sizes: Sequence[int]) -> list[Row]:
     ]
 
 
-def measure_transfer(name: str, other: str, contexts: int) -> list[Row]:
+def measure_transfer(name: str, contexts: int) -> list[Row]:
     """The maps of a pair, and others of it that were calibrated on another's domain: on the test contexts of both."""
-    pair, foreign = Loaded.of(name), PAIRS[other].task
-    elsewhere = replace(pair, named=replace(pair.named, task=foreign))
+    pair = Loaded.of(name)
+    elsewhere = replace(pair, named=replace(pair.named, task=CODE if pair.named.task is GLOSSARY else GLOSSARY))
     maps, _, _ = maps_of(name, pair)
     abroad = ds.fit(pair.sender, pair.receiver, elsewhere.examples("calibration", CALIBRATION_CONTEXTS))
     ways = {"reuse": Way(ds.Plan()), "own domain": Way(REST, maps), "other domain": Way(REST, abroad)}
@@ -244,6 +243,7 @@ def measure_transfer(name: str, other: str, contexts: int) -> list[Row]:
                 **ratio_and_interval("of_reuse", kl, found["reuse"]),
             }
             for way, kl in found.items()
+            if way != "reuse"
         ]
     return rows
 
@@ -262,16 +262,13 @@ def measure_rank(name: str, contexts: int, ranks: Sequence[int]) -> list[Row]:
     ]
 
 
-def measure_layers(names: Sequence[str]) -> list[Row]:
-    rows: list[Row] = []
-    for name in names:
-        pair = Loaded.of(name)
-        maps, _, _ = maps_of(name, pair)
-        calibration, test = ([group[0].context for group in by_context(pair.examples(split, 6))] for split in SPLITS)
-        delimiters = torch.tensor([pair.tokenizer(text).input_ids[-1] for text in DELIMITERS])
-        both = Pair(Decoder(pair.sender), Decoder(pair.receiver), [])
-        rows += [{"pair": name, **row} for row in maps_study.by_layer(both, maps, calibration, test, delimiters)]
-    return rows
+def measure_layers(name: str) -> list[Row]:
+    pair = Loaded.of(name)
+    maps, _, _ = maps_of(name, pair)
+    calibration, test = ([group[0].context for group in by_context(pair.examples(split, 6))] for split in SPLITS)
+    delimiters = torch.tensor([pair.tokenizer(text).input_ids[-1] for text in DELIMITERS])
+    both = Pair(Decoder(pair.sender), Decoder(pair.receiver), [])
+    return [{"pair": name, **row} for row in maps_study.by_layer(both, maps, calibration, test, delimiters)]
 
 
 def measure_cost(name: str, tokens: int, rounds: int) -> list[Row]:
@@ -281,7 +278,7 @@ def measure_cost(name: str, tokens: int, rounds: int) -> list[Row]:
     depth = pair.receiver.config.num_hidden_layers
     ids = torch.randint(pair.receiver.config.vocab_size, (1, tokens + SUFFIX_TOKENS))
     context = ds.capture(pair.sender, ids[:, :tokens], layers=range(depth))
-    ways = {name: each for name, each in ways_of(maps).items() if "band" not in name}
+    ways = {way: each for way, each in ways_of(maps).items() if "band" not in way}
     full = partial(first_token, pair.receiver, context, ids, None)
     rows: list[Row] = []
     for way, each in ways.items():
@@ -292,6 +289,7 @@ def measure_cost(name: str, tokens: int, rounds: int) -> list[Row]:
         needed = replace(held, hidden_states={} if way == "reuse" else held.hidden_states)
         rows.append(
             {
+                "pair": name,
                 "way": way,
                 "context_tokens": tokens,
                 "ttft_speedup": f"{ratio(full, start, rounds):.1f}",
@@ -322,21 +320,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.folder.mkdir(parents=True, exist_ok=True)
 
-    first, few = args.pairs[0], max(1, args.contexts // 4)
-    measures: dict[str, Callable[[], list[Row]]] = {
-        "pairs": lambda: measure_pairs(args.pairs, args.contexts),
-        "tokens": lambda: measure_tokens("full", few, args.sizes),
-        "transfer": lambda: measure_transfer("full", "lora", few),
-        "rank": lambda: measure_rank(first, few, RANKS),
-        "layers": lambda: measure_layers(args.pairs),
-        "cost": lambda: measure_cost(first, 2048, 9),
+    few = max(1, args.contexts // 4)
+    measures: dict[str, Callable[[str], list[Row]]] = {
+        "pairs": lambda name: measure_pair(name, args.contexts),
+        "tokens": lambda name: measure_tokens(name, few, args.sizes),
+        "transfer": lambda name: measure_transfer(name, few),
+        "rank": lambda name: measure_rank(name, few, RANKS),
+        "layers": measure_layers,
+        "cost": lambda name: measure_cost(name, 2048, 9),
     }
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     where = f"float32, {torch.get_num_threads()} CPU threads, {versions}"
     for part in args.only:
-        rows = measures[part]()
+        rows: list[Row] = []
+        for name in args.pairs:
+            rows += measures[part](name)
+            write_csv(rows, where, args.folder / f"{part}.csv")
         show(rows, f"{part}: SmolLM2-135M-Instruct and variants of it, {where}")
-        write_csv(rows, where, args.folder / f"{part}.csv")
     maps_study.plot(args.folder)
 
 

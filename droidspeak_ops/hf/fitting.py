@@ -190,11 +190,14 @@ def _learnt(
 
     mixtures = [mixture("fitted", number) for number in range(len(contexts))]
     shares = learn_shares(trials, mixtures, partial(progress.track, description="Weighing layers"))
-    before = mean_divergence(trials, mixtures, {layer: torch.zeros_like(each) for layer, each in shares.items()})
+    judges = trials[::FOLDS]
+    before = mean_divergence(
+        judges, mixtures[::FOLDS], {layer: torch.zeros_like(each) for layer, each in shares.items()}
+    )
     worth = set()
-    for role in FITTED:
-        mixed = mixtures if role == "fitted" else (mixture(role, number) for number in range(len(contexts)))
-        judged = progress.track(mixed, total=len(contexts), description=f"Judging {role}")
-        if mean_divergence(trials, judged, shares) < _WORTH * before:
+    for role in progress.track(FITTED, description="Judging maps"):
+        numbers = range(0, len(contexts), FOLDS)
+        mixed = mixtures[::FOLDS] if role == "fitted" else (mixture(role, number) for number in numbers)
+        if mean_divergence(judges, mixed, shares) < _WORTH * before:
             worth.add(role)
     return shares, worth

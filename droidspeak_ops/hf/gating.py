@@ -20,11 +20,8 @@ from .cache import MixedSlidingLayer, rows_held
 from .decoder import Decoder
 
 STEPS = 24
-EXAMPLES = 4
-"""Of a context, that a step takes; another visit to the context takes others, where there are more."""
-
-JUDGED = 2
-"""Of a context, that shares are judged by."""
+EXAMPLES = 6
+"""Of a context, that are looked at at a time."""
 
 _LEARNING_RATE, _START = 0.3, 0.3
 _LOWEST, _HIGHEST = -0.25, 1.5
@@ -64,20 +61,20 @@ class Trial:
         self._own_keys_values = [own.kv(layer)[:2] for layer in range(decoder.num_layers)]
         self._own: dict[int, torch.Tensor] = {}
 
-    def divergence(self, mixture: Mixture, shares: Shares, visit: int = 0, count: int = EXAMPLES) -> torch.Tensor:
+    def divergence(self, mixture: Mixture, shares: Shares, visit: int = 0) -> torch.Tensor:
         """:meth:`divergence_with` of K and V that are mixed."""
         mixed = [self._mixed(layer, of, shares[layer]) for layer, of in sorted(mixture.items())]
-        return self.divergence_with([self._own_keys_values[0], *mixed], visit, count)
+        return self.divergence_with([self._own_keys_values[0], *mixed], visit)
 
-    def divergence_with(self, keys_values: KeysValues, visit: int = 0, count: int = EXAMPLES) -> torch.Tensor:
+    def divergence_with(self, keys_values: KeysValues, visit: int = 0) -> torch.Tensor:
         """Mean Kullback-Leibler divergence of next tokens from those after the receiver's own prefill, in nats.
 
         Args:
             keys_values: K and V ``[1, K, N, D]`` of the context by layer.
-            visit, count: so many examples are taken, and at another visit others, where there are more.
+            visit: :data:`EXAMPLES` are taken, and at another visit others, where there are more.
         """
         total = len(self._examples)
-        which = [(visit * count + number) % total for number in range(min(count, total))]
+        which = [(visit * EXAMPLES + number) % total for number in range(min(EXAMPLES, total))]
         found, own = self._log_probabilities(keys_values, which), self._after_own(which)
         return F.kl_div(found, own, log_target=True, reduction="sum") / len(found)
 
@@ -185,5 +182,5 @@ def learn_shares(
 @torch.no_grad()
 def mean_divergence(trials: Sequence[Trial], mixtures: Iterable[Mixture], shares: Shares) -> float:
     """The divergence from the receiver's own prefill, in nats, of the mean trial."""
-    found = [trial.divergence(mixture, shares, count=JUDGED) for trial, mixture in zip(trials, mixtures, strict=True)]
+    found = [trial.divergence(mixture, shares) for trial, mixture in zip(trials, mixtures, strict=True)]
     return torch.stack(found).mean().item()
