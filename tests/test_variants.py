@@ -143,3 +143,15 @@ def test_errors_by_layer_and_their_plots(pair: maps.Loaded, fitted: ds.Maps, tmp
     maps.write_csv(counted, "", tmp_path / "tokens.csv")
     maps_study.plot(tmp_path)
     assert {path.stem for path in tmp_path.glob("*.png")} == {"layers", "pairs", "tokens"}
+
+
+def test_what_is_measured_is_kept_when_a_later_pair_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measure(name: str, contexts: int) -> list[dict[str, object]]:
+        if name == "full":
+            raise FileNotFoundError("not made")
+        return [{"pair": name, "contexts": contexts}]
+
+    monkeypatch.setattr(maps, "measure_pair", measure)
+    with pytest.raises(FileNotFoundError):
+        maps.main(["--only", "pairs", "--pairs", "lora", "full", "--contexts", "5", "--folder", str(tmp_path)])
+    assert (tmp_path / "pairs.csv").read_text().splitlines()[1].startswith("lora,5,")
