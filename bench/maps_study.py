@@ -155,21 +155,24 @@ def _pairs(rows: Rows, path: Path) -> None:
 
 
 def _tokens(rows: Rows, path: Path) -> None:
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for way in dict.fromkeys(row["way"] for row in rows):
-        of_way = [row for row in rows if row["way"] == way]
-        values, below, above = zip(*(_interval(row, "of_reuse") for row in of_way), strict=True)
-        axes.errorbar(
-            [int(row["tokens"]) for row in of_way], values, (below, above), label=way, color=WAYS[way], marker="o"
-        )
-    axes.axhline(1, color="black", lw=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel("calibration tokens")
-    axes.set_ylabel("KL relative to plain reuse")
-    axes.set_title(f"pair '{rows[0]['pair']}'", fontsize=10)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    names = list(dict.fromkeys(row["pair"] for row in rows))
+    figure = Figure(figsize=(2 + 4 * len(names), 3.8), layout="constrained")
+    (row_of_axes,) = figure.subplots(1, len(names), squeeze=False, sharey=True)
+    for axes, name in zip(row_of_axes, names, strict=True):
+        of_pair = [row for row in rows if row["pair"] == name]
+        for way in dict.fromkeys(row["way"] for row in of_pair):
+            of_way = [row for row in of_pair if row["way"] == way]
+            values, below, above = zip(*(_interval(row, "of_reuse") for row in of_way), strict=True)
+            axes.errorbar(
+                [int(row["tokens"]) for row in of_way], values, (below, above), label=way, color=WAYS[way], marker="o"
+            )
+        axes.axhline(1, color="black", lw=0.8)
+        axes.set_xscale("log")
+        axes.set_xlabel("calibration tokens")
+        axes.set_title(f"pair '{name}'", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    row_of_axes[0].set_ylabel("KL relative to plain reuse")
+    row_of_axes[-1].legend(frameon=False)
     figure.savefig(path, dpi=130)
 
 
