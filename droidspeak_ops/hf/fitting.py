@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -190,14 +190,13 @@ def _learnt(
 
     mixtures = [mixture("fitted", number) for number in range(len(contexts))]
     shares = learn_shares(trials, mixtures, partial(progress.track, description="Weighing layers"))
-    judges = trials[::FOLDS]
-    before = mean_divergence(
-        judges, mixtures[::FOLDS], {layer: torch.zeros_like(each) for layer, each in shares.items()}
-    )
-    worth = set()
-    for role in progress.track(FITTED, description="Judging maps"):
-        numbers = range(0, len(contexts), FOLDS)
-        mixed = mixtures[::FOLDS] if role == "fitted" else (mixture(role, number) for number in numbers)
-        if mean_divergence(judges, mixed, shares) < _WORTH * before:
-            worth.add(role)
+    judges, judged = trials[::FOLDS], mixtures[::FOLDS]
+    before = mean_divergence(judges, judged, {layer: torch.zeros_like(each) for layer, each in shares.items()})
+    of_kv = (mixture("fitted_kv", number) for number in range(0, len(contexts), FOLDS))
+    kinds: list[tuple[Role, Iterable[Mixture]]] = [("fitted", judged), ("fitted_kv", of_kv)]
+    worth = {
+        role
+        for role, mixed in progress.track(kinds, description="Judging maps")
+        if mean_divergence(judges, mixed, shares) < _WORTH * before
+    }
     return shares, worth
