@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from . import ops
 from .fingerprint import Fingerprint, ReuseError
-from .kv import KV, decode_rows, encode, encode_rows
+from .kv import KV, decode_rows, encode, encode_rows, splice
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -65,6 +66,25 @@ class SharedContext:
         states = self.hidden_states[layer]
         return states if isinstance(states, torch.Tensor) else decode_rows(states, getattr(torch, self.sender.dtype))
 
+    def unrotated(self, layer: int, which: slice = slice(None)) -> torch.Tensor:
+        """K of one layer as it was before RoPE and V, side by side: ``[B, N, 2 * K * D]``.
+
+        Args:
+            which: of the rows that the layer holds.
+        """
+        rows, applied = self.kv(layer).keys.shape[2], self.rotations[layer]
+        kv = self.kv(layer).at(which)
+        batch, heads, count, head_dim = kv.keys.shape
+        dtype = getattr(torch, self.sender.dtype)
+        both = torch.empty((batch, count, 2, heads, head_dim), dtype=dtype, device=kv.keys.device)
+        back = {}
+        if applied is not None:
+            unturned = torch.ones_like(applied[0]), torch.zeros_like(applied[1])
+            halves = (last(half, rows)[which] for half in ops.rotation_between(*applied, *unturned))
+            back = dict(zip(("cos", "sin"), (half.repeat(batch, 1) for half in halves), strict=True))
+        splice(kv, both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2), **back)
+        return both.flatten(2)
+
     def quantized(self, dtype: torch.dtype) -> SharedContext:
         """The same context in 8 bits, each row of a head (or 32 columns of hidden states) with a scale of its own.
 
@@ -102,6 +122,11 @@ class SharedContext:
             ReuseError: the prompt is another one, or has no suffix; the message says where they part.
         """
         check_continues(self.tokens, prompt_ids)
+
+
+def last(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The last rows, or none of them."""
+    return rows[rows.shape[0] - count :]
 
 
 def check_continues(tokens: torch.Tensor, prompt_ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:

@@ -19,9 +19,9 @@ class KV(NamedTuple):
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
 
-    def first(self, count: int) -> KV:
-        """The first rows, as views."""
-        return KV(*(None if part is None else part[:, :, :count] for part in self))  # type: ignore[arg-type]
+    def at(self, which: slice) -> KV:
+        """Some of the rows, as views."""
+        return KV(*(None if part is None else part[:, :, which] for part in self))  # type: ignore[arg-type]
 
 
 def encode(kv: KV, dtype: torch.dtype) -> KV:

@@ -15,12 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from . import ops
+from .context import SharedContext
 from .fingerprint import Fingerprint, ReuseError
 from .plan import Plan, Role
 
 RMS_EPS = 1e-6
 SINKS = 4
 """Tokens at the head of a context that maps leave alone: attention sinks, whose rows are like no others."""
+
+_JUDGED_ROWS = 256
 
 
 def sinks_among(rows: int, tokens: int) -> int:
@@ -64,6 +67,35 @@ class Correction:
 
 
 @dataclass(frozen=True, eq=False)
+class Domain:
+    """The kind of contexts that maps were fitted to, told from others by the sender's K and V at one layer.
+
+    A regression says nothing of inputs unlike those that it has seen. Its variance at an input is the input's squared
+    Mahalanobis distance, up to a factor.
+
+    Args:
+        layer: which.
+        mean, whitening: ``[2 * K * D]`` and ``[2 * K * D, 2 * K * D]``, of K before RoPE and V side by side.
+        limit: the distance up to which a context is alike.
+    """
+
+    layer: int
+    mean: torch.Tensor
+    whitening: torch.Tensor
+    limit: float
+
+    def distance(self, context: SharedContext) -> float:
+        """The mean squared Mahalanobis distance of a context's rows, for each column; of the furthest sequence.
+
+        About 1 for contexts that were calibrated on. Sinks are left out, and of long contexts every so-manieth row is taken.
+        """
+        held = context.kv(self.layer).keys.shape[2]
+        first = min(sinks_among(held, context.tokens.shape[1]), held - 1)
+        rows = context.unrotated(self.layer, slice(first, None, -(-(held - first) // _JUDGED_ROWS))).to(self.mean.dtype)
+        return float(F.linear(rows - self.mean, self.whitening).square().mean((1, 2)).max())
+
+
+@dataclass(frozen=True, eq=False)
 class Maps:
     """The maps of one pair of models, and what is best for each layer that a plan projects.
 
@@ -76,6 +108,7 @@ class Maps:
         corrections: by layer, of the hidden states that a band starts from.
         shares: by layer, for K and for V: how far the maps in `layers` go from what the sender has to what is fitted. For
             reading, not used.
+        domain: the contexts that they are for.
     """
 
     sender: Fingerprint
@@ -85,6 +118,7 @@ class Maps:
     layers: Mapping[tuple[int, Role], LayerMap]
     corrections: Mapping[int, Correction]
     shares: Mapping[int, Sequence[float]]
+    domain: Domain
 
     def roles(self, plan: Plan, held: Collection[int] | None = None) -> tuple[Role, ...]:
         """The role of every layer: those that `plan` projects follow the choices.
@@ -131,12 +165,17 @@ class Maps:
         }
         for layer, correction in self.corrections.items():
             tensors |= {f"{layer}.correction.{name}": tensor.contiguous() for name, tensor in vars(correction).items()}
+        tensors |= {
+            f"{self.domain.layer}.domain.{name}": getattr(self.domain, name).contiguous()
+            for name in ("mean", "whitening")
+        }
         described = {
             "sender": asdict(self.sender),
             "receiver": asdict(self.receiver),
             "choices": self.choices,
             "choices_without_hidden": self.choices_without_hidden,
             "shares": self.shares,
+            "domain": {"layer": self.domain.layer, "limit": self.domain.limit},
         }
         target = Path(path)
         scratch = target.with_name(f".{target.name}.{os.getpid()}")
@@ -165,9 +204,14 @@ class Maps:
             def read(kind: Any, layer: str, role: str) -> Any:
                 return kind(*(file.get_tensor(f"{layer}.{role}.{name}") for name in kind.__dataclass_fields__))
 
-            layers = {(int(layer), role): read(LayerMap, layer, role) for layer, role in stored if role != "correction"}
+            layers = {
+                (int(layer), role): read(LayerMap, layer, role) for layer, role in stored if role.startswith("fitted")
+            }
             shares = {int(layer): each for layer, each in loaded["shares"].items()}
             corrections = {int(layer): read(Correction, layer, role) for layer, role in stored if role == "correction"}
+            at, limit = loaded["domain"]["layer"], loaded["domain"]["limit"]
+            mean, whitening = (file.get_tensor(f"{at}.domain.{name}") for name in ("mean", "whitening"))
+            domain = Domain(at, mean, whitening, limit)
         return cls(
             Fingerprint(**loaded["sender"]),
             Fingerprint(**loaded["receiver"]),
@@ -176,4 +220,5 @@ class Maps:
             layers,
             corrections,
             shares,
+            domain,
         )

@@ -77,6 +77,17 @@ class NormalEquations:
                 weight[which] = torch.cholesky_solve(cross[:, which], torch.linalg.cholesky(damped)).T
         return Regression(weight, mean_y - weight @ mean_x)
 
+    def whitening(self, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean input ``[P]``, and the matrix ``[P, P]`` that gives what is left of an input about unit variance in every
+        direction; `damping` times the mean variance of an input is added to that of each, float64."""
+        rows = self._gram[-1, -1].clamp(min=1.0)
+        mean = self._gram[-1, :-1] / rows
+        covariance = self._gram[:-1, :-1] / rows - torch.outer(mean, mean)
+        scale = covariance.diagonal().mean()
+        covariance.diagonal().add_(damping * scale if scale > 0 else 1.0)
+        identity = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+        return mean, torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False)
+
     def losses(self, regression: Regression) -> torch.Tensor:
         """The mean squared error over rows, of each output ``[Q]``."""
         wide = torch.cat([regression.weight, regression.bias[:, None]], dim=1).T

@@ -124,3 +124,23 @@ def test_rows_in_float32_lose_nothing_by_being_many() -> None:
     for start in range(0, 4000, 7):
         streamed.add(x[start : start + 7].float(), y[start : start + 7].float())
     torch.testing.assert_close(streamed.solve(0.01).weight, exact.solve(0.01).weight, rtol=1e-6, atol=1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(30, 80), inputs=st.integers(1, 10), seed=st.integers(0, 2**31))
+def test_whitened_inputs_have_unit_variance(rows: int, inputs: int, seed: int) -> None:
+    x, y, weights = problem(rows, inputs, 1, seed)
+    equations = NormalEquations(inputs, 1)
+    equations.add(x, y, weights)
+    mean, whitening = equations.whitening(1e-9)
+    left = (x - mean) @ whitening.T
+    covariance = left.T @ (weights[:, None] * left) / weights.sum()
+    torch.testing.assert_close(covariance, torch.eye(inputs, dtype=x.dtype), atol=1e-4, rtol=0)
+
+
+def test_whitening_where_inputs_do_not_vary() -> None:
+    equations = NormalEquations(3, 1)
+    equations.add(torch.ones(10, 3), torch.ones(10, 1))
+    mean, whitening = equations.whitening(0.01)
+    assert torch.equal(mean, torch.ones(3, dtype=torch.float64))
+    assert torch.isfinite(whitening).all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from ..context import SharedContext
 from ..example import Example, by_context
-from ..maps import SINKS, Maps
+from ..maps import SINKS, Domain, Maps
 from ..plan import Plan, Role
 from ..ridge import NormalEquations, Regression
 from .adapters import UnsupportedModelError
 from .decoder import Decoder
-from .gating import Mixture, Shares, Trial, learn_shares, mean_divergence
+from .gating import STEPS, Mixture, Shares, Trial, learn_shares
 from .pair import FITTED, Key, Pair
 from .receiver import partial_prefill
 from .sender import capture
@@ -93,13 +93,15 @@ def fit(
         for number, group in enumerate(progress.track(groups, description="Reading contexts")):
             theirs, own = (capture(model, group[0].context, layers=pair.layers) for model in (sender, receiver))
             pair.add(folds[number % FOLDS], theirs, own)
-            contexts.append(theirs)
-            trials.append(Trial(pair.receiver, own, group))
+            if number < STEPS:  # the rest are only summed, so that memory does not grow with what is calibrated on
+                contexts.append(theirs)
+                trials.append(Trial(pair.receiver, own, group))
         fits = {role: _Fits(pair, role, folds, progress) for role in FITTED}
         shares, worth = _learnt(pair, fits, contexts, trials, progress)
-        maps = _maps(pair, {role: each.of_all for role, each in fits.items()}, shares, worth)
+        domain = _domain(pair, folds, contexts)
+        maps = _maps(pair, {role: each.of_all for role, each in fits.items()}, shares, worth, domain)
         if plans:
-            unseen = _maps(pair, {role: each.without[0] for role, each in fits.items()}, shares, worth)
+            unseen = _maps(pair, {role: each.without[0] for role, each in fits.items()}, shares, worth, domain)
             tried = list(zip(contexts[::FOLDS], trials[::FOLDS], strict=True))
             corrections = {}
             for plan in progress.track(plans, description="Weighing starts"):
@@ -130,7 +132,20 @@ def _share_at_start(
     return min(SHARES_AT_START, key=divergence)
 
 
-def _maps(pair: Pair, fits: Mapping[Role, Mapping[int, Regression]], shares: Shares, worth: Collection[Role]) -> Maps:
+def _domain(pair: Pair, folds: Sequence[Mapping[Key, NormalEquations]], contexts: Sequence[SharedContext]) -> Domain:
+    """The kind of contexts that maps are fitted to, with a limit that contexts stay within that are left out."""
+    sums = [fold[pair.domain_layer, "fitted_kv"] for fold in folds]
+    held_out = [(others, contexts[number::FOLDS]) for number, others in enumerate(_without_each(sums))]
+    return pair.domain(NormalEquations.total(sums), held_out)
+
+
+def _maps(
+    pair: Pair,
+    fits: Mapping[Role, Mapping[int, Regression]],
+    shares: Shares,
+    worth: Collection[Role],
+    domain: Domain,
+) -> Maps:
     """The maps with each layer's shares; a layer is reused where it has none, and all are by a role that is not worth it."""
     layers, choices = {}, {}
     kept = {layer: each.tolist() for layer, each in shares.items() if each.abs().max() > _NOTHING}
@@ -143,7 +158,7 @@ def _maps(pair: Pair, fits: Mapping[Role, Mapping[int, Regression]], shares: Sha
             if mapped:
                 layers[layer, role] = pair.layer_map((layer, role), fits[role][layer], shares[layer])
         choices[role] = tuple(chosen)
-    return Maps(*pair.fingerprints, choices["fitted"], choices["fitted_kv"], layers, {}, kept)
+    return Maps(*pair.fingerprints, choices["fitted"], choices["fitted_kv"], layers, {}, kept, domain)
 
 
 class _Fits:
@@ -157,11 +172,16 @@ class _Fits:
         self.without: list[dict[int, Regression]] = [{} for _ in folds]
         for layer in progress.track(pair.layers, description=f"Fitting {role}"):
             sums = [fold[layer, role] for fold in folds]
-            rest = [NormalEquations.total([each for each in sums if each is not fold]) for fold in sums]
+            rest = _without_each(sums)
             strength = _strength(rest[0], sums[0], pair.blocks(layer, role))
             for without, equations in zip(self.without, rest, strict=True):
                 without[layer] = equations.solve(strength)
             self.of_all[layer] = NormalEquations.total(sums).solve(strength)
+
+
+def _without_each(folds: Sequence[NormalEquations]) -> list[NormalEquations]:
+    """For each fold the equations of all others."""
+    return [NormalEquations.total([each for each in folds if each is not fold]) for fold in folds]
 
 
 def _strength(seen: NormalEquations, unseen: NormalEquations, blocks: Sequence[slice]) -> torch.Tensor:
@@ -188,15 +208,17 @@ def _learnt(
     def mixture(role: Role, number: int) -> Mixture:
         return pair.mixture(role, contexts[number], fits[role].without[number % FOLDS])
 
-    mixtures = [mixture("fitted", number) for number in range(len(contexts))]
-    shares = learn_shares(trials, mixtures, partial(progress.track, description="Weighing layers"))
-    judges, judged = trials[::FOLDS], mixtures[::FOLDS]
-    before = mean_divergence(judges, judged, {layer: torch.zeros_like(each) for layer, each in shares.items()})
-    of_kv = (mixture("fitted_kv", number) for number in range(0, len(contexts), FOLDS))
-    kinds: list[tuple[Role, Iterable[Mixture]]] = [("fitted", judged), ("fitted_kv", of_kv)]
-    worth = {
-        role
-        for role, mixed in progress.track(kinds, description="Judging maps")
-        if mean_divergence(judges, mixed, shares) < _WORTH * before
-    }
-    return shares, worth
+    shares = learn_shares(
+        pair.layers, trials, partial(mixture, "fitted"), partial(progress.track, description="Weighing layers")
+    )
+    none = {layer: torch.zeros_like(each) for layer, each in shares.items()}
+
+    def worthwhile(role: Role) -> bool:
+        before = after = 0.0
+        for number in range(0, len(trials), FOLDS):
+            mixed = mixture(role, number)
+            before += float(trials[number].divergence(mixed, none))
+            after += float(trials[number].divergence(mixed, shares))
+        return after < _WORTH * before
+
+    return shares, {role for role in progress.track(FITTED, description="Judging maps") if worthwhile(role)}

@@ -20,6 +20,7 @@ from .cache import MixedSlidingLayer, rows_held
 from .decoder import Decoder
 
 STEPS = 24
+"""And so the most contexts that are looked at."""
 EXAMPLES = 6
 """Of a context, that are looked at at a time."""
 
@@ -56,7 +57,7 @@ class Trial:
 
     def __init__(self, decoder: Decoder, own: SharedContext, examples: Sequence[Example]) -> None:
         self._decoder, self._examples = decoder, examples
-        self._tokens = own.tokens.shape[1]
+        self._tokens, self.device = own.tokens.shape[1], own.tokens.device
         self._over = decoder.over(own.tokens)
         self._own_keys_values = [own.kv(layer)[:2] for layer in range(decoder.num_layers)]
         self._own: dict[int, torch.Tensor] = {}
@@ -150,25 +151,26 @@ def rotated(keys: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
 
 @torch.enable_grad()
 def learn_shares(
+    layers: Iterable[int],
     trials: Sequence[Trial],
-    mixtures: Sequence[Mixture],
+    mixture: Callable[[int], Mixture],
     track: Callable[[Sequence[int]], Iterable[int]],
 ) -> dict[int, torch.Tensor]:
     """The shares by layer that bring the receiver nearest to its own prefill.
 
     Args:
-        trials, mixtures: of each context; a step takes the next one.
+        layers: that get shares.
+        trials: of each context; a step takes the next one.
+        mixture: that of the context of a number, made anew whenever it is asked for: all at once would fill the memory.
         track: wraps the steps, to show progress.
     """
-    steps = range(max(STEPS, len(trials)))
-    shares = {
-        layer: torch.full((2,), _START, device=of.base.device, requires_grad=True) for layer, of in mixtures[0].items()
-    }
+    steps = range(STEPS)
+    shares = {layer: torch.full((2,), _START, device=trials[0].device, requires_grad=True) for layer in layers}
     optimizer = torch.optim.Adam(shares.values(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(steps))
     for step in track(steps):
         visit, which = divmod(step, len(trials))
-        divergence = trials[which].divergence(mixtures[which], shares, visit)
+        divergence = trials[which].divergence(mixture(which), shares, visit)
         for each, gradient in zip(shares.values(), torch.autograd.grad(divergence, list(shares.values())), strict=True):
             each.grad = gradient  # and none of the receiver's weights
         optimizer.step()
@@ -177,10 +179,3 @@ def learn_shares(
             for each in shares.values():
                 each.clamp_(_LOWEST, _HIGHEST)
     return {layer: each.detach() for layer, each in shares.items()}
-
-
-@torch.no_grad()
-def mean_divergence(trials: Sequence[Trial], mixtures: Iterable[Mixture], shares: Shares) -> float:
-    """The divergence from the receiver's own prefill, in nats, of the mean trial."""
-    found = [trial.divergence(mixture, shares) for trial, mixture in zip(trials, mixtures, strict=True)]
-    return torch.stack(found).mean().item()

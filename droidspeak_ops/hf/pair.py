@@ -11,17 +11,18 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..context import SharedContext
-from ..maps import RMS_EPS, SINKS, Correction, LayerMap, sinks_among
+from ..maps import RMS_EPS, SINKS, Correction, Domain, LayerMap, sinks_among
 from ..plan import Role
 from ..ridge import NormalEquations, Regression
 from .adapters import LowRank
 from .decoder import Decoder, Pass
 from .gating import Ingredients, Mixture, rotated
-from .receiver import unrotated_kv
 
 FITTED: tuple[Role, ...] = ("fitted", "fitted_kv")
 Key = tuple[int, Role]
 
+_DAMPING = 0.01  # of covariances that are inverted, of their mean variance
+_ALIKE = 1.25  # a context is alike up to so many times the distance of the furthest that was held out
 _OUTLIER = 3.0  # a row further off than this many medians counts as if it were that far
 
 
@@ -50,6 +51,7 @@ class Pair:
         self.layers = range(1, receiver.num_layers)
         self.starts = {layer for layer in starts if layer > 0 and receiver.weights(layer).norm_weight is not None}
         self.projection = cache(self._compute_projection)
+        self.domain_layer = receiver.num_layers // 2
         self._width = 2 * receiver.num_kv_heads * receiver.head_dim
 
     def equations(self) -> dict[Key, NormalEquations]:
@@ -78,7 +80,7 @@ class Pair:
                 per_row = ops.rms_rstd(theirs.hidden(layer), RMS_EPS)[0, :, None]
                 missing = torch.cat([missing, (own.hidden(layer) - theirs.hidden(layer))[0] * per_row], dim=1)
             equations[layer, "fitted"].add(rows[SINKS:], missing[SINKS:], weights)
-            rows, own_rows = unrotated_kv(theirs, layer)[0], unrotated_kv(own, layer)[0]
+            rows, own_rows = theirs.unrotated(layer)[0], own.unrotated(layer)[0]
             skipped = sinks_among(len(rows), theirs.tokens.shape[1])
             missing = (own_rows - rows)[skipped:]
             equations[layer, "fitted_kv"].add(rows[skipped:], missing, tamed(missing))
@@ -95,7 +97,7 @@ class Pair:
             kept = theirs.kv(layer).keys.shape[2]
             rows = self.unit(layer, theirs.hidden(layer))[tokens - kept :]
         else:
-            rows = unrotated_kv(theirs, layer)[0]
+            rows = theirs.unrotated(layer)[0]
         base, toward = (
             F.linear(rows, weight.to(rows.dtype), bias.to(rows.dtype)).unflatten(-1, (2, heads, -1))  # [N, 2, K, D]
             for weight, bias in self._terms(key, fitted)
@@ -115,6 +117,23 @@ class Pair:
         weight, bias = base.weight + rows[:, None] * toward.weight, base.bias + rows * toward.bias
         dtype = self.receiver.model.dtype
         return LayerMap(*(part.to(dtype).contiguous() for part in (*weight.chunk(2), *bias.chunk(2))))
+
+    def domain(
+        self, equations: NormalEquations, held_out: Sequence[tuple[NormalEquations, Sequence[SharedContext]]]
+    ) -> Domain:
+        """The kind of contexts that `equations` from K/V at :attr:`domain_layer` have summed.
+
+        Args:
+            held_out: some of those contexts, with the equations of all others.
+        """
+
+        def around(equations: NormalEquations, limit: float) -> Domain:
+            dtype = torch.promote_types(self.receiver.model.dtype, torch.float32)
+            mean, whitening = (each.to(dtype) for each in equations.whitening(_DAMPING))
+            return Domain(self.domain_layer, mean, whitening, limit)
+
+        furthest = max(around(others, 0.0).distance(each) for others, contexts in held_out for each in contexts)
+        return around(equations, _ALIKE * furthest)
 
     def correction(self, fitted: Regression, share: float) -> Correction:
         """A share of what the regression says of the hidden states that enter a layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import ops
-from ..context import SharedContext
+from ..context import SharedContext, last
 from ..fingerprint import ReuseError
 from ..kv import splice
 from ..maps import LayerMap, Maps, sinks_among
@@ -42,7 +43,8 @@ def partial_prefill(
         plan: which layers to recompute and project.
         prompt_ids: ``[B, N]``, the prompt that is to follow; checked to continue the context.
         maps: what :func:`fit` made of this pair. A layer that the plan projects is then filled as its choice says: projected
-            with fitted weights, with the receiver's own, or reused; and bands start from corrected hidden states.
+            with fitted weights, with the receiver's own, or reused; and bands start from corrected hidden states. For a
+            context unlike those that the maps were fitted to, all those layers are reused, with a warning.
         tokenizer: the receiver's tokenizer, compared with the sender's if that was given to :func:`capture`.
         norm: ``"hf"`` for transformers' rounding order, in which recomputing all layers is bitwise the receiver's own
             prefill on the CPU in float32; ``"folded"`` for one rounding fewer (see :func:`droidspeak_ops.ops.kv_project`).
@@ -64,7 +66,17 @@ def partial_prefill(
     context.sender.check_reuse_by(ours)
     if maps is not None:
         maps.check_pair(context.sender, ours)
-        roles = maps.roles(plan, context.hidden_layers)
+        distance = maps.domain.distance(context)
+        if distance <= maps.domain.limit:
+            roles = maps.roles(plan, context.hidden_layers)
+        else:
+            warnings.warn(
+                f"maps: not used for a context unlike those they were fitted to (distance {distance:.2f}; up to "
+                f"{maps.domain.limit:.2f} is alike): the layers that they are for are reused",
+                stacklevel=2,
+            )
+            maps = None  # layer 0 is projected from the receiver's own embeddings, which is exact
+            roles = tuple("reuse" if role == "project" and layer else role for layer, role in enumerate(roles))
     context.check_hidden(plan.hidden_layers_of(roles))
     device = decoder.model.device
     if context.tokens.device != device:
@@ -127,7 +139,7 @@ class _Filling:
         rows = target.keys.shape[2]
         count = sinks_among(rows, self._tokens)
         if count:
-            kv = self._context.kv(layer).first(count)
+            kv = self._context.kv(layer).at(slice(count))
             further = {
                 name: half.view(self._batch, rows, -1)[:, :count].flatten(0, 1)
                 for name, half in self._rotation_on(layer).items()
@@ -141,7 +153,7 @@ class _Filling:
         return Projection(
             hidden_states.narrow(1, hidden_states.shape[1] - rows, rows),
             weights,
-            None if rotation is None else (_last(rotation[0], rows), _last(rotation[1], rows)),
+            None if rotation is None else (last(rotation[0], rows), last(rotation[1], rows)),
             target.keys,
             target.values,
         )
@@ -150,7 +162,7 @@ class _Filling:
         """To compute K and V of a layer with fitted weights, from its hidden states or from the sender's K and V."""
         if of_kv:
             weights = LayerWeights(norm_weight=None, norm_eps=0.0, k_norm_weight=None, k_norm_eps=0.0, **vars(fitted))
-            return self.projection(layer, unrotated_kv(self._context, layer), weights)
+            return self.projection(layer, self._context.unrotated(layer), weights)
         weights = replace(self._decoder.plainly_normed(layer), **vars(fitted), k_low_rank=(), v_low_rank=())
         return self.projection(layer, self.hidden(layer), weights)
 
@@ -167,24 +179,5 @@ class _Filling:
         if not self._rotates_on or applied is None or rotation is None:
             return {}
         rows = self._context.kv(layer).keys.shape[2]
-        cos, sin = (_last(half, rows) for half in ops.rotation_between(*applied, *rotation))
+        cos, sin = (last(half, rows) for half in ops.rotation_between(*applied, *rotation))
         return {"cos": cos.repeat(self._batch, 1), "sin": sin.repeat(self._batch, 1)}
-
-
-def unrotated_kv(context: SharedContext, layer: int) -> torch.Tensor:
-    """The sender's K of a layer before RoPE and its V, side by side: ``[B, N, 2 * K * D]``."""
-    kv, applied = context.kv(layer), context.rotations[layer]
-    batch, heads, rows, head_dim = kv.keys.shape
-    dtype = getattr(torch, context.sender.dtype)
-    both = torch.empty((batch, rows, 2, heads, head_dim), dtype=dtype, device=kv.keys.device)
-    back = {}
-    if applied is not None:
-        unturned = torch.ones_like(applied[0]), torch.zeros_like(applied[1])
-        cos, sin = (_last(half, rows) for half in ops.rotation_between(*applied, *unturned))
-        back = {"cos": cos.repeat(batch, 1), "sin": sin.repeat(batch, 1)}
-    splice(kv, both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2), **back)
-    return both.flatten(2)
-
-
-def _last(rows: torch.Tensor, count: int) -> torch.Tensor:
-    return rows[rows.shape[0] - count :]
