@@ -68,6 +68,14 @@ class Decoder:
         scale = self.family.embed_scale
         return embeddings if scale is None else embeddings * getattr(self.base, scale)
 
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Those of the next token, float32, from what leaves the last layer."""
+        logits = self.model.get_output_embeddings()(self.base.norm(hidden_states)).float()
+        scaling, cap = (getattr(self.config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
+        if scaling is not None:
+            logits = logits / scaling
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def over(self, tokens: torch.Tensor) -> Pass:
         """The layers over `tokens` ``[B, T]`` at positions 0 to T - 1."""
         return Pass(self, tokens)

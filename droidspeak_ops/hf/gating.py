@@ -7,17 +7,16 @@ output's divergence: one for K and one for V of each layer, few enough not to le
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache, DynamicLayer
 
 from ..context import Rotation, SharedContext
 from ..example import Example
 from ..reference import rope_ref, row_norm_ref
-from .cache import MixedSlidingLayer, rows_held
 from .decoder import Decoder
+from .side_by_side import KeysValues, SideBySide
 
 STEPS = 24
 """And so the most contexts that are looked at."""
@@ -49,8 +48,6 @@ Mixture = Mapping[int, Ingredients]
 Shares = Mapping[int, torch.Tensor]
 """By layer a share for K and one for V, ``[2]``."""
 
-KeysValues = Sequence[tuple[torch.Tensor, torch.Tensor]]
-
 
 class Trial:
     """A context with what may follow it: how far the receiver is from its own prefill with any K/V of the context."""
@@ -67,7 +64,7 @@ class Trial:
         mixed = [self._mixed(layer, of, shares[layer]) for layer, of in sorted(mixture.items())]
         return self.divergence_with([self._own_keys_values[0], *mixed], visit)
 
-    def divergence_with(self, keys_values: KeysValues, visit: int = 0) -> torch.Tensor:
+    def divergence_with(self, keys_values: Sequence[KeysValues], visit: int = 0) -> torch.Tensor:
         """Mean Kullback-Leibler divergence of next tokens from those after the receiver's own prefill, in nats.
 
         Args:
@@ -99,49 +96,21 @@ class Trial:
             keys = rotated(rows, self._over.rotation(layer)).transpose(0, 1)
         return keys[None], values[None]
 
-    def _log_probabilities(self, keys_values: KeysValues, which: Sequence[int]) -> torch.Tensor:
-        """Of the next token where examples are judged, ``[judged, vocabulary]``.
-
-        They lie in one row, each right behind the context and blind to the others.
-        """
+    def _log_probabilities(self, keys_values: Sequence[KeysValues], which: Sequence[int]) -> torch.Tensor:
+        """Of the next token where examples are judged, ``[judged, vocabulary]``."""
         examples = [self._examples[number] for number in which]
         follow = [torch.cat((each.suffix, each.answer[:, :-1]), dim=1) for each in examples]
         ids = torch.cat(follow, dim=1)
-        behind = torch.cat([torch.arange(each.shape[1], device=ids.device) for each in follow])
-        owners = torch.cat([torch.full_like(each[0], number) for number, each in enumerate(follow)])
+        beside = SideBySide(self._decoder, self._tokens, [each.shape[1] for each in follow], ids.device)
         firsts = torch.tensor([each.suffix.shape[1] - 1 for each in examples], device=ids.device)
-        layers: list[Any] = []
-        for (keys, values), window in zip(keys_values, self._decoder.windows, strict=True):
-            if window is None:
-                layer = DynamicLayer()
-                layer.lazy_initialization(keys, values)
-                layer.keys, layer.values = keys, values
-            else:
-                layer = MixedSlidingLayer.over(keys, values, window, self._tokens)
-            layers.append(layer)
-        masks = {
-            "full_attention" if window is None else "sliding_attention": self._mask(owners, behind, window)
-            for window in set(self._decoder.windows)
-        }
         logits = self._decoder.model(
             ids,
-            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            position_ids=(self._tokens + behind)[None],
-            past_key_values=Cache(layers=layers),
-            logits_to_keep=(behind >= firsts[owners]).nonzero()[:, 0],
+            attention_mask=beside.masks,
+            position_ids=beside.position_ids,
+            past_key_values=beside.cache(dict(enumerate(keys_values))),
+            logits_to_keep=(beside.offsets >= firsts[beside.owners]).nonzero()[:, 0],
         ).logits
         return logits[0].float().log_softmax(-1)
-
-    def _mask(self, owners: torch.Tensor, behind: torch.Tensor, window: int | None) -> torch.Tensor:
-        """What is added to attention logits ``[1, 1, N, held + N]``: an example sees the context and what of it lies before."""
-        held = rows_held(self._tokens, window)
-        apart = behind[:, None] - torch.cat([torch.arange(-held, 0, device=behind.device), behind])
-        sees = apart >= 0
-        sees[:, held:] &= owners[:, None] == owners
-        if window is not None:
-            sees &= apart < window
-        dtype = self._decoder.model.dtype
-        return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[None, None]
 
 
 def rotated(keys: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
