@@ -35,12 +35,13 @@ from reporting import Row, show, write_csv
 from rich.progress import track
 
 import droidspeak_ops as ds
-from droidspeak_ops.demo.measure import continued, first_token, timed
+from droidspeak_ops.demo.measure import continued
 from droidspeak_ops.example import by_context
 from droidspeak_ops.hf.decoder import Decoder
 from droidspeak_ops.hf.fitting import FOLDS
 from droidspeak_ops.hf.pair import Pair
 from droidspeak_ops.hf.pretrained import cache_folder
+from droidspeak_ops.hf.timing import SUFFIX_TOKENS, first_token, timed
 
 sys.path.insert(0, str(Path(__file__).parent / "variants"))
 import maps_study
@@ -54,7 +55,6 @@ DELIMITERS = ("\n", ":", ",", ".", "(", ")", "<|im_end|>")
 RANKS = (8, 32, 128)
 CALIBRATION_CONTEXTS = 13
 LONG = 2_000  # tokens, of contexts longer than most that are calibrated on
-SUFFIX_TOKENS = 24
 ANSWERED = 12  # test contexts whose answers are generated and scored, for the time it takes
 
 

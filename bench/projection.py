@@ -35,7 +35,7 @@ from rich.progress import track
 from rich.table import Table
 
 from droidspeak_ops import tuning
-from droidspeak_ops.demo.measure import timed
+from droidspeak_ops.hf.timing import timed
 from droidspeak_ops.proof.shapes import SHAPES
 from droidspeak_ops.proof.targets import TARGETS, time_floor
 

@@ -9,9 +9,8 @@ import torch
 from reporting import Row
 
 import droidspeak_ops as ds
-from droidspeak_ops.demo.measure import first_token
-
-BOOTSTRAP = 10_000
+from droidspeak_ops import bootstrap
+from droidspeak_ops.hf.timing import first_token
 
 
 @torch.no_grad()
@@ -33,16 +32,15 @@ def divergence(own: torch.Tensor, found: torch.Tensor) -> float:
 
 def mean_and_interval(name: str, values: Sequence[float]) -> Row:
     """The mean, and where 95 % of the means of bootstrap samples lie."""
-    return _with_interval(name, torch.tensor(values, dtype=torch.float64)[:, None], lambda means: means[..., 0])
+    return _named(name, bootstrap.mean(torch.tensor(values, dtype=torch.float64)))
 
 
 def ratio_and_interval(name: str, values: Sequence[float], base: Sequence[float]) -> Row:
     """The ratio of two means over the same examples, and where 95 % of the ratios of bootstrap samples lie."""
     data = torch.tensor([values, base], dtype=torch.float64).T
-    return _with_interval(name, data, lambda means: means[..., 0] / means[..., 1])
+    return _named(name, bootstrap.of_means(data, lambda means: means[..., 0] / means[..., 1]))
 
 
-def _with_interval(name: str, data: torch.Tensor, of_means: Any) -> Row:
-    drawn = torch.randint(len(data), (BOOTSTRAP, len(data)), generator=torch.Generator().manual_seed(0))
-    low, high = of_means(data[drawn].mean(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {name: f"{of_means(data.mean(0)).item():.3g}", f"{name}_low": f"{low:.3g}", f"{name}_high": f"{high:.3g}"}
+def _named(name: str, estimate: bootstrap.Estimate) -> Row:
+    names = (name, f"{name}_low", f"{name}_high")
+    return {name: f"{value:.3g}" for name, value in zip(names, estimate, strict=True)}

@@ -23,11 +23,9 @@ from rich.progress import track
 from transformers import DynamicCache
 
 import droidspeak_ops as ds
-from droidspeak_ops.demo.measure import first_token, timed
 from droidspeak_ops.demo.run import load_glossary_variant
 from droidspeak_ops.hf.pretrained import SMOLLM2, load_pretrained
-
-SUFFIX_TOKENS = 24
+from droidspeak_ops.hf.timing import SUFFIX_TOKENS, first_token, timed
 
 
 def plans(depth: int) -> list[ds.Plan]:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from . import ops
 from ._version import __version__
 from .context import SharedContext
+from .cost import CostModel
 from .example import Example
 from .fingerprint import Fingerprint, ReuseError
+from .frontier import Frontier
 from .maps import Maps
 from .plan import Plan
 
@@ -23,13 +25,17 @@ if TYPE_CHECKING:
         capture,
         capture_batch,
         fit,
+        measure_costs,
         partial_prefill,
         partial_prefill_batch,
+        profile,
     )
 
 __all__ = [
+    "CostModel",
     "Example",
     "Fingerprint",
+    "Frontier",
     "Maps",
     "MixedCache",
     "Plan",
@@ -40,9 +46,11 @@ __all__ = [
     "capture",
     "capture_batch",
     "fit",
+    "measure_costs",
     "ops",
     "partial_prefill",
     "partial_prefill_batch",
+    "profile",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,3 +45,27 @@ def by_context(examples: Sequence[Example]) -> list[list[Example]]:
     for example in examples:
         groups.setdefault(tuple(example.context[0].tolist()), []).append(example)
     return list(groups.values())
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Raise unless all three parts of each are token ids.
+
+    Raises:
+        ValueError: one is not; the message says which.
+    """
+    for number, example in enumerate(examples):
+        for name, ids in zip(Example._fields, example, strict=True):
+            if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.dtype != torch.int64:
+                got = f"{ids.dtype} {tuple(ids.shape)}"
+                raise ValueError(
+                    f"examples: got {got} as the {name} of number {number}; int64 [1, N], not empty, is needed"
+                )
+
+
+def examples_digest(examples: Sequence[Example]) -> str:
+    """SHA-256 over their token ids, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for ids in example:
+            digest.update(json.dumps(ids[0].tolist()).encode())
+    return digest.hexdigest()

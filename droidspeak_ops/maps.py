@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from . import ops
 from .context import SharedContext
+from .files import replacing
 from .fingerprint import Fingerprint, ReuseError
 from .plan import Plan, Role
 
@@ -156,8 +157,16 @@ class Maps:
             if ours.weights != theirs.weights:
                 raise ReuseError(f"maps: fitted to a {name} with other weights; the maps of this pair are needed")
 
+    def digest(self) -> str:
+        """SHA-256 over what the maps do."""
+        return hashlib.sha256(self._serialized()).hexdigest()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; nothing half-written is left in its place."""
+        with replacing(path) as scratch:
+            scratch.write_bytes(self._serialized())
+
+    def _serialized(self) -> bytes:
         tensors = {
             f"{layer}.{role}.{name}": tensor.contiguous()
             for (layer, role), each in self.layers.items()
@@ -177,13 +186,7 @@ class Maps:
             "shares": self.shares,
             "domain": {"layer": self.domain.layer, "limit": self.domain.limit},
         }
-        target = Path(path)
-        scratch = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            save_file(tensors, scratch, metadata={"droidspeak_maps": json.dumps(described)})
-            os.replace(scratch, target)
-        finally:
-            scratch.unlink(missing_ok=True)
+        return save(tensors, {"droidspeak_maps": json.dumps(described)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Maps:

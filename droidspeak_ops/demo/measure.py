@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torchmetrics.functional.text import squad
 
 import droidspeak_ops as ds
+from droidspeak_ops.hf.timing import first_token, timed
 
 MAX_ANSWER_TOKENS = 24
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,41 +107,6 @@ def measure(
 
 
 @torch.no_grad()
-def first_token(
-    receiver: Any,
-    context: ds.SharedContext,
-    prompt_ids: torch.Tensor,
-    plan: ds.Plan | None,
-    *,
-    maps: ds.Maps | None = None,
-    tokenizer: Any = None,
-    norm: Literal["hf", "folded"] = "hf",
-) -> tuple[torch.Tensor, Any]:
-    """What is timed: from having the sender's context to the first token's logits ``[B, 1, vocabulary]`` and the cache.
-
-    `plan` is None for full prefill of `prompt_ids`, which leaves the context aside.
-    """
-    if plan is None:
-        out = receiver(prompt_ids, use_cache=True, logits_to_keep=1)
-    else:
-        cache = ds.partial_prefill(
-            receiver, context, plan, prompt_ids=prompt_ids, maps=maps, tokenizer=tokenizer, norm=norm
-        )
-        suffix_ids = prompt_ids[:, context.tokens.shape[1] :]
-        out = receiver(suffix_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return out.logits, out.past_key_values
-
-
-def timed(function: Callable[[], T]) -> tuple[T, float]:
-    """What `function` returns, and the seconds it took, work on a GPU included."""
-    _synchronize()
-    began = time.perf_counter()
-    result = function()
-    _synchronize()
-    return result, time.perf_counter() - began
-
-
-@torch.no_grad()
 def _measure_one(
     receiver: Any,
     tokenizer: Any,
@@ -174,8 +137,3 @@ def continued(receiver: Any, tokenizer: Any, prompt_ids: torch.Tensor, cache: An
     cache.crop(-1)  # generate wants at least one token to run
     out = receiver.generate(prompt_ids, past_key_values=cache, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
     return tokenizer.decode(out[0, prompt_ids.shape[1] :], skip_special_tokens=True).strip()
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

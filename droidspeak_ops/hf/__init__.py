@@ -4,8 +4,10 @@ from .adapters import UnsupportedModelError
 from .batch import capture_batch, partial_prefill_batch
 from .cache import MixedCache
 from .fitting import fit
+from .profiling import profile
 from .receiver import partial_prefill
 from .sender import capture
+from .timing import measure_costs
 
 __all__ = [
     "MixedCache",
@@ -13,6 +15,8 @@ __all__ = [
     "capture",
     "capture_batch",
     "fit",
+    "measure_costs",
     "partial_prefill",
     "partial_prefill_batch",
+    "profile",
 ]

@@ -7,21 +7,21 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from ..context import SharedContext
-from ..example import Example, by_context
+from ..example import Example, by_context, check_examples
 from ..maps import SINKS, Domain, Maps
 from ..plan import Plan, Role
+from ..progress import bars
 from ..ridge import NormalEquations, Regression
-from .adapters import UnsupportedModelError
 from .decoder import Decoder
 from .gating import STEPS, Mixture, Shares, Trial, learn_shares
 from .pair import FITTED, Key, Pair
 from .receiver import partial_prefill
 from .sender import capture
+from .side_by_side import check_takes_masks
 
 FOLDS = 3
 STRENGTHS = (0.001, 0.01, 0.03, 0.1, 1.0)
@@ -66,28 +66,11 @@ def fit(
             f"examples: got {len(groups)} contexts, the shortest of {shortest} tokens; "
             f"{FOLDS} or more of more than {SINKS} tokens are needed"
         )
-    for number, example in enumerate(examples):
-        for name, ids in zip(Example._fields, example, strict=True):
-            if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.dtype != torch.int64:
-                got = f"{ids.dtype} {tuple(ids.shape)}"
-                raise ValueError(
-                    f"examples: got {got} as the {name} of number {number}; int64 [1, N], not empty, is needed"
-                )
-    attention = receiver.config._attn_implementation
-    if attention not in ("sdpa", "eager"):
-        raise UnsupportedModelError(
-            f"receiver: got attention {attention!r}; 'sdpa' or 'eager', which take masks, is needed"
-        )
+    check_examples(examples)
+    check_takes_masks(receiver)
     plans = [Plan([band], project="rest") for band in bands]
     pair = Pair(Decoder(sender), Decoder(receiver), [plan.bands[0][0] for plan in plans])
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress, torch.no_grad():
+    with bars(show_progress) as progress, torch.no_grad():
         folds = [pair.equations() for _ in range(FOLDS)]
         contexts, trials = [], []
         for number, group in enumerate(progress.track(groups, description="Reading contexts")):

@@ -8,10 +8,24 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .adapters import UnsupportedModelError
 from .cache import MixedSlidingLayer, empty_layer, rows_held
 from .decoder import Decoder, Pass
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
+def check_takes_masks(model: Any) -> None:
+    """Raise unless the model's attention takes a mask.
+
+    Raises:
+        UnsupportedModelError: it is neither SDPA nor eager.
+    """
+    attention = model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"receiver: got attention {attention!r}; 'sdpa' or 'eager', which take masks, is needed"
+        )
 
 
 class SideBySide(Pass):

@@ -1,0 +1,38 @@
+"""How sure one can be of what was measured on a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+SAMPLES = 10_000
+
+
+class Estimate(NamedTuple):
+    """A value, and between what 95 % of its values on bootstrap samples lie."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean(data: torch.Tensor) -> Estimate:
+    """Of values ``[N]``, one of each context."""
+    return of_means(data[:, None], lambda means: means[..., 0])
+
+
+def of_means(data: torch.Tensor, statistic: Callable[[torch.Tensor], torch.Tensor], seed: int = 0) -> Estimate:
+    """What is computed from the means of columns.
+
+    Args:
+        data: ``[N, K]``, a row of each context.
+        statistic: from means ``[..., K]`` to ``[...]``.
+        seed: of the bootstrap.
+    """
+    data = data.double()
+    drawn = torch.randint(len(data), (SAMPLES, len(data)), generator=torch.Generator().manual_seed(seed))
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = statistic(data[drawn].mean(1)).quantile(ends).tolist()
+    return Estimate(statistic(data.mean(0)).item(), low, high)

@@ -1,0 +1,208 @@
+"""Quality against cost of many plans for one pair of models, and the plan that fits a need."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from . import bootstrap
+from .bootstrap import Estimate
+from .cost import CostModel, Work
+from .files import replacing
+from .fingerprint import Fingerprint
+from .plan import Plan
+
+Rest = Literal["reuse", "project", "fitted"]
+"""What becomes of the layers outside a plan's bands; the last is what its maps say."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan, and how far the receiver is from its own full prefill with it, context by context.
+
+    Args:
+        plan: for :func:`droidspeak_ops.partial_prefill`.
+        rest: what filled the layers outside its bands.
+        choosable: whether the plan does this where the maps of the profile, if there are any, are given with it.
+        work: what it asks of a model.
+        kl: mean divergence of the receiver's next-token distributions from those after its own prefill, in nats; None for a
+            context on which it was not tried.
+        agreement: how often its likeliest token is the same.
+    """
+
+    plan: Plan
+    rest: Rest
+    choosable: bool
+    work: Work
+    kl: tuple[float | None, ...]
+    agreement: tuple[float | None, ...]
+
+    def __str__(self) -> str:
+        return str(self.plan).replace("projected", "fitted") if self.rest == "fitted" else str(self.plan)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What :func:`droidspeak_ops.profile` found of a pair of models.
+
+    Args:
+        sender, receiver: the pair, with the digests of their weights.
+        maps: the digest of the maps that `fitted` points are of, or None.
+        points: all plans that were tried.
+        costs: of the receiver on the machine of the profile.
+        contexts: how many tokens each had.
+        held_out: how many contexts, the last ones, no plan is chosen by.
+        granularity: layers between the starts, and the ends, of the bands that were tried.
+        seed: of the order of contexts.
+    """
+
+    sender: Fingerprint
+    receiver: Fingerprint
+    maps: str | None
+    points: tuple[Point, ...]
+    costs: CostModel
+    contexts: tuple[int, ...]
+    held_out: int
+    granularity: int
+    seed: int
+
+    def kl(self, point: Point, *, held_out: bool = False) -> Estimate:
+        """Mean divergence from full prefill, in nats, on the contexts that plans are chosen by or on the held-out ones."""
+        return self._estimate(point.kl, held_out)
+
+    def quality_loss(self, point: Point, *, held_out: bool = False) -> Estimate:
+        """The share of next tokens that are not those of full prefill."""
+        agreement = self._estimate(point.agreement, held_out)
+        return Estimate(1 - agreement.value, 1 - agreement.high, 1 - agreement.low)
+
+    def point(self, plan: Plan) -> Point:
+        """What was measured of a plan that can be chosen.
+
+        Raises:
+            ValueError: it was not tried.
+        """
+        for point in self.points:
+            if point.choosable and point.plan == plan:
+                return point
+        raise ValueError(f"plan: got {plan}, which was not tried; one of the frontier's points is needed")
+
+    def seconds(self, point: Point, tokens: int | None = None, bandwidth: float | None = None) -> float:
+        """Predicted time to first token; of contexts of the mean length where `tokens` is None."""
+        return self.costs.seconds(point.work, self.mean_tokens if tokens is None else tokens, bandwidth)
+
+    @property
+    def mean_tokens(self) -> int:
+        return round(sum(self.contexts) / len(self.contexts))
+
+    def pareto(self, tokens: int | None = None, bandwidth: float | None = None) -> list[Point]:
+        """The points that no other is both better and faster than, the fastest first; better is of less divergence."""
+        found: list[Point] = []
+        choosable = [point for point in self.points if point.choosable]
+        for point in sorted(choosable, key=lambda each: (self.seconds(each, tokens, bandwidth), self._kl[id(each)])):
+            if not found or self._kl[id(point)] < self._kl[id(found[-1])]:
+                found.append(point)
+        return found
+
+    def choose(
+        self,
+        *,
+        max_quality_loss: float,
+        max_ttft: float | None = None,
+        tokens: int | None = None,
+        bandwidth: float | None = None,
+        queue: int = 0,
+    ) -> Plan:
+        """The plan for a need (paper, appendix B).
+
+        Of the plans whose quality loss is no more than `max_quality_loss`, the best that meets `max_ttft`. Where there is no
+        such limit, and under a load at which none meets it, the cheapest: it keeps the queue short.
+
+        Args:
+            max_quality_loss: the share of next tokens that may differ from those of full prefill.
+            max_ttft: seconds to the first token that are promised.
+            tokens: of the context; the mean of the profile's where None.
+            bandwidth: bytes a second that contexts are loaded with; None where they are in memory.
+            queue: requests that wait before this one, each taken to need the same time.
+
+        Raises:
+            ValueError: a limit makes no sense.
+        """
+        for name, value in {"max_ttft": max_ttft, "tokens": tokens, "bandwidth": bandwidth}.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: got {value}; a positive number is needed")
+        if not 0 <= max_quality_loss <= 1 or queue < 0:
+            raise ValueError(
+                f"max_quality_loss, queue: got {max_quality_loss}, {queue}; a share from 0 to 1 and a count are needed"
+            )
+
+        def waited(point: Point) -> float:
+            return (queue + 1) * self.seconds(point, tokens, bandwidth)
+
+        # Recomputing every layer loses nothing, so that there always is one.
+        good = [each for each in self.points if each.choosable and self._loss[id(each)] <= max_quality_loss]
+        in_time = [] if max_ttft is None else [point for point in good if waited(point) <= max_ttft]
+        if in_time:
+            return min(in_time, key=lambda each: (self._kl[id(each)], waited(each))).plan
+        return min(good, key=lambda each: (waited(each), self._kl[id(each)])).plan
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON; nothing half-written is left in its place."""
+        with replacing(path) as scratch:
+            scratch.write_text(json.dumps({"droidspeak_frontier": 1, **asdict(self)}) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Frontier:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(loaded, dict) or loaded.pop("droidspeak_frontier", None) != 1:
+            raise ValueError(f"{path}: got JSON of something else; what Frontier.save wrote is needed")
+        return cls(
+            **loaded
+            | {
+                "sender": Fingerprint(**loaded["sender"]),
+                "receiver": Fingerprint(**loaded["receiver"]),
+                "points": tuple(_read_point(point) for point in loaded["points"]),
+                "costs": CostModel(**_tuples(loaded["costs"])),
+                "contexts": tuple(loaded["contexts"]),
+            }
+        )
+
+    def _estimate(self, values: Sequence[float | None], held_out: bool) -> Estimate:
+        return bootstrap.mean(torch.tensor(self._known(values, held_out)))
+
+    def _known(self, values: Sequence[float | None], held_out: bool) -> list[float]:
+        chosen_by = len(self.contexts) - self.held_out
+        some = values[chosen_by:] if held_out else values[:chosen_by]
+        return [value for value in some if value is not None]
+
+    @cached_property
+    def _kl(self) -> dict[int, float]:
+        return {id(point): _mean(self._known(point.kl, False)) for point in self.points}
+
+    @cached_property
+    def _loss(self) -> dict[int, float]:
+        return {id(point): 1 - _mean(self._known(point.agreement, False)) for point in self.points}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _tuples(described: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in described.items()}
+
+
+def _read_point(described: dict[str, Any]) -> Point:
+    changed = {"plan": Plan(**described["plan"]), "work": Work(**described["work"])}
+    return Point(**_tuples(described) | changed)

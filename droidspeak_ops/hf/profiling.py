@@ -1,0 +1,235 @@
+"""Quality of plans for a pair of models: every band, and sets of the most sensitive layers, judged by the next tokens."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cost import CostModel, Work
+from ..example import Example, by_context, check_examples, examples_digest
+from ..files import Journal
+from ..frontier import Frontier, Point, Rest
+from ..maps import Maps
+from ..plan import Plan
+from ..progress import bars
+from .cache import MixedCache
+from .decoder import Decoder
+from .receiver import partial_prefill
+from .replay import judged, replay
+from .sender import capture
+from .side_by_side import KeysValues, check_takes_masks
+from .timing import measure_costs
+
+JUDGED = 8
+"""Tokens of an answer that are judged, at most."""
+SET_SIZES = (2, 3, 4, 6, 8, 12, 16, 24)
+"""Of the sets of most sensitive units; a unit is as many layers as the granularity says."""
+
+Measured = tuple[list[float], list[float]]
+"""Divergence and agreement of every candidate on a context."""
+
+
+def profile(
+    sender: PreTrainedModel,
+    receiver: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    maps: Maps | None = None,
+    granularity: int = 1,
+    costs: CostModel | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> Frontier:
+    """Find what plans are worth for a pair of models (paper, section 4.1, where every band is an evaluation of its own).
+
+    Of every context the receiver runs its layers once from each start, which gives the K/V of every band that starts there;
+    then only suffixes run, and what two plans share runs once. For 30 layers that is less than 25 full prefills of a context
+    of 2,048 tokens, where evaluating 465 bands one by one takes as many prefills and more.
+
+    A third of the contexts first shows which layers are the most sensitive; sets of those, scattered as they may be, are tried
+    on the others beside the bands. Another third is held out: no plan is chosen by it.
+
+    Args:
+        sender, receiver: a pair that fits together; neither is changed.
+        examples: of at least three contexts, such as those that plans are for. Of each answer the first tokens are judged.
+        maps: of this pair, to try what they are worth outside the bands and where bands start.
+        granularity: layers between the starts, and the ends, of the bands to try.
+        costs: of the receiver, if they have been measured; they are measured now otherwise.
+        journal: a file that remembers finished contexts, so that a run which was killed goes on.
+        seed: of the order of contexts.
+        show_progress: whether to draw bars on stderr.
+
+    Raises:
+        ReuseError, UnsupportedModelError: as :func:`partial_prefill`; or the receiver's attention is neither SDPA nor eager.
+        ValueError: there are fewer than three contexts, an example has no suffix or answer, `granularity` is not between 1 and
+            the number of layers, or the journal is of another run.
+    """
+    check_examples(examples)
+    groups = by_context(examples)
+    if len(groups) < 3:
+        raise ValueError(f"examples: got {len(groups)} contexts; 3 or more are needed")
+    check_takes_masks(receiver)
+    decoder = Decoder(receiver)
+    fingerprints = Decoder(sender).fingerprint(weights=True), decoder.fingerprint(weights=True)
+    fingerprints[0].check_reuse_by(fingerprints[1])
+    if maps is not None:
+        maps.check_pair(*fingerprints)
+    if not 1 <= granularity <= decoder.num_layers:
+        raise ValueError(f"granularity: got {granularity}; from 1 to {decoder.num_layers}, all layers, is needed")
+    random.Random(seed).shuffle(groups)
+    digest = None if maps is None else maps.digest()
+    run = {
+        "profile of": [each.weights for each in fingerprints],
+        "maps": digest,
+        "granularity": granularity,
+        "examples": examples_digest([example for group in groups for example in group]),
+    }
+    finished = Journal(journal, run)
+    tried = _Tried(decoder, maps, granularity)
+    third = len(groups) // 3
+    with bars(show_progress) as progress:
+        task = progress.add_task("Profiling", total=len(groups), completed=len(finished.done))
+        for number in range(len(finished.done), len(groups)):
+            candidates = tried.bands if number < third else tried.all_after(finished.done[:third])
+            finished.add(_measure(sender, decoder, maps, groups[number], candidates))
+            progress.advance(task)
+    points = tried.points(finished.done, third)
+    return Frontier(
+        *fingerprints,
+        maps=digest,
+        points=tuple(points),
+        costs=measure_costs(receiver, show_progress=show_progress) if costs is None else costs,
+        contexts=tuple(group[0].context.shape[1] for group in groups),
+        held_out=third,
+        granularity=granularity,
+        seed=seed,
+    )
+
+
+class Filling(NamedTuple):
+    """A plan whose caches K/V of some layers are taken from, and whether maps are given with it."""
+
+    plan: Plan
+    with_maps: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and what fills the layers outside its bands."""
+
+    bands: tuple[tuple[int, int], ...]
+    rest: Rest
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.bands, project=() if self.rest == "reuse" else "rest")
+
+    def sources(self, depth: int, corrected: Container[int]) -> list[Filling]:
+        """For each layer what fills it: the plan of a rest, or the band to the last layer from where its own band starts."""
+        fitted = self.rest == "fitted"
+        sources = [Filling(Plan(project=() if self.rest == "reuse" else "rest"), fitted)] * depth
+        for start, end in self.bands:
+            sources[start:end] = [Filling(Plan([(start, depth)]), fitted and start in corrected)] * (end - start)
+        return sources
+
+
+class _Tried:
+    """What is tried: bands, then sets of the most sensitive layers."""
+
+    def __init__(self, decoder: Decoder, maps: Maps | None, granularity: int) -> None:
+        self._depth, self._maps = decoder.num_layers, maps
+        self._units = [(start, min(start + granularity, self._depth)) for start in range(0, self._depth, granularity)]
+        self._rests: tuple[Rest, ...] = ("reuse", "project") if maps is None else ("reuse", "project", "fitted")
+        starts, ends = zip(*self._units, strict=True)
+        bands = [(start, end) for start in starts for end in ends if start < end]
+        whole = (0, self._depth)
+        self.bands = [Candidate((), rest) for rest in self._rests]
+        self.bands += [Candidate((band,), rest) for rest in self._rests for band in bands if band != whole]
+        self.bands.append(Candidate((whole,), "reuse"))
+
+    def all_after(self, pilot: Sequence[Measured]) -> list[Candidate]:
+        """With sets of the layers that are the most sensitive on some contexts: those whose recomputing alone helps most."""
+        alone = {each.bands[0]: place for place, each in enumerate(self.bands) if each.rest == "reuse" and each.bands}
+        units = sorted(self._units, key=lambda unit: sum(divergences[alone[unit]] for divergences, _ in pilot))
+        sets = {_joined(units[:size]): None for size in SET_SIZES if size < len(units)}
+        scattered = [bands for bands in sets if len(bands) > 1]
+        return self.bands + [Candidate(bands, rest) for rest in self._rests for bands in scattered]
+
+    def points(self, measured: Sequence[Measured], pilot: int) -> Iterable[Point]:
+        for place, candidate in enumerate(self.all_after(measured[:pilot])):
+            kl, agreement = (
+                tuple(each[place] if place < len(each) else None for each in column)
+                for column in zip(*measured, strict=True)
+            )
+            yield Point(
+                candidate.plan, candidate.rest, self._choosable(candidate), self._work(candidate), kl, agreement
+            )
+
+    def _choosable(self, candidate: Candidate) -> bool:
+        """With maps at hand, a plan that projects means them; and its bands start from what they correct."""
+        if self._maps is None or candidate.rest == "fitted":
+            return True
+        return candidate.rest == "reuse" and not any(start in self._maps.corrections for start, _ in candidate.bands)
+
+    def _work(self, candidate: Candidate) -> Work:
+        plan = candidate.plan
+        roles = plan.roles(self._depth)
+        if candidate.rest == "fitted":
+            assert self._maps is not None
+            roles = self._maps.roles(plan)
+        return Work(
+            run=plan.layers_run(),
+            projected=len(plan.bands) + sum(role in ("project", "fitted", "fitted_kv") for role in roles),
+            hidden=len(plan.hidden_layers_of(roles)),
+            kv=sum(role in ("reuse", "fitted_kv") for role in roles),
+        )
+
+
+def _joined(units: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Units as bands: those that touch are one."""
+    bands: list[tuple[int, int]] = []
+    for start, end in sorted(units):
+        if bands and bands[-1][1] == start:
+            bands[-1] = (bands[-1][0], end)
+        else:
+            bands.append((start, end))
+    return tuple(bands)
+
+
+def _measure(
+    sender: PreTrainedModel,
+    decoder: Decoder,
+    maps: Maps | None,
+    examples: Sequence[Example],
+    candidates: Sequence[Candidate],
+) -> Measured:
+    """How far the receiver is from its own prefill with every candidate, on one context: the mean of its examples."""
+    depth, receiver = decoder.num_layers, decoder.model
+    context = capture(sender, examples[0].context, layers=range(depth))
+
+    @cache
+    def filled(source: Filling) -> MixedCache:
+        return partial_prefill(receiver, context, source.plan, maps=maps if source.with_maps else None)
+
+    def keys_values(source: Any, layer: int) -> KeysValues:
+        held = filled(source).layers[layer]
+        return held.keys, held.values
+
+    corrected: Container[int] = () if maps is None else maps.corrections
+    mixtures = [each.sources(depth, corrected) for each in candidates]
+    own = candidates.index(Candidate(((0, depth),), "reuse"))
+    totals = torch.zeros(2, len(candidates), dtype=torch.float64)
+    for example in examples:
+        ids = torch.cat((example.suffix, example.answer[:, :JUDGED][:, :-1]), dim=1)
+        states = replay(decoder, context.tokens.shape[1], ids, mixtures, keys_values)[:, example.suffix.shape[1] - 1 :]
+        totals += torch.tensor(judged(decoder, states, decoder.logits(states[own])), dtype=torch.float64)
+    divergences, agreements = (totals / len(examples)).tolist()
+    return divergences, agreements
