@@ -22,6 +22,8 @@ from .plan import Plan
 Rest = Literal["reuse", "project", "fitted"]
 """What becomes of the layers outside a plan's bands; the last is what its maps say."""
 
+_ROUNDING = 1e-9  # of means of agreements
+
 
 @dataclass(frozen=True)
 class Point:
@@ -146,7 +148,7 @@ class Frontier:
             return (queue + 1) * self.seconds(point, tokens, bandwidth)
 
         # Recomputing every layer loses nothing, so that there always is one.
-        good = [each for each in self.points if each.choosable and self._loss[id(each)] <= max_quality_loss]
+        good = [each for each in self.points if each.choosable and self._loss[id(each)] <= max_quality_loss + _ROUNDING]
         in_time = [] if max_ttft is None else [point for point in good if waited(point) <= max_ttft]
         if in_time:
             return min(in_time, key=lambda each: (self._kl[id(each)], waited(each))).plan

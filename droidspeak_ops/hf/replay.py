@@ -13,7 +13,7 @@ from .side_by_side import KeysValues, SideBySide
 Source = Hashable
 """Where K/V of a layer come from."""
 
-ROW_TOKENS = 512
+ROW_TOKENS = 256
 """Of suffixes that lie side by side: enough to fill a matrix product, few beside the context that each attends to."""
 _LOGITS = 1 << 25  # that are held at a time
 

@@ -1,0 +1,275 @@
+"""The profiler: every plan as if tried alone, few long passes, the same result after a kill, and errors."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import fine_tuned, tiny_llama, tokens
+
+import droidspeak_ops as ds
+from droidspeak_ops.hf import profiling
+from droidspeak_ops.hf.profiling import JUDGED
+
+LAYERS = 5
+COSTS = ds.CostModel((0, 1e-4, 0), (0, 1e-5, 0), (0.05, 0, 0), 4000, 1000, "made up", (100, 2000))
+BANDS = LAYERS * (LAYERS + 1) // 2
+
+
+def examples(count: int, answer: int = 12) -> list[ds.Example]:
+    return [ds.Example(tokens(90), tokens(6 + number), tokens(answer)) for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple:
+    torch.manual_seed(0)
+    sender = tiny_llama(head_dim=16, layers=LAYERS)
+    return sender, fine_tuned(sender, 0.1)
+
+
+@pytest.fixture(scope="module")
+def maps(pair) -> ds.Maps:
+    torch.manual_seed(1)
+    cut = [ds.Example.cut(tokens(160), 32) for _ in range(12)]
+    return ds.fit(*pair, cut, bands=[(2, 4)], show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def tried(pair, maps) -> tuple[list[ds.Example], ds.Frontier]:
+    torch.manual_seed(2)
+    some = examples(6)
+    return some, ds.profile(*pair, some, maps=maps, costs=COSTS, show_progress=False)
+
+
+@torch.no_grad()
+def by_hand(pair, maps, point, example: ds.Example) -> tuple[float, float]:
+    """Divergence and agreement of one plan on one example, by two ordinary forward passes."""
+    sender, receiver = pair
+    context = ds.capture(sender, example.context, layers=range(LAYERS))
+    used = maps if point.rest == "fitted" else None
+    cache = ds.partial_prefill(receiver, context, point.plan, maps=used)
+    answer = example.answer[:, :JUDGED]
+    ids = torch.cat((example.prompt, answer[:, :-1]), dim=1)
+    count = answer.shape[1]
+    own = receiver(ids, logits_to_keep=count).logits[0].double().log_softmax(-1)
+    got = receiver(ids[:, 90:], past_key_values=cache, logits_to_keep=count).logits[0].double().log_softmax(-1)
+    kl = (own.exp() * (own - got)).sum(-1).mean()
+    return float(kl), float((own.argmax(-1) == got.argmax(-1)).double().mean())
+
+
+def in_order(some: list[ds.Example], seed: int = 0) -> list[ds.Example]:
+    import random
+
+    groups = [[example] for example in some]
+    random.Random(seed).shuffle(groups)
+    return [group[0] for group in groups]
+
+
+def test_every_plan_is_as_if_tried_alone(pair, maps, tried) -> None:
+    some, frontier = tried
+    assert maps.corrections, "or corrected starts are not tried"
+    for number, example in enumerate(in_order(some)):
+        if number % 2:
+            continue
+        for point in frontier.points:
+            if point.kl[number] is None:
+                continue
+            kl, agreement = by_hand(pair, maps, point, example)
+            assert point.kl[number] == pytest.approx(kl, abs=2e-5), str(point)
+            assert point.agreement[number] == pytest.approx(agreement), str(point)
+
+
+def test_what_is_tried(tried) -> None:
+    frontier = tried[1]
+    for rest in ("reuse", "project", "fitted"):
+        bands = [point.plan.bands for point in frontier.points if point.rest == rest]
+        assert bands.count(()) == 1
+        assert len({each for each in bands if len(each) == 1}) == BANDS - (rest != "reuse")
+    scattered = [point for point in frontier.points if len(point.plan.bands) > 1]
+    assert scattered
+    assert all(point.kl[:2] == (None, None) and None not in point.kl[2:] for point in scattered)
+    whole = frontier.point(ds.Plan([(0, LAYERS)]))
+    assert frontier.quality_loss(whole) == (0, 0, 0)
+    assert max(whole.kl) < 1e-5
+
+
+def test_sets_are_of_the_most_sensitive_layers(tried) -> None:
+    frontier = tried[1]
+    alone = {
+        point.plan.bands[0][0]: sum(point.kl[:2])
+        for point in frontier.points
+        if point.rest == "reuse" and len(point.plan.bands) == 1 and point.plan.bands[0][1] == point.plan.bands[0][0] + 1
+    }
+    order = sorted(alone, key=alone.__getitem__)
+    for point in frontier.points:
+        if len(point.plan.bands) > 1:
+            layers = {layer for start, end in point.plan.bands for layer in range(start, end)}
+            assert layers == set(order[: len(layers)])
+
+
+def test_the_work_of_a_plan(tried, maps) -> None:
+    frontier = tried[1]
+    assert frontier.point(ds.Plan()).work == (ds.frontier.Work(0, 0, 0, LAYERS))
+    assert frontier.point(ds.Plan([(0, LAYERS)])).work == ds.frontier.Work(LAYERS - 1, 1, 0, 0)
+    fitted = frontier.point(ds.Plan([(1, 3)], project="rest"))
+    roles = maps.roles(fitted.plan)
+    assert fitted.work.run == 1
+    assert fitted.work.projected == 1 + sum(role in ("project", "fitted", "fitted_kv") for role in roles)
+    assert fitted.work.hidden == len(maps.hidden_layers(fitted.plan))
+
+
+def test_with_maps_only_what_they_would_do_is_chosen(tried, maps) -> None:
+    for point in tried[1].points:
+        corrected = any(start in maps.corrections for start, _ in point.plan.bands)
+        assert point.choosable == (point.rest == "fitted" or (point.rest == "reuse" and not corrected))
+
+
+def test_one_long_pass_from_each_start(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one for each band: of L layers, all run at most (L - 1) / 2 times, and the sender's own pass and the embedding."""
+    long = []
+
+    def count(module, args, kwargs) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        long.append(hidden.shape[1] == 90)
+
+    hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for model in pair for layer in model.model.layers]
+    ds.profile(
+        *pair, [ds.Example(tokens(90), tokens(4), tokens(1)) for _ in range(3)], costs=COSTS, show_progress=False
+    )
+    for hook in hooks:
+        hook.remove()
+    assert sum(long) == 3 * (LAYERS + sum(LAYERS - 1 - start for start in range(LAYERS)))
+
+
+def test_coarser_bands(pair) -> None:
+    frontier = ds.profile(*pair, examples(3), granularity=2, costs=COSTS, show_progress=False)
+    bands = {point.plan.bands[0] for point in frontier.points if len(point.plan.bands) == 1}
+    assert bands == {(0, 2), (0, 4), (0, 5), (2, 4), (2, 5), (4, 5)}
+
+
+def test_several_examples_of_a_context_count_as_one(pair) -> None:
+    torch.manual_seed(3)
+    some = examples(3)
+    more = [ds.Example(each.context, tokens(5), tokens(4)) for each in some]
+    both = ds.profile(*pair, [*some, *more], costs=COSTS, show_progress=False)
+    one, other = (ds.profile(*pair, each, costs=COSTS, show_progress=False) for each in (some, more))
+    for ours, first, second in zip(both.points, one.points, other.points, strict=False):
+        if len(ours.plan.bands) < 2:
+            assert ours.kl[1] == pytest.approx((first.kl[1] + second.kl[1]) / 2, abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_frontier(pair, tried, maps) -> None:
+    some, frontier = tried
+    assert ds.profile(*pair, some, maps=maps, costs=COSTS, show_progress=False) == frontier
+    other = ds.profile(*pair, some, maps=maps, costs=COSTS, seed=1, show_progress=False)
+    assert [point.kl for point in other.points] != [point.kl for point in frontier.points]
+
+
+def test_an_interrupted_run_goes_on(pair, tried, maps, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some, frontier = tried
+    journal, measured, original = tmp_path / "journal", [], profiling._measure
+
+    def interrupted(*args):
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        measured.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(profiling, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ds.profile(*pair, some, maps=maps, costs=COSTS, journal=journal, show_progress=False)
+    assert len(measured) == 4
+    measured.clear()
+    again = ds.profile(*pair, some, maps=maps, costs=COSTS, journal=journal, show_progress=False)
+    assert len(measured) == 2
+    assert again == frontier
+    with pytest.raises(ValueError, match="is of another run"):
+        ds.profile(*pair, some, costs=COSTS, journal=journal, show_progress=False)
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_profile import COSTS, LAYERS, examples
+from models import fine_tuned, tiny_llama
+import droidspeak_ops as ds
+torch.manual_seed(0)
+sender = tiny_llama(head_dim=16, layers=LAYERS)
+receiver = fine_tuned(sender, 0.1)
+ds.profile(sender, receiver, examples(60), costs=COSTS, journal=sys.argv[2], show_progress=False).save(sys.argv[3])
+"""
+
+
+def test_killed_at_any_moment(tmp_path) -> None:
+    def start(journal: str, out: str) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            str(Path(__file__).parent),
+            str(tmp_path / journal),
+            str(tmp_path / out),
+        ]
+        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    assert start("whole", "whole.json").wait() == 0
+    lines = 0
+    while not (tmp_path / "killed.json").exists():
+        process, journal, before = start("journal", "killed.json"), tmp_path / "journal", lines
+        while process.poll() is None:
+            lines = len(journal.read_bytes().splitlines()) if journal.exists() else 0
+            if lines >= before + 12:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+            time.sleep(0.001)
+        lines = len(journal.read_bytes().splitlines())
+        assert lines > before, "every run gets further"
+    assert before > 0, "it was killed at least once"
+    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+# --- errors and the cost model -------------------------------------------------------------------------------------------
+
+
+def test_a_pair_without_enough_contexts(pair) -> None:
+    with pytest.raises(ValueError, match="examples: got 2 contexts; 3 or more"):
+        ds.profile(*pair, examples(2), costs=COSTS, show_progress=False)
+
+
+@pytest.mark.parametrize("granularity", [0, LAYERS + 1])
+def test_a_granularity_that_is_none(pair, granularity: int) -> None:
+    with pytest.raises(ValueError, match=f"granularity: got {granularity}; from 1 to {LAYERS}"):
+        ds.profile(*pair, examples(3), granularity=granularity, costs=COSTS, show_progress=False)
+
+
+def test_maps_of_another_pair(pair, maps) -> None:
+    with pytest.raises(ds.ReuseError, match="maps: fitted to a receiver with other weights"):
+        ds.profile(pair[0], fine_tuned(pair[1]), examples(3), maps=maps, costs=COSTS, show_progress=False)
+
+
+def test_an_empty_answer(pair) -> None:
+    some = examples(3)
+    some[0] = some[0]._replace(answer=tokens(2)[:, :0])
+    with pytest.raises(ValueError, match=r"as the answer of number 0"):
+        ds.profile(*pair, some, costs=COSTS, show_progress=False)
+
+
+def test_costs_are_measured(pair) -> None:
+    costs = ds.measure_costs(pair[1], tokens=(16, 32, 64), rounds=1, show_progress=False)
+    assert costs.kv_bytes == 2 * 2 * 16 * 4
+    assert costs.hidden_bytes == 48 * 4
+    assert costs.tokens == (16, 64)
+    assert "float32" in costs.machine
+    with pytest.raises(ValueError, match="three lengths that increase"):
+        ds.measure_costs(pair[1], tokens=(16, 32), show_progress=False)
+
+
+def test_a_digest_is_of_what_maps_do(maps, tmp_path) -> None:
+    maps.save(tmp_path / "maps.safetensors")
+    assert ds.Maps.load(tmp_path / "maps.safetensors").digest() == maps.digest()
+    assert dataclasses.replace(maps, corrections={}).digest() != maps.digest()
