@@ -99,6 +99,16 @@ class Frontier:
         """Predicted time to first token; of contexts of the mean length where `tokens` is None."""
         return self.costs.seconds(point.work, self.mean_tokens if tokens is None else tokens, bandwidth)
 
+    def speedup(self, point: Point, tokens: int | None = None, bandwidth: float | None = None) -> float:
+        """How many times faster than the receiver's own full prefill, predicted."""
+        full = Work(run=self.num_layers, projected=0, hidden=0, kv=0)
+        tokens = self.mean_tokens if tokens is None else tokens
+        return self.costs.seconds(full, tokens) / self.seconds(point, tokens, bandwidth)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.receiver.architecture["num_hidden_layers"])
+
     @property
     def mean_tokens(self) -> int:
         return round(sum(self.contexts) / len(self.contexts))

@@ -71,14 +71,15 @@ def judged(decoder: Decoder, states: torch.Tensor, own: torch.Tensor) -> tuple[l
         states: ``[mixtures, N, C]``, what leaves the last layer at N tokens.
         own: logits ``[N, vocabulary]`` after the receiver's own prefill.
     """
-    wanted = own.log_softmax(-1)
-    weights, likeliest = wanted.exp(), wanted.argmax(-1)
-    entropy = (weights * wanted).sum(-1)
+    weights, likeliest = own.softmax(-1), own.argmax(-1)
     divergences: list[float] = []
     agreements: list[float] = []
     for some in states.split(max(1, _LOGITS // own.numel())):
         logits = decoder.logits(some)
-        apart = entropy - torch.einsum("nv,mnv->mn", weights, logits) + logits.logsumexp(-1)
-        divergences += apart.mean(1).clamp(min=0).tolist()
         agreements += (logits.argmax(-1) == likeliest).float().mean(1).tolist()
+        # log Σ p exp(d) - Σ p d, which is as exact as d is small; where exp would overflow, the divergence is beyond use.
+        apart = (logits - own).clamp_(max=80.0)
+        mean = torch.einsum("nv,mnv->mn", weights, apart)
+        shift = torch.einsum("nv,mnv->mn", weights, apart.expm1_()).log1p()
+        divergences += (shift - mean).mean(1).clamp(min=0).tolist()
     return divergences, agreements

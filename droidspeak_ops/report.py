@@ -1,0 +1,232 @@
+"""What a profile found, for people: plots, and one HTML page that holds them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from .bootstrap import Estimate
+from .frontier import Frontier, Point, Rest
+
+FLOORS = (0.01, 0.05, 0.1)
+"""Quality losses at which plans are chosen for the table."""
+
+COLOURS: dict[Rest, str] = {"reuse": "#7f7f7f", "project": "#31a354", "fitted": "#3182bd"}
+NAMES: dict[Rest, str] = {"reuse": "rest reused", "project": "rest projected", "fitted": "rest fitted"}
+_SMALLEST = 1e-5  # KL that is drawn; what is less is rounding
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; margin: 1em 0 }}
+th, td {{ padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: right }}
+th:first-child, td:first-child, td:nth-child(2) {{ text-align: left }}
+img {{ max-width: 100% }}
+</style>
+<h1>{title}</h1>
+<p>{summary}</p>
+{table}
+{figures}
+</html>
+"""
+
+
+def write_report(frontier: Frontier, folder: Path, title: str) -> list[Path]:
+    """Write `report.html`, which needs no other file, and each of its plots as a PNG; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written, images = [], []
+    for name, (heading, draw) in PLOTS.items():
+        figure = draw(frontier)
+        target = folder / f"{name}.png"
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=130)
+        target.write_bytes(buffer.getvalue())
+        written.append(target)
+        image = base64.b64encode(buffer.getvalue()).decode()
+        images.append(f'<h2>{html.escape(heading)}</h2>\n<img alt="{name}" src="data:image/png;base64,{image}">')
+    page = _PAGE.format(
+        title=html.escape(title),
+        summary=html.escape(summary(frontier)),
+        table=_table(frontier),
+        figures="\n".join(images),
+    )
+    target = folder / "report.html"
+    target.write_text(page, encoding="utf-8")
+    return [*written, target]
+
+
+def summary(frontier: Frontier) -> str:
+    """On what it rests."""
+    tokens = frontier.contexts
+    return (
+        f"{len(frontier.points)} plans tried on {len(tokens)} contexts of {min(tokens)} to {max(tokens)} tokens, bands every "
+        f"{frontier.granularity} layers; plans are chosen by {len(tokens) - frontier.held_out} of the contexts and judged on "
+        f"the others. Quality loss is the share of next tokens that differ from those of the receiver's own full prefill, KL "
+        f"the divergence of their distributions, in nats; in brackets 95 % bootstrap intervals. Times are predicted from "
+        f"measurements on {frontier.costs.machine}, for {frontier.mean_tokens} tokens."
+    )
+
+
+def rows(frontier: Frontier) -> list[dict[str, str]]:
+    """For each quality floor the plan that is chosen, what it costs and what it loses where it was not chosen by."""
+    found = []
+    for floor in FLOORS:
+        point = frontier.point(frontier.choose(max_quality_loss=floor))
+        found.append(
+            {
+                "quality loss up to": f"{floor:.0%}",
+                "plan": str(point),
+                "faster than full prefill": f"{frontier.speedup(point):.1f}x",
+                "loss": _percent(frontier.quality_loss(point)),
+                "loss, held out": _percent(frontier.quality_loss(point, held_out=True)),
+                "KL, held out": "{:.3g} ({:.2g} to {:.2g})".format(*frontier.kl(point, held_out=True)),
+            }
+        )
+    return found
+
+
+def sensitivity(frontier: Frontier) -> Figure:
+    """What recomputing one layer, or as many as the granularity says, takes away of plain reuse's divergence (the paper's
+    figure 7)."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots()
+    reused = next(point for point in frontier.points if point.rest == "reuse" and not point.plan.bands)
+    base = frontier.kl(reused).value
+    ends = {end for point in frontier.points for _, end in point.plan.bands}
+    alone = {}
+    for point in _bands(frontier, "reuse"):
+        start, end = point.plan.bands[0]
+        if not any(start < other < end for other in ends):
+            alone[start] = (end, frontier.kl(point))
+    starts = sorted(alone)
+    heights = [alone[start][1].value / base for start in starts]
+    widths = [alone[start][0] - start for start in starts]
+    axes.bar(starts, heights, widths, align="edge", color=COLOURS["reuse"], edgecolor="white")
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set_ylim(bottom=min(0.9 * min(heights, default=1), 0.95))
+    axes.set_xlabel("layer that is recomputed, the others reused")
+    axes.set_ylabel("KL relative to plain reuse")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def bands(frontier: Frontier) -> Figure:
+    """The divergence of every band, by where it starts and ends."""
+    rests = [rest for rest in NAMES if any(True for _ in _bands(frontier, rest))]
+    figure = Figure(figsize=(1 + 4.2 * len(rests), 4.2), layout="constrained")
+    (panels,) = figure.subplots(1, len(rests), squeeze=False, sharey=True)
+    values = {rest: {each.plan.bands[0]: frontier.kl(each).value for each in _bands(frontier, rest)} for rest in rests}
+    every = [value for of_rest in values.values() for value in of_rest.values() if value > _SMALLEST]
+    shown = None
+    for axes, rest in zip(panels, rests, strict=True):
+        starts = sorted({start for start, _ in values["reuse"]})
+        ends = sorted({end for _, end in values["reuse"]})
+        grid = [[max(values[rest].get((s, e), float("nan")), min(every)) for e in ends] for s in starts]
+        shown = axes.imshow(grid, norm="log", cmap="viridis_r", vmin=min(every), vmax=max(every), origin="lower")
+        axes.set_xticks(range(len(ends)), map(str, ends), fontsize=6)
+        axes.set_yticks(range(len(starts)), map(str, starts), fontsize=6)
+        axes.set_title(NAMES[rest], fontsize=10)
+        axes.set_xlabel("end of the band")
+    panels[0].set_ylabel("start of the band")
+    figure.colorbar(shown, ax=panels, label="KL from full prefill, nats", shrink=0.8)  # type: ignore[arg-type]
+    return figure
+
+
+def frontier_plot(frontier: Frontier) -> Figure:
+    """All plans by time and divergence, the best of them, and those that are chosen for a quality."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for rest, name in NAMES.items():
+        for scattered, marker in ((False, "."), (True, "x")):
+            some = [each for each in frontier.points if each.rest == rest and (len(each.plan.bands) > 1) == scattered]
+            label = f"{name}, scattered layers" if scattered else name
+            if some:
+                _scatter(axes, frontier, some, marker=marker, color=COLOURS[rest], label=label, alpha=0.6)
+    best = [point for point in frontier.pareto() if frontier.kl(point).value > _SMALLEST]
+    axes.plot(
+        [frontier.speedup(point) for point in best], [frontier.kl(point).value for point in best], color="black", lw=1
+    )
+    for number, floor in enumerate(FLOORS):
+        chosen = frontier.point(frontier.choose(max_quality_loss=floor))
+        label = f"chosen for a loss up to {floor:.0%}: {chosen}"
+        _scatter(
+            axes,
+            frontier,
+            [chosen],
+            marker="*",
+            s=160,
+            color=f"C{number + 1}",
+            edgecolor="black",
+            label=label,
+            zorder=3,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = [1, 1.5, 2, 3, 5, 7, 10, 15, 20]
+    axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+    axes.set_xlabel(f"faster than full prefill, to the first token ({frontier.mean_tokens} tokens, predicted)")
+    axes.set_ylabel("KL from full prefill, nats")
+    axes.legend(fontsize=7, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def quality(frontier: Frontier) -> Figure:
+    """What the best plans lose, with intervals, where they were chosen by and where not."""
+    best = [point for point in frontier.pareto() if frontier.kl(point).value > _SMALLEST]
+    figure = Figure(figsize=(9, 1.2 + 0.32 * len(best)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    measures: Sequence[tuple[Callable[..., Estimate], str]] = (
+        (frontier.quality_loss, "share of other next tokens"),
+        (frontier.kl, "KL from full prefill, nats"),
+    )
+    for axes, (measure, label) in zip((left, right), measures, strict=True):
+        for held_out, offset, colour in ((False, -0.12, "#9ecae1"), (True, 0.12, "#08519c")):
+            estimates = [measure(point, held_out=held_out) for point in best]
+            values = [each.value for each in estimates]
+            below = [each.value - each.low for each in estimates]
+            above = [each.high - each.value for each in estimates]
+            rows = [number + offset for number in range(len(best))]
+            name = "held out" if held_out else "chosen by"
+            axes.errorbar(values, rows, xerr=(below, above), fmt="o", color=colour, ms=4, label=name)
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(left=0)
+    left.set_yticks(range(len(best)), [f"{point}, {frontier.speedup(point):.1f}x" for point in best], fontsize=7)
+    left.invert_yaxis()
+    right.legend(fontsize=8, frameon=False)
+    return figure
+
+
+PLOTS: dict[str, tuple[str, Callable[[Frontier], Figure]]] = {
+    "frontier": ("Quality against time", frontier_plot),
+    "quality": ("What the best plans lose", quality),
+    "bands": ("Every band", bands),
+    "sensitivity": ("Sensitivity by layer", sensitivity),
+}
+
+
+def _bands(frontier: Frontier, rest: Rest) -> list[Point]:
+    return [point for point in frontier.points if point.rest == rest and len(point.plan.bands) == 1]
+
+
+def _scatter(axes, frontier: Frontier, points: Sequence[Point], **style) -> None:  # type: ignore[no-untyped-def]
+    shown = [point for point in points if frontier.kl(point).value > _SMALLEST]
+    axes.scatter([frontier.speedup(each) for each in shown], [frontier.kl(each).value for each in shown], **style)
+
+
+def _table(frontier: Frontier) -> str:
+    found = rows(frontier)
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in found[0])
+    lines = ["".join(f"<td>{html.escape(value)}</td>" for value in row.values()) for row in found]
+    return f"<table><tr>{heads}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _percent(estimate: Estimate) -> str:
+    return "{:.1%} ({:.1%} to {:.1%})".format(*estimate)
