@@ -48,6 +48,7 @@ import maps_study
 from pairs import CODE, GLOSSARY, PAIRS, NamedPair, relative_distance
 
 BAND = (15, 20)
+BANDS = ((3, 8), (9, 14), BAND, (21, 26))  # whose starts are corrected
 REST = ds.Plan(project="rest")
 PARTS = ("pairs", "tokens", "transfer", "rank", "layers", "cost")
 SPLITS = ("calibration", "test")
@@ -117,7 +118,7 @@ def maps_of(name: str, pair: Loaded) -> tuple[ds.Maps, float, int]:
         path.parent.mkdir(parents=True, exist_ok=True)
         examples = pair.examples("calibration", CALIBRATION_CONTEXTS)
         began = time.perf_counter()
-        ds.fit(pair.sender, pair.receiver, examples, bands=[BAND]).save(path)
+        ds.fit(pair.sender, pair.receiver, examples, bands=BANDS).save(path)
         note.write_text(f"{time.perf_counter() - began} {tokens_of(examples)}")
     seconds, tokens = note.read_text().split()
     return ds.Maps.load(path), float(seconds), int(tokens)

@@ -152,7 +152,11 @@ class _Tried:
         bands = [(start, end) for start in starts for end in ends if start < end]
         whole = (0, self._depth)
         self.bands = [Candidate((), rest) for rest in self._rests]
-        self.bands += [Candidate((band,), rest) for rest in self._rests for band in bands if band != whole]
+        for rest in self._rests:
+            # One layer that is recomputed is projected; and where all layers are recomputed there is no rest.
+            shortest = 2 if rest == "project" else 1
+            tried = [band for band in bands if band != whole and band[1] - band[0] >= shortest]
+            self.bands += [Candidate((band,), rest) for band in tried]
         self.bands.append(Candidate((whole,), "reuse"))
 
     def all_after(self, pilot: Sequence[Measured]) -> list[Candidate]:

@@ -14,7 +14,8 @@ Source = Hashable
 """Where K/V of a layer come from."""
 
 ROW_TOKENS = 256
-"""Of suffixes that lie side by side: enough to fill a matrix product, few beside the context that each attends to."""
+"""Of suffixes that lie side by side, at least: enough to fill a matrix product. More of them share one copy of the context's K
+and V, but each also scores the others, which it does not see: a quarter of the context's tokens is the best of both."""
 _LOGITS = 1 << 25  # that are held at a time
 
 
@@ -42,6 +43,7 @@ def replay(
         ``[mixtures, S, C]``.
     """
     length = ids.shape[1]
+    side_by_side = max(1, max(ROW_TOKENS, tokens // 4) // length)
     beside = cache(lambda count: SideBySide(decoder, tokens, [length] * count, ids.device))
     states, rows = decoder.embed(ids), [0] * len(mixtures)
     for layer in range(decoder.num_layers):
@@ -52,7 +54,7 @@ def replay(
         places: dict[tuple[int, Source], int] = {}
         for source, from_rows in wanted.items():
             held = {layer: keys_values(source, layer)}
-            for some in torch.tensor(list(from_rows)).split(max(1, ROW_TOKENS // length)):
+            for some in torch.tensor(list(from_rows)).split(side_by_side):
                 row_of_some = states[some].flatten(0, 1)[None]
                 left = beside(len(some)).run(layer, row_of_some, beside(len(some)).cache(held))
                 places |= {(row, source): len(places) + number for number, row in enumerate(some.tolist())}

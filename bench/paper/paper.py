@@ -1,0 +1,279 @@
+"""The paper's comparisons on real pairs of models: quality against time for its ways to reuse a KV cache, and for ours.
+
+    python bench/variants/train.py code docs
+    python bench/paper/paper.py --folder docs/results --page docs/results.md
+
+For each pair maps are fitted and plans profiled; then what is chosen, and what the paper compares, is judged on other test
+contexts. Steps, each of which writes to the folder and is skipped with `--only` others:
+
+- `costs`: times of the receiver on this machine. To be run alone on it.
+- `profile`: quality against cost of every band, and a report for each pair.
+- `judge`: on contexts that no plan was chosen by, `judged.csv`. `kl` is the divergence of next-token distributions from those
+  of the receiver's own full prefill, from the suffix's last token on, with the answer's tokens given; `agreement` is how
+  often the likeliest token is the same; `low` and `high` are where 95 % of 10,000 bootstrap values over contexts lie.
+- `time`: measured time to first token of the same ways, `times.csv`. To be run alone on the machine.
+- `page`: a plot, and the tables in a page of text, of what is in the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import track
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "variants"))
+import results_page
+from maps import LONG, Loaded, maps_of
+from pairs import PAIRS
+from quality import mean_and_interval, ratio_and_interval
+from reporting import Row, show, write_csv
+from token_selective import token_selective_prefill
+
+import droidspeak_ops as ds
+from droidspeak_ops.demo.measure import continued
+from droidspeak_ops.frontier import Frontier, Point
+from droidspeak_ops.hf.timing import SUFFIX_TOKENS, first_token, timed
+from droidspeak_ops.report import write_report
+
+STEPS = ("costs", "profile", "judge", "time", "page")
+CONTIGUOUS = (6, 9, 12, 15, 18)
+"""Layers of the bands that ways are compared at."""
+FLOORS = (0.05, 0.01)
+TIMED_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to fill the receiver's cache, and the band of so many layers that it is to be compared with.
+
+    Args:
+        point: of the frontier; None for token-selective recompute.
+        band: layers of that band; 0 where it stands for itself.
+    """
+
+    name: str
+    point: Point | None
+    band: int = 0
+
+    def fill(self, pair: Loaded, maps: ds.Maps, context: ds.SharedContext) -> Any:
+        if self.point is None:
+            return token_selective_prefill(pair.receiver, context, self.band - 1)
+        used = maps if self.point.rest == "fitted" else None
+        return ds.partial_prefill(pair.receiver, context, self.point.plan, maps=used)
+
+    @property
+    def plan(self) -> str:
+        return f"tokens, of {self.band - 1} layers" if self.point is None else str(self.point)
+
+
+def ways_of(frontier: Frontier) -> Iterator[Way]:
+    """The paper's, and for each band what the same time buys otherwise; each the best of its kind on the profile's contexts."""
+
+    def best(points: Sequence[Point]) -> Point:
+        return min(points, key=lambda point: frontier.kl(point).value)
+
+    def layers(point: Point) -> int:
+        return sum(end - start for start, end in point.plan.bands)
+
+    for rest, name in (("reuse", "all reused"), ("project", "all projected"), ("fitted", "all fitted")):
+        yield Way(name, next(each for each in frontier.points if each.rest == rest and not each.plan.bands))
+    of_paper = [point for point in frontier.points if point.rest == "reuse" and point.plan.bands]
+    for count in CONTIGUOUS:
+        same = [point for point in of_paper if layers(point) == count]
+        contiguous = [point for point in same if len(point.plan.bands) == 1]
+        scattered = [point for point in same if len(point.plan.bands) > 1]
+        if not contiguous:
+            continue
+        band = best(contiguous)
+        limit = frontier.seconds(band, TIMED_TOKENS)
+        yield Way("contiguous band", band, count)
+        if scattered:
+            yield Way("scattered layers", best(scattered), count)
+        yield Way("selected tokens", None, count)
+        affordable = [
+            each for each in frontier.points if each.choosable and frontier.seconds(each, TIMED_TOKENS) <= limit
+        ]
+        yield Way("ours in the same time", best(affordable), count)
+    for floor in FLOORS:
+        yield Way(f"chosen for a loss up to {floor:.0%}", frontier.point(frontier.choose(max_quality_loss=floor)))
+
+
+def split(pair: Loaded, profiled: int, judged: int) -> tuple[list[ds.Example], list[ds.Example]]:
+    """Test examples to profile on, none of them long for the time that takes, and others to judge on."""
+    examples = pair.examples("test", 64)
+    short = [example for example in examples[judged:] if example.context.shape[1] <= LONG]
+    return short[:profiled], examples[:judged]
+
+
+def profile_pair(name: str, folder: Path, profiled: int, judged: int, granularity: int) -> None:
+    pair = Loaded.of(name)
+    maps, _, _ = maps_of(name, pair)
+    examples, _ = split(pair, profiled, judged)
+    costs = ds.CostModel(**json.loads((folder / "costs.json").read_text(encoding="utf-8")))
+    frontier = ds.profile(
+        pair.sender,
+        pair.receiver,
+        examples,
+        maps=maps,
+        granularity=granularity,
+        costs=costs,
+        journal=folder / f".{name}.journal",
+    )
+    (folder / name).mkdir(exist_ok=True)
+    frontier.save(folder / name / "frontier.json")
+    (folder / f".{name}.journal").unlink()
+    write_report(frontier, folder / name, f"{pair.named.what} ({pair.named.sender} to {pair.named.receiver})")
+
+
+@torch.no_grad()
+def judge_pair(name: str, folder: Path, profiled: int, judged: int, answered: int) -> list[Row]:
+    pair = Loaded.of(name)
+    maps, _, _ = maps_of(name, pair)
+    _, examples = split(pair, profiled, judged)
+    ways = list(ways_of(Frontier.load(folder / name / "frontier.json")))
+    texts = pair.named.task.examples("test", 64)
+    kl: list[list[float]] = [[] for _ in ways]
+    agreement: list[list[float]] = [[] for _ in ways]
+    scores: dict[str, list[float]] = {"full prefill": []}
+    for number, example in enumerate(track(examples, f"{name}: judging")):
+        context = pair.read(example)
+        own = ds.capture(pair.receiver, example.context)
+        wanted = following(pair, ds.partial_prefill(pair.receiver, own, ds.Plan()), example)
+        for place, way in enumerate(ways):
+            found = following(pair, way.fill(pair, maps, context), example)
+            kl[place].append((wanted.exp() * (wanted - found)).sum(-1).mean().item())
+            agreement[place].append((wanted.argmax(-1) == found.argmax(-1)).double().mean().item())
+        if number < answered:
+            for title, way in {"full prefill": None, **{each.name: each for each in ways if each.band == 0}}.items():
+                plan = None if way is None else way.point.plan
+                used = maps if way is not None and way.point.rest == "fitted" else None
+                _, cache = first_token(pair.receiver, context, example.prompt, plan, maps=used)
+                said = continued(pair.receiver, pair.tokenizer, example.prompt, cache)
+                scores.setdefault(title, []).append(pair.named.task.score(said, texts[number].answer))
+    rows: list[Row] = []
+    bands = {way.band: place for place, way in enumerate(ways) if way.name == "contiguous band"}
+    for place, way in enumerate(ways):
+        rows.append(
+            {
+                "pair": name,
+                "way": way.name,
+                "band": way.band or "",
+                "plan": way.plan,
+                "layers_run": way.band - 1 if way.point is None else way.point.work.run,
+                **mean_and_interval("kl", kl[place]),
+                **ratio_and_interval("of_reuse", kl[place], kl[0]),
+                **(
+                    ratio_and_interval("of_band", kl[place], kl[bands[way.band]])
+                    if way.band
+                    else dict.fromkeys(OF_BAND, "")
+                ),
+                **mean_and_interval("agreement", agreement[place]),
+                "score": mean(scores.get(way.name, [])),
+                "score_full_prefill": mean(scores["full prefill"]),
+                "metric": pair.named.task.metric,
+                "contexts": len(examples),
+            }
+        )
+    return rows
+
+
+OF_BAND = ("of_band", "of_band_low", "of_band_high")
+
+
+def mean(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f}" if values else ""
+
+
+def following(pair: Loaded, cache: Any, example: ds.Example) -> torch.Tensor:
+    """Log-probabilities ``[N, vocabulary]`` at each token of the answer, behind a cache of the context."""
+    ids = torch.cat((example.suffix, example.answer[:, :-1]), dim=1)
+    out = pair.receiver(ids, past_key_values=cache, use_cache=True, logits_to_keep=example.answer.shape[1])
+    return out.logits[0].double().log_softmax(-1)
+
+
+@torch.no_grad()
+def time_pair(name: str, folder: Path, rounds: int) -> list[Row]:
+    """Full prefill and every way timed in turn."""
+    pair = Loaded.of(name)
+    maps, _, _ = maps_of(name, pair)
+    frontier = Frontier.load(folder / name / "frontier.json")
+    ids = pair.examples("test", 64)
+    long = max((example.prompt for example in ids), key=lambda prompt: prompt.shape[1])
+    prompt = long.repeat(1, 1 + TIMED_TOKENS // long.shape[1])[:, : TIMED_TOKENS + SUFFIX_TOKENS]
+    context = ds.capture(pair.sender, prompt[:, :TIMED_TOKENS], layers=range(frontier.num_layers))
+    suffix = prompt[:, TIMED_TOKENS:]
+
+    def start(way: Way) -> None:
+        pair.receiver(suffix, past_key_values=way.fill(pair, maps, context), use_cache=True, logits_to_keep=1)
+
+    ways = {way.plan: way for way in ways_of(frontier)}
+    starts: dict[str, Callable[[], Any]] = {"": partial(first_token, pair.receiver, context, prompt, None)}
+    starts |= {plan: partial(start, way) for plan, way in ways.items()}
+    seconds: dict[str, list[float]] = {plan: [] for plan in starts}
+    for each in starts.values():
+        each()
+    for _ in track(range(rounds), f"{name}: timing"):
+        for plan, each in starts.items():
+            seconds[plan].append(timed(each)[1])
+    return [
+        {
+            "pair": name,
+            "plan": plan,
+            "tokens": TIMED_TOKENS,
+            "milliseconds": f"{statistics.median(seconds[plan]) * 1e3:.0f}",
+            "predicted": f"{frontier.seconds(way.point, TIMED_TOKENS) * 1e3:.0f}" if way.point else "",
+            "ttft_speedup": f"{statistics.median(a / b for a, b in zip(seconds[''], seconds[plan], strict=True)):.2f}",
+        }
+        for plan, way in ways.items()
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="PAIR", help=", ".join(PAIRS))
+    parser.add_argument("--profiled", type=int, default=24, help="contexts that plans are chosen by, a third held out")
+    parser.add_argument("--judged", type=int, default=40, help="contexts that they are judged on")
+    parser.add_argument("--answered", type=int, default=24, help="of those, contexts whose answers are scored")
+    parser.add_argument("--granularity", type=int, default=3, help="layers between the starts of bands")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing")
+    parser.add_argument("--folder", type=Path, required=True, help="where all is written")
+    parser.add_argument("--page", type=Path, help="a page of text with marks between which tables are put")
+    args = parser.parse_args(arguments)
+    args.folder.mkdir(parents=True, exist_ok=True)
+
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    where = f"float32, {torch.get_num_threads()} CPU threads, {versions}"
+    if "costs" in args.only:
+        costs = ds.measure_costs(Loaded.of(args.pairs[0]).receiver)
+        (args.folder / "costs.json").write_text(json.dumps(asdict(costs), indent=1) + "\n", encoding="utf-8")
+    if "profile" in args.only:
+        for name in args.pairs:
+            profile_pair(name, args.folder, args.profiled, args.judged, args.granularity)
+    measures: dict[str, tuple[str, Callable[[str], list[Row]]]] = {
+        "judge": ("judged", lambda name: judge_pair(name, args.folder, args.profiled, args.judged, args.answered)),
+        "time": ("times", lambda name: time_pair(name, args.folder, args.rounds)),
+    }
+    for step, (title, measure) in measures.items():
+        if step in args.only:
+            for name in args.pairs:
+                rows = measure(name)
+                show(rows, f"{title}: {name}, SmolLM2-135M-Instruct and variants of it, {where}")
+                write_csv(rows, where, args.folder / name / f"{title}.csv")
+    if "page" in args.only and args.page is not None:
+        results_page.write(args.folder, args.page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Tables and a plot of what paper.py has written, put into a page between two marks."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+MARKS = ("<!-- tables: written by bench/paper/paper.py -->", "<!-- end of tables -->")
+COLOURS = {
+    "contiguous band": "#7f7f7f",
+    "scattered layers": "#fdae6b",
+    "selected tokens": "#9e9ac8",
+    "ours in the same time": "#3182bd",
+}
+
+Rows = list[dict[str, str]]
+
+
+def write(folder: Path, page: Path) -> None:
+    """Put tables of all pairs in the folder into the page, and draw `results.png` beside them."""
+    judged, times = (
+        {each.parent.name: _read(each) for each in sorted(folder.glob(f"*/{name}.csv"))} for name in ("judged", "times")
+    )
+    speedups = {name: {row["plan"]: row["ttft_speedup"] for row in rows} for name, rows in times.items()}
+    plot(judged, speedups, folder / "results.png")
+    tables = "\n\n".join(_table(name, rows, speedups.get(name, {})) for name, rows in judged.items())
+    before, after = (
+        page.read_text(encoding="utf-8").split(MARKS[0])[0],
+        page.read_text(encoding="utf-8").split(MARKS[1])[1],
+    )
+    page.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def plot(judged: dict[str, Rows], speedups: dict[str, dict[str, str]], path: Path) -> None:
+    """For each pair the divergence of every way against its measured speed."""
+    figure = Figure(figsize=(1 + 3.6 * len(judged), 4.2), layout="constrained")
+    (panels,) = figure.subplots(1, len(judged), squeeze=False)
+    for axes, (name, rows) in zip(panels, judged.items(), strict=True):
+        for way, colour in COLOURS.items():
+            some = [row for row in rows if row["way"] == way and row["plan"] in speedups.get(name, {})]
+            some.sort(key=lambda row: float(speedups[name][row["plan"]]))
+            if some:
+                axes.errorbar(
+                    [float(speedups[name][row["plan"]]) for row in some],
+                    [float(row["kl"]) for row in some],
+                    _bars(some),
+                    color=colour,
+                    marker="o",
+                    ms=4,
+                    label=way,
+                )
+        for way, marker in (("all reused", "s"), ("all projected", "v"), ("all fitted", "*")):
+            some = [row for row in rows if row["way"] == way and row["plan"] in speedups.get(name, {})]
+            if some:
+                at = [float(speedups[name][row["plan"]]) for row in some]
+                axes.errorbar(at, [float(row["kl"]) for row in some], _bars(some), fmt=marker, color="black", label=way)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        ticks = [1.5, 2, 3, 5, 10, 20]
+        axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(f"pair '{name}'", fontsize=10)
+        axes.set_xlabel("faster to the first token")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("KL from full prefill, nats")
+    panels[-1].legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _bars(rows: Rows) -> tuple[list[float], list[float]]:
+    below = [float(row["kl"]) - float(row["kl_low"]) for row in rows]
+    return below, [float(row["kl_high"]) - float(row["kl"]) for row in rows]
+
+
+def _table(name: str, rows: Rows, speedups: dict[str, str]) -> str:
+    metric, contexts = rows[0]["metric"], rows[0]["contexts"]
+    full = f"; {metric} by full prefill {rows[0]['score_full_prefill']}" if rows[0]["score_full_prefill"] else ""
+    lines = [
+        f"### Pair `{name}`, {contexts} contexts{full}",
+        "",
+        f"| way | plan | first token | kl | of the band | same next token | {metric} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        speedup = f"{speedups[row['plan']]}x" if row["plan"] in speedups else ""
+        of_band = _interval(row, "of_band") if row["of_band"] else ""
+        agreement = _interval(row, "agreement")
+        way = f"{row['way']} ({row['band']} layers)" if row["way"] == "contiguous band" else row["way"]
+        lines.append(
+            f"| {way} | {row['plan']} | {speedup} | {_interval(row, 'kl')} | {of_band} | {agreement} | {row['score']} |"
+        )
+    return "\n".join(lines)
+
+
+def _interval(row: dict[str, str], name: str) -> str:
+    return f"{row[name]} ({row[f'{name}_low']} to {row[f'{name}_high']})"
+
+
+def _read(path: Path) -> Rows:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

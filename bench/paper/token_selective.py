@@ -1,0 +1,69 @@
+"""Recomputing some tokens at every layer, in the manner of CacheBlend (arXiv 2405.16444): what else the same time could buy.
+
+The first layer runs over all tokens. Those whose K and V then differ most from the sender's at the second layer run through all
+layers, attending to the sender's K and V with their own in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+import droidspeak_ops as ds
+from droidspeak_ops.hf.decoder import Decoder, Pass
+
+
+class _Replaced(DynamicLayer):
+    """K and V of a context, of which new ones take the place at some tokens."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, chosen: torch.Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self._chosen = keys.clone(), values.clone(), chosen
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.keys[:, :, self._chosen], self.values[:, :, self._chosen] = key_states, value_states
+        return self.keys, self.values
+
+
+class _Chosen(Pass):
+    """The layers over some tokens of a context, each of which sees those before it."""
+
+    def __init__(self, decoder: Decoder, chosen: torch.Tensor, tokens: int) -> None:
+        super().__init__(decoder, chosen[None])
+        self._position_ids, self._tokens = chosen[None], tokens
+
+    def _compute_mask(self, sliding: bool) -> torch.Tensor:
+        unseen = torch.arange(self._tokens, device=self._position_ids.device) > self._position_ids[0, :, None]
+        dtype = self._decoder.model.dtype
+        return torch.zeros_like(unseen, dtype=dtype).masked_fill(unseen, torch.finfo(dtype).min)[None, None]
+
+
+@torch.no_grad()
+def token_selective_prefill(receiver: Any, context: ds.SharedContext, layers_run: int) -> Cache:
+    """A cache of the context, at the cost of so many layers that run over all tokens.
+
+    Args:
+        receiver: a model of full attention in every layer.
+        context: of one sequence.
+        layers_run: two or more, of which one is the first.
+    """
+    decoder = Decoder(receiver)
+    depth, tokens = decoder.num_layers, context.tokens.shape[1]
+    filled = ds.partial_prefill(receiver, context, ds.Plan([(0, 2)]))
+    theirs, own = context.kv(1), filled.layers[1]
+    apart = (own.values - theirs.values).square().sum((0, 1, 3)) + (own.keys - theirs.keys).square().sum((0, 1, 3))
+    count = max(1, round(tokens * (layers_run - 1) / (depth - 1)))
+    chosen = apart.topk(min(count, tokens)).indices.sort().values
+    cache = Cache(layers=[_Replaced(*context.kv(layer)[:2], chosen) for layer in range(depth)])
+    cache.layers[0] = filled.layers[0]
+    over = _Chosen(decoder, chosen, tokens)
+    # What enters the second layer is known of all tokens; it is computed again for those that go on.
+    whole = decoder.over(context.tokens)
+    states = whole.run(0, decoder.embed(context.tokens), Cache(layers=[DynamicLayer() for _ in range(depth)]))
+    states = states[:, chosen]
+    for layer in range(1, depth):
+        states = over.run(layer, states, cache)
+    return DynamicCache([(layer.keys, layer.values) for layer in cache.layers])

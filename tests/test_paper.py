@@ -1,0 +1,93 @@
+"""The comparison with the paper on tiny models: its ways, what stands beside them, and what is written."""
+
+import csv
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import paper
+import pytest
+import results_page
+import torch
+from compare import assert_close
+from maps import Loaded
+from models import fine_tuned, tiny_llama, tokens
+from pairs import PAIRS
+from token_selective import token_selective_prefill
+
+import droidspeak_ops as ds
+
+LAYERS = 6
+COSTS = ds.CostModel((0, 1e-4, 0), (0, 1e-5, 0), (0.05, 0, 0), 4000, 1000, "made up", (100, 2000))
+
+
+@pytest.fixture(scope="module")
+def pair() -> Loaded:
+    torch.manual_seed(0)
+    sender = tiny_llama(head_dim=16, layers=LAYERS)
+    return Loaded(PAIRS["lora"], sender, fine_tuned(sender, 0.1), None)
+
+
+@pytest.fixture(scope="module")
+def maps(pair: Loaded) -> ds.Maps:
+    return ds.fit(pair.sender, pair.receiver, [ds.Example.cut(tokens(160)) for _ in range(6)], show_progress=False)
+
+
+def test_all_tokens_selected_is_the_own_prefill(pair: Loaded) -> None:
+    context = ds.capture(pair.sender, tokens(40))
+    own = ds.capture(pair.receiver, context.tokens)
+    cache = token_selective_prefill(pair.receiver, context, LAYERS)
+    for layer in range(LAYERS):
+        assert_close(cache.layers[layer].keys, own.kv(layer).keys, torch.float32, operations=64)
+        assert_close(cache.layers[layer].values, own.kv(layer).values, torch.float32, operations=64)
+
+
+def test_some_tokens_selected_are_those_that_differ_most(pair: Loaded) -> None:
+    context = ds.capture(pair.sender, tokens(40))
+    cache = token_selective_prefill(pair.receiver, context, 3)
+    own = ds.capture(pair.receiver, context.tokens).kv(1)
+    theirs, ours = context.kv(1), cache.layers[1]
+    changed = (ours.values != theirs.values).any(-1).any(1)[0]
+    assert changed.sum() == round(40 * 2 / (LAYERS - 1))
+    apart = sum((a - b).square().sum((0, 1, 3)) for a, b in ((own.keys, theirs.keys), (own.values, theirs.values)))
+    assert apart[changed].min() > apart[~changed].max()
+    for layer in range(2, LAYERS):
+        same = (cache.layers[layer].values == context.kv(layer).values).all(-1).all(1)[0]
+        assert torch.equal(same, ~changed)
+
+
+def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [ds.Example(tokens(60), tokens(5), tokens(6)) for _ in range(10)]
+    monkeypatch.setattr(paper.Loaded, "of", lambda name: pair)
+    monkeypatch.setattr(paper, "maps_of", lambda name, of: (maps, 0.0, 0))
+    monkeypatch.setattr(pair.__class__, "examples", lambda self, split, contexts: examples)
+    monkeypatch.setattr(paper, "CONTIGUOUS", (2, 3))
+    monkeypatch.setattr(paper, "TIMED_TOKENS", 80)
+    pair.named = replace(pair.named, task=replace(pair.named.task, draw=lambda *_: []))
+    (tmp_path / "costs.json").write_text(json.dumps(asdict(COSTS)))
+    page = tmp_path / "results.md"
+    page.write_text(f"before\n{results_page.MARKS[0]}\nold\n{results_page.MARKS[1]}\nafter\n")
+    steps = [step for step in paper.STEPS if step != "costs"]
+    options = ["--profiled", "6", "--judged", "4", "--answered", "0", "--granularity", "1", "--rounds", "1"]
+    paper.main(["--only", *steps, "--pairs", "lora", "--folder", str(tmp_path), "--page", str(page), *options])
+
+    with (tmp_path / "lora" / "judged.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [row["way"] for row in rows]
+    assert names[:3] == ["all reused", "all projected", "all fitted"]
+    assert names[-2:] == ["chosen for a loss up to 5%", "chosen for a loss up to 1%"]
+    assert names.count("contiguous band") == names.count("selected tokens") == names.count("ours in the same time") == 2
+    assert all(row["of_band"] == "1" for row in rows if row["way"] == "contiguous band")
+    frontier = ds.Frontier.load(tmp_path / "lora" / "frontier.json")
+    bands = {way.band: way for way in paper.ways_of(frontier) if way.name == "contiguous band"}
+    for way in paper.ways_of(frontier):
+        if way.name == "ours in the same time":
+            assert frontier.seconds(way.point, 80) <= frontier.seconds(bands[way.band].point, 80)
+    with (tmp_path / "lora" / "times.csv").open(newline="") as file:
+        assert all(float(row["ttft_speedup"]) > 0 for row in csv.DictReader(file))
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| contiguous band (2 layers) | band [" in text
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "lora" / "report.html").read_text().count("data:image/png;base64,") == 4
+    assert not list(tmp_path.glob(".*journal"))
