@@ -1,4 +1,4 @@
-"""The command line: ``droidspeak demo``, ``droidspeak fit`` and ``droidspeak compile``."""
+"""The command line: ``droidspeak demo``, ``fit``, ``profile`` and ``compile``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
+
+from .example import Example, TextExample, by_context
+from .metrics import METRICS, of_tokens
 
 _SHORTEST = 64  # tokens of a text that a context to fit maps on, and what follows it, can be cut from
 
@@ -25,13 +29,35 @@ def main(arguments: list[str] | None = None) -> None:
     demo.add_argument("--examples", type=_positive, default=12, help="held-out examples to answer (default: 12)")
     demo.add_argument("--plot", type=Path, default=Path("droidspeak-demo.png"), help="where the PNG is written")
 
-    fitting = commands.add_parser("fit", help="fit maps to a pair of models: better K/V at the price of a projection")
-    fitting.add_argument("sender", help="local path, hub name, LoRA adapter, or 'smollm2'")
-    fitting.add_argument("receiver", help="a fine-tune of the same model, named the same ways")
-    fitting.add_argument("texts", type=Path, nargs="+", help="text files such as the contexts that the maps are for")
-    fitting.add_argument("--tokens", type=_positive, default=1024, help="that texts are cut into (default: 1024)")
+    on_pair = argparse.ArgumentParser(add_help=False)
+    on_pair.add_argument("sender", help="local path, hub name, LoRA adapter, or 'smollm2'")
+    on_pair.add_argument("receiver", help="a fine-tune of the same model, named the same ways")
+    on_pair.add_argument(
+        "texts",
+        type=Path,
+        nargs="+",
+        help="text files such as the contexts to come, or .jsonl files of objects with context, suffix and answer",
+    )
+    on_pair.add_argument("--tokens", type=_positive, default=1024, help="that texts are cut into (default: 1024)")
+
+    fitting = commands.add_parser(
+        "fit", parents=[on_pair], help="fit maps to a pair of models: better K/V at the price of a projection"
+    )
     fitting.add_argument("--band", type=_band, action="append", default=[], help="of plans to come, such as 15:20")
     fitting.add_argument("--out", type=Path, default=Path("maps.safetensors"), help="where the maps are written")
+
+    profiling = commands.add_parser(
+        "profile", parents=[on_pair], help="find what plans are worth for a pair of models, and choose one"
+    )
+    profiling.add_argument("--maps", type=Path, help="of this pair, as droidspeak fit writes them")
+    profiling.add_argument(
+        "--granularity", type=_positive, default=1, help="layers between starts of bands (default: 1)"
+    )
+    profiling.add_argument("--metric", choices=sorted(METRICS), help="score answers too, to .jsonl files")
+    profiling.add_argument("--seed", type=int, default=0, help="of the order of contexts (default: 0)")
+    profiling.add_argument(
+        "--out", type=Path, default=Path("droidspeak-profile"), help="folder for frontier.json, plots and report.html"
+    )
 
     compiling = commands.add_parser("compile", help="compile all kernels ahead of time and show what they use")
     compiling.add_argument(
@@ -45,37 +71,103 @@ def main(arguments: list[str] | None = None) -> None:
 
         run(options.sender, options.receiver, options.examples, options.plot)
     elif options.command == "fit":
-        _fit(options.sender, options.receiver, options.texts, options.tokens, options.band, options.out)
+        _fit(_Pair.read(options), options.band, options.out)
+    elif options.command == "profile":
+        _profile(_Pair.read(options), options)
     else:
         _compile(options.targets, options.json)
 
 
-def _fit(
-    sender_name: str, receiver_name: str, texts: list[Path], tokens: int, bands: list[tuple[int, int]], out: Path
-) -> None:
+@dataclasses.dataclass
+class _Pair:
+    """Two models, and what may follow what contexts."""
+
+    sender: Any
+    receiver: Any
+    tokenizer: Any
+    examples: list[Example]
+
+    @classmethod
+    def read(cls, options: argparse.Namespace) -> _Pair:
+        from .hf.pretrained import load_pretrained
+
+        texts = [(path, path.read_text(encoding="utf-8")) for path in options.texts]
+        (sender, tokenizer), (receiver, _) = load_pretrained(options.sender), load_pretrained(options.receiver)
+        examples: list[Example] = []
+        for path, text in texts:
+            if path.suffix == ".jsonl":
+                examples += [each.encode(tokenizer) for each in _read_examples(path, text)]
+            else:
+                pieces = tokenizer(text, return_tensors="pt").input_ids.split(options.tokens, dim=1)
+                examples += [Example.cut(piece) for piece in pieces if piece.shape[1] >= _SHORTEST]
+        contexts = len(by_context(examples))
+        if contexts < 3:
+            raise SystemExit(
+                f"droidspeak {options.command}: texts: got {contexts} contexts, where texts are cut into pieces of {_SHORTEST} "
+                f"to {options.tokens} tokens; three or more are needed"
+            )
+        return cls(sender, receiver, tokenizer, examples)
+
+
+def _read_examples(path: Path, text: str) -> list[TextExample]:
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            found.append(TextExample(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError):
+            raise SystemExit(
+                f"{path}, line {number}: got {line[:80]!r}; a JSON object with the texts context, suffix and answer is needed"
+            ) from None
+    return found
+
+
+def _fit(pair: _Pair, bands: list[tuple[int, int]], out: Path) -> None:
     from rich.console import Console
 
-    from .example import Example
     from .hf import fit
-    from .hf.pretrained import load_pretrained
 
-    read = [text.read_text(encoding="utf-8") for text in texts]
-    (sender, tokenizer), (receiver, _) = load_pretrained(sender_name), load_pretrained(receiver_name)
-    pieces = [piece for text in read for piece in tokenizer(text, return_tensors="pt").input_ids.split(tokens, dim=1)]
-    examples = [Example.cut(piece) for piece in pieces if piece.shape[1] >= _SHORTEST]
-    if len(examples) < 3:
-        raise SystemExit(
-            f"droidspeak fit: texts: got {len(examples)} contexts of {_SHORTEST} to {tokens} tokens; three or more are needed"
-        )
-    maps = fit(sender, receiver, examples, bands=bands)
+    maps = fit(pair.sender, pair.receiver, pair.examples, bands=bands)
     maps.save(out)
+    contexts = by_context(pair.examples)
     used = [sum(role != "reuse" for role in choices) for choices in (maps.choices, maps.choices_without_hidden)]
     Console().print(
-        f"{sum(each.context.shape[1] for each in examples):,} tokens of {len(examples)} contexts\n"
+        f"{sum(group[0].context.shape[1] for group in contexts):,} tokens of {len(contexts)} contexts\n"
         f"layers that are mapped: {used[0]} of {len(maps.choices)}, without hidden states {used[1]}; "
         f"band starts that are corrected: {sorted(maps.corrections) or 'none'}\n"
         f"maps: {out.resolve()}, {out.stat().st_size / 2**20:.0f} MiB"
     )
+
+
+def _profile(pair: _Pair, options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .hf import profile
+    from .maps import Maps
+    from .report import rows, write_report
+
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    journal = out / "journal.jsonl"
+    frontier = profile(
+        pair.sender,
+        pair.receiver,
+        pair.examples,
+        maps=None if options.maps is None else Maps.load(options.maps),
+        granularity=options.granularity,
+        score=None if options.metric is None else of_tokens(METRICS[options.metric], pair.tokenizer),
+        journal=journal,
+        seed=options.seed,
+    )
+    frontier.save(out / "frontier.json")
+    written = write_report(frontier, out, f"{options.sender} to {options.receiver}")
+    journal.unlink()
+    found = rows(frontier)
+    table = Table(*found[0], caption=f"predicted for {frontier.mean_tokens} tokens on {frontier.costs.machine}")
+    for row in found:
+        table.add_row(*row.values())
+    Console().print(table)
+    Console().print(f"{written[-1].resolve()} and {(out / 'frontier.json').resolve()}")
 
 
 def _compile(targets: list[str], path: Path | None) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class Example(NamedTuple):
@@ -37,6 +39,23 @@ class Example(NamedTuple):
             raise ValueError(f"input_ids: got {tuple(input_ids.shape)}; (1, {answer_tokens + 2} or more) is needed")
         context, suffix, answer = input_ids.tensor_split((-answer_tokens - 1, -answer_tokens), dim=1)
         return cls(context, suffix, answer)
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """A shared context, the receiver's own suffix after it, and the answer that is wanted; text in chat format."""
+
+    context: str
+    suffix: str
+    answer: str
+
+    def encode(self, tokenizer: Any, device: torch.device | str = "cpu") -> Example:
+        """Its token ids; the answer with its end."""
+        context, suffix, answer = (
+            tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
+            for text in (self.context, self.suffix, self.answer)
+        )
+        return Example(context, suffix, F.pad(answer, (0, 1), value=tokenizer.eos_token_id))
 
 
 def by_context(examples: Sequence[Example]) -> list[list[Example]]:

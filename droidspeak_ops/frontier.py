@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +38,7 @@ class Point:
         kl: mean divergence of the receiver's next-token distributions from those after its own prefill, in nats; None for a
             context on which it was not tried.
         agreement: how often its likeliest token is the same.
+        scores: of its answers, where they were scored: of the points that are worth it.
     """
 
     plan: Plan
@@ -45,6 +47,7 @@ class Point:
     work: Work
     kl: tuple[float | None, ...]
     agreement: tuple[float | None, ...]
+    scores: tuple[float, ...] | None = None
 
     def __str__(self) -> str:
         return str(self.plan).replace("projected", "fitted") if self.rest == "fitted" else str(self.plan)
@@ -63,6 +66,7 @@ class Frontier:
         held_out: how many contexts, the last ones, no plan is chosen by.
         granularity: layers between the starts, and the ends, of the bands that were tried.
         seed: of the order of contexts.
+        scores: of the answers after full prefill, context by context, if answers were scored.
     """
 
     sender: Fingerprint
@@ -74,15 +78,26 @@ class Frontier:
     held_out: int
     granularity: int
     seed: int
+    scores: tuple[float, ...] | None = None
 
     def kl(self, point: Point, *, held_out: bool = False) -> Estimate:
         """Mean divergence from full prefill, in nats, on the contexts that plans are chosen by or on the held-out ones."""
         return self._estimate(point.kl, held_out)
 
     def quality_loss(self, point: Point, *, held_out: bool = False) -> Estimate:
-        """The share of next tokens that are not those of full prefill."""
-        agreement = self._estimate(point.agreement, held_out)
-        return Estimate(1 - agreement.value, 1 - agreement.high, 1 - agreement.low)
+        """What a plan loses: of the score of answers, relative to full prefill, where they were scored; elsewhere the share of
+        next tokens that are not those of full prefill.
+
+        Raises:
+            ValueError: answers were scored, but not with this plan.
+        """
+        if self.scores is None:
+            agreement = self._estimate(point.agreement, held_out)
+            return Estimate(1 - agreement.value, 1 - agreement.high, 1 - agreement.low)
+        if point.scores is None:
+            raise ValueError(f"point: got {point}, whose answers were not scored")
+        both = [self._known(scores, held_out) for scores in (point.scores, self.scores)]
+        return bootstrap.of_means(torch.tensor(both).T, lambda means: 1 - means[..., 0] / means[..., 1])
 
     def point(self, plan: Plan) -> Point:
         """What was measured of a plan that can be chosen.
@@ -137,7 +152,7 @@ class Frontier:
         such limit, and under a load at which none meets it, the cheapest: it keeps the queue short.
 
         Args:
-            max_quality_loss: the share of next tokens that may differ from those of full prefill.
+            max_quality_loss: what may be lost, as :meth:`quality_loss` counts it.
             max_ttft: seconds to the first token that are promised.
             tokens: of the context; the mean of the profile's where None.
             bandwidth: bytes a second that contexts are loaded with; None where they are in memory.
@@ -158,7 +173,8 @@ class Frontier:
             return (queue + 1) * self.seconds(point, tokens, bandwidth)
 
         # Recomputing every layer loses nothing, so that there always is one.
-        good = [each for each in self.points if each.choosable and self._loss[id(each)] <= max_quality_loss + _ROUNDING]
+        limit = max_quality_loss + _ROUNDING
+        good = [each for each in self.points if each.choosable and self._loss.get(id(each), math.inf) <= limit]
         in_time = [] if max_ttft is None else [point for point in good if waited(point) <= max_ttft]
         if in_time:
             return min(in_time, key=lambda each: (self._kl[id(each)], waited(each))).plan
@@ -187,6 +203,7 @@ class Frontier:
                 "points": tuple(_read_point(point) for point in loaded["points"]),
                 "costs": CostModel(**_tuples(loaded["costs"])),
                 "contexts": tuple(loaded["contexts"]),
+                "scores": None if loaded["scores"] is None else tuple(loaded["scores"]),
             }
         )
 
@@ -204,7 +221,16 @@ class Frontier:
 
     @cached_property
     def _loss(self) -> dict[int, float]:
-        return {id(point): 1 - _mean(self._known(point.agreement, False)) for point in self.points}
+        if self.scores is None:
+            return {id(point): 1 - _mean(self._known(point.agreement, False)) for point in self.points}
+        full = _mean(self._known(self.scores, False))
+        scored = {
+            id(point): 1 - _mean(self._known(point.scores, False)) / full if full else 0.0
+            for point in self.points
+            if point.scores is not None
+        }
+        # Recomputing every layer is full prefill, whatever rounding makes of an answer.
+        return scored | {id(point): 0.0 for point in self.points if point.plan.bands == ((0, self.num_layers),)}
 
 
 def _mean(values: Sequence[float]) -> float:

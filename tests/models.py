@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -130,3 +131,15 @@ def fine_tuned(model: LlamaForCausalLM, change: float = 0.05) -> LlamaForCausalL
 
 def tokens(count: int, batch: int = 1, vocabulary: int = 101) -> Tensor:
     return torch.randint(1, vocabulary, (batch, count))
+
+
+def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> str:
+    """Save a model with a tokenizer of the words w1 to w99, so that it can be named on a command line."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"?": 0, **{f"w{number}": number for number in range(1, 100)}}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return str(folder)

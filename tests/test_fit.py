@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from compare import assert_bitwise_equal, assert_close
-from models import fine_tuned, tiny, tiny_llama, tokens
+from models import fine_tuned, save_with_tokenizer, tiny, tiny_llama, tokens
 from peft import LoraConfig, get_peft_model
 
 import droidspeak_ops as ds
@@ -401,17 +401,6 @@ def test_a_pair_that_does_not_fit_is_refused(pair) -> None:
 # --- the command ---------------------------------------------------------------------------------------------------------
 
 
-def save_with_tokenizer(model, folder) -> str:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"?": 0, **{f"w{number}": number for number in range(1, 100)}}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-    return str(folder)
-
-
 def test_the_command_fits_and_writes_maps(pair, tmp_path, capsys) -> None:
     from droidspeak_ops.cli import main
 
@@ -433,7 +422,9 @@ def test_the_command_says_what_is_missing(pair, tmp_path) -> None:
     sender = save_with_tokenizer(pair[0], tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("w1 " * 100, encoding="utf-8")
-    with pytest.raises(SystemExit, match="got 1 contexts of 64 to 1024 tokens; three or more"):
+    with pytest.raises(
+        SystemExit, match="got 1 contexts, where texts are cut into pieces of 64 to 1024 tokens; three or more"
+    ):
         main(["fit", sender, sender, str(text)])
     with pytest.raises(SystemExit):
         main(["fit", sender, sender, str(text), "--band", "fifteen"])

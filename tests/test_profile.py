@@ -1,6 +1,7 @@
 """The profiler: every plan as if tried alone, few long passes, the same result after a kill, and errors."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import fine_tuned, tiny_llama, tokens
+from models import fine_tuned, save_with_tokenizer, tiny_llama, tokens
 
 import droidspeak_ops as ds
 from droidspeak_ops.hf import profiling
@@ -86,10 +87,11 @@ def test_every_plan_is_as_if_tried_alone(pair, maps, tried) -> None:
 
 def test_what_is_tried(tried) -> None:
     frontier = tried[1]
-    for rest in ("reuse", "project", "fitted"):
+    # With the rest projected, a band of one layer is none; and the band of all layers has no rest.
+    for rest, missing in (("reuse", 0), ("project", 1 + LAYERS), ("fitted", 1)):
         bands = [point.plan.bands for point in frontier.points if point.rest == rest]
         assert bands.count(()) == 1
-        assert len({each for each in bands if len(each) == 1}) == BANDS - (rest != "reuse")
+        assert len({each for each in bands if len(each) == 1}) == BANDS - missing
     scattered = [point for point in frontier.points if len(point.plan.bands) > 1]
     assert scattered
     assert all(point.kl[:2] == (None, None) and None not in point.kl[2:] for point in scattered)
@@ -168,6 +170,52 @@ def test_the_same_seed_gives_the_same_frontier(pair, tried, maps) -> None:
     assert ds.profile(*pair, some, maps=maps, costs=COSTS, show_progress=False) == frontier
     other = ds.profile(*pair, some, maps=maps, costs=COSTS, seed=1, show_progress=False)
     assert [point.kl for point in other.points] != [point.kl for point in frontier.points]
+
+
+def alike(given: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The share of wanted tokens that were given in their place."""
+    return float((given[: len(wanted)] == wanted[: len(given)]).double().mean())
+
+
+def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    asked = [ds.Example(tokens(90), tokens(6), tokens(8)) for _ in range(6)]
+    with torch.no_grad():
+        said = [pair[1].generate(each.prompt, max_new_tokens=8, do_sample=False)[:, 96:] for each in asked]
+    some = [each._replace(answer=answer) for each, answer in zip(asked, said, strict=True)]
+    options = {"maps": maps, "costs": COSTS, "score": alike, "show_progress": False}
+    frontier = ds.profile(*pair, some, **options)
+    assert frontier.scores == (1.0,) * 6, "the wanted answers are those of full prefill"
+    best = frontier.pareto()
+    assert [point for point in frontier.points if point.scores is not None] == sorted(best, key=frontier.points.index)
+    point = best[len(best) // 2]
+    for number, example in enumerate(in_order(some)):
+        context = ds.capture(pair[0], example.context, layers=range(LAYERS))
+        cache = ds.partial_prefill(pair[1], context, point.plan, maps=maps)
+        out = pair[1].generate(example.prompt, past_key_values=cache, max_new_tokens=16, do_sample=False)
+        assert point.scores[number] == alike(out[0, 96:], example.answer[0])
+    lost = {floor: frontier.point(frontier.choose(max_quality_loss=floor)) for floor in (0.0, 0.3, 1.0)}
+    assert frontier.quality_loss(lost[0.3]).value <= 0.3
+    assert frontier.quality_loss(lost[0.0]).value <= 0.0
+    assert frontier.seconds(lost[1.0]) <= frontier.seconds(lost[0.3]) <= frontier.seconds(lost[0.0])
+    with pytest.raises(ValueError, match="whose answers were not scored"):
+        frontier.quality_loss(next(each for each in frontier.points if each.scores is None))
+    frontier.save(tmp_path / "frontier.json")
+    assert ds.Frontier.load(tmp_path / "frontier.json") == frontier
+
+    scored, original = [], profiling._score
+
+    def interrupted(*args):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(profiling, "_score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ds.profile(*pair, some, **options, journal=tmp_path / "journal")
+    monkeypatch.undo()
+    assert ds.profile(*pair, some, **options, journal=tmp_path / "journal") == frontier
 
 
 def test_an_interrupted_run_goes_on(pair, tried, maps, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,3 +321,60 @@ def test_a_digest_is_of_what_maps_do(maps, tmp_path) -> None:
     maps.save(tmp_path / "maps.safetensors")
     assert ds.Maps.load(tmp_path / "maps.safetensors").digest() == maps.digest()
     assert dataclasses.replace(maps, corrections={}).digest() != maps.digest()
+
+
+# --- the command ---------------------------------------------------------------------------------------------------------
+
+
+def words(count: int) -> str:
+    return " ".join(f"w{number}" for number in tokens(count, vocabulary=100)[0].tolist())
+
+
+@pytest.fixture
+def named(pair, tmp_path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The pair as folders, to be timed as if it had been."""
+    monkeypatch.setattr(profiling, "measure_costs", lambda *args, **options: COSTS)
+    return [save_with_tokenizer(model, tmp_path / str(number)) for number, model in enumerate(pair)]
+
+
+def test_the_command_profiles_with_maps(named, maps, tmp_path, capsys) -> None:
+    from droidspeak_ops.cli import main
+
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(words(500), encoding="utf-8")
+    maps.save(tmp_path / "maps.safetensors")
+    options = ["--tokens", "100", "--granularity", "2", "--maps", str(tmp_path / "maps.safetensors"), "--out", str(out)]
+    main(["profile", *named, str(text), *options])
+    assert {path.name for path in out.iterdir()} == {
+        "frontier.json", "report.html", "frontier.png", "quality.png", "bands.png", "sensitivity.png",
+    }  # fmt: skip
+    frontier = ds.Frontier.load(out / "frontier.json")
+    assert frontier.contexts == (67,) * 5
+    assert frontier.maps == maps.digest()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "faster" in said and "report.html" in said
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4
+    assert "<td>10%</td>" in page and 'src="http' not in page
+
+
+def test_the_command_scores_answers(named, tmp_path) -> None:
+    from droidspeak_ops.cli import main
+
+    lines = [json.dumps({"context": words(40), "suffix": words(5), "answer": words(4)}) for _ in range(4)]
+    (tmp_path / "some.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    main(
+        ["profile", *named, str(tmp_path / "some.jsonl"), "--metric", "edit similarity", "--out", str(tmp_path / "out")]
+    )
+    frontier = ds.Frontier.load(tmp_path / "out" / "frontier.json")
+    assert len(frontier.scores) == 4 and all(0 <= score <= 1 for score in frontier.scores)
+
+
+def test_the_command_says_which_line_is_wrong(named, tmp_path) -> None:
+    from droidspeak_ops.cli import main
+
+    (tmp_path / "some.jsonl").write_text(
+        '{"context": "w1", "suffix": "w2", "answer": "w3"}\n{"text": 1}\n', encoding="utf-8"
+    )
+    with pytest.raises(SystemExit, match=r"some.jsonl, line 2: got '.*'; a JSON object with the texts context, suffix"):
+        main(["profile", *named, str(tmp_path / "some.jsonl")])

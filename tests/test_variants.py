@@ -14,6 +14,7 @@ import torch
 from models import fine_tuned, tiny_llama, tokens
 
 import droidspeak_ops as ds
+from droidspeak_ops import metrics
 from droidspeak_ops.demo.measure import glossary_examples
 
 LAYERS = 4
@@ -73,11 +74,11 @@ def test_calibration_asks_nothing_of_the_test_split() -> None:
 
 
 def test_scores() -> None:
-    assert pairs.f1("a wooden boat", "a wooden ship") == pytest.approx(0.5)
-    assert pairs.rouge_l("Return the sum.", "Return the sum.") == 1.0
-    assert pairs.rouge_l("Nothing alike", "Return the sum.") == 0.0
-    assert pairs.edit_similarity("  x = 1\ny = 2", "x = 1") == 1.0
-    assert pairs.edit_similarity("x = 2", "x = 1") == pytest.approx(0.8)
+    assert metrics.f1("a wooden boat", "a wooden ship") == pytest.approx(0.5)
+    assert metrics.rouge_l("Return the sum.", "Return the sum.") == 1.0
+    assert metrics.rouge_l("Nothing alike", "Return the sum.") == 0.0
+    assert metrics.edit_similarity("  x = 1\ny = 2", "x = 1") == 1.0
+    assert metrics.edit_similarity("x = 2", "x = 1") == pytest.approx(0.8)
 
 
 def test_a_variant_that_was_not_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

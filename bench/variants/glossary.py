@@ -12,7 +12,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from droidspeak_ops.demo.measure import TextExample
+from droidspeak_ops.example import TextExample
 
 _ONSETS = "b br d dr f fl g gl j k kr l m n p pl r s sk st t tr v z".split()
 _VOWELS = "a e i o u ai ou".split()

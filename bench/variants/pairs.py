@@ -14,12 +14,12 @@ from typing import Any
 
 import stdlib
 import torch
-from rapidfuzz.distance import Levenshtein
-from torchmetrics.functional.text import rouge_score
 
-from droidspeak_ops.demo.measure import TextExample, glossary_examples, squad_scores
+from droidspeak_ops.demo.measure import glossary_examples
 from droidspeak_ops.demo.run import load_glossary_variant
+from droidspeak_ops.example import TextExample
 from droidspeak_ops.hf.pretrained import SMOLLM2, cache_folder, load_pretrained
+from droidspeak_ops.metrics import Metric, edit_similarity, f1, rouge_l
 
 # Characters of contexts of about 1,000 to 4,000 tokens; most are short, for the time they take.
 LENGTHS = (3_300,) * 9 + (6_600,) + (3_300,) * 9 + (13_000,)
@@ -38,7 +38,7 @@ class Task:
     """
 
     metric: str
-    score: Callable[[str, str], float]
+    score: Metric
     draw: Callable[[str, int, int, random.Random], list[TextExample]] | None = None
 
     def examples(self, split: str, contexts: int) -> list[TextExample]:
@@ -51,19 +51,6 @@ class Task:
         questions = 1 if split == "test" else CALIBRATION_QUESTIONS
         drawn = (self.draw(split, LENGTHS[number % len(LENGTHS)], questions, rng) for number in range(contexts))
         return [example for examples in drawn for example in examples]
-
-
-def f1(given: str, wanted: str) -> float:
-    return squad_scores(given, wanted)[1]
-
-
-def rouge_l(given: str, wanted: str) -> float:
-    return float(rouge_score(given, wanted, rouge_keys="rougeL")["rougeL_fmeasure"])
-
-
-def edit_similarity(given: str, wanted: str) -> float:
-    """Of the first line alone."""
-    return Levenshtein.normalized_similarity(given.strip().split("\n")[0].strip(), wanted.strip())
 
 
 GLOSSARY = Task("F1", f1)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from droidspeak_ops.demo.measure import TextExample
+from droidspeak_ops.example import TextExample
 
 _LEFT_OUT = {
     "test",

@@ -13,29 +13,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torchmetrics.functional.text import squad
 
 import droidspeak_ops as ds
+from droidspeak_ops.example import TextExample
 from droidspeak_ops.hf.timing import first_token, timed
+from droidspeak_ops.metrics import squad_scores
 
 MAX_ANSWER_TOKENS = 24
-
-
-@dataclass(frozen=True)
-class TextExample:
-    """A shared context, the receiver's own suffix after it, and the answer that is wanted; text in chat format."""
-
-    context: str
-    suffix: str
-    answer: str
-
-    def encode(self, tokenizer: Any, device: torch.device | str = "cpu") -> ds.Example:
-        """Its token ids; the answer with its end."""
-        context, suffix, answer = (
-            tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
-            for text in (self.context, self.suffix, self.answer)
-        )
-        return ds.Example(context, suffix, F.pad(answer, (0, 1), value=tokenizer.eos_token_id))
 
 
 @dataclass(frozen=True)
@@ -121,15 +105,6 @@ def _measure_one(
     given = continued(receiver, tokenizer, ids.prompt, cache)
     exact_match, f1 = squad_scores(given, answer)
     return Measured(given, exact_match, f1, nll, seconds)
-
-
-def squad_scores(given: str, wanted: str) -> tuple[float, float]:
-    """Exact match and F1 of an answer as SQuAD counts them, between 0 and 1."""
-    score = squad(
-        [{"prediction_text": given, "id": "0"}],
-        [{"answers": {"answer_start": [0], "text": [wanted]}, "id": "0"}],
-    )
-    return score["exact_match"].item() / 100, score["f1"].item() / 100
 
 
 def continued(receiver: Any, tokenizer: Any, prompt_ids: torch.Tensor, cache: Any) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from .measure import Strategy, TextExample
+from ..example import TextExample
+from .measure import Strategy
 
 
 def table(strategies: Sequence[Strategy], title: str) -> Table:

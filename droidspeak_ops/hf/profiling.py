@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -32,6 +32,8 @@ JUDGED = 8
 SET_SIZES = (2, 3, 4, 6, 8, 12, 16, 24)
 """Of the sets of most sensitive units; a unit is as many layers as the granularity says."""
 
+_LONGER = 2  # times the wanted answer, that an answer may be
+
 Measured = tuple[list[float], list[float]]
 """Divergence and agreement of every candidate on a context."""
 
@@ -44,6 +46,7 @@ def profile(
     maps: Maps | None = None,
     granularity: int = 1,
     costs: CostModel | None = None,
+    score: Callable[[torch.Tensor, torch.Tensor], float] | None = None,
     journal: str | os.PathLike[str] | None = None,
     seed: int = 0,
     show_progress: bool = True,
@@ -63,6 +66,9 @@ def profile(
         maps: of this pair, to try what they are worth outside the bands and where bands start.
         granularity: layers between the starts, and the ends, of the bands to try.
         costs: of the receiver, if they have been measured; they are measured now otherwise.
+        score: of token ids that the receiver has answered and of those wanted, ``[N]`` each, such as
+            ``metrics.of_tokens(metrics.f1, tokenizer)``. The best plans for their time are then judged by the answers that the
+            receiver gives, and chosen by what they lose of the score.
         journal: a file that remembers finished contexts, so that a run which was killed goes on.
         seed: of the order of contexts.
         show_progress: whether to draw bars on stderr.
@@ -90,28 +96,41 @@ def profile(
         "profile of": [each.weights for each in fingerprints],
         "maps": digest,
         "granularity": granularity,
+        "scored": score is not None,
         "examples": examples_digest([example for group in groups for example in group]),
     }
     finished = Journal(journal, run)
     tried = _Tried(decoder, maps, granularity)
     third = len(groups) // 3
     with bars(show_progress) as progress:
-        task = progress.add_task("Profiling", total=len(groups), completed=len(finished.done))
+        task = progress.add_task("Profiling", total=len(groups), completed=min(len(finished.done), len(groups)))
         for number in range(len(finished.done), len(groups)):
             candidates = tried.bands if number < third else tried.all_after(finished.done[:third])
             finished.add(_measure(sender, decoder, maps, groups[number], candidates))
             progress.advance(task)
-    points = tried.points(finished.done, third)
-    return Frontier(
+    measured, scored = finished.done[: len(groups)], finished.done[len(groups) :]
+    frontier = Frontier(
         *fingerprints,
         maps=digest,
-        points=tuple(points),
+        points=tuple(tried.points(measured, third)),
         costs=measure_costs(receiver, show_progress=show_progress) if costs is None else costs,
         contexts=tuple(group[0].context.shape[1] for group in groups),
         held_out=third,
         granularity=granularity,
         seed=seed,
     )
+    if score is None:
+        return frontier
+    best = frontier.pareto()
+    with bars(show_progress) as progress:
+        task = progress.add_task("Scoring answers", total=len(groups), completed=len(scored))
+        for group in groups[len(scored) :]:
+            finished.add(_score(sender, decoder, maps, group, best, score))
+            progress.advance(task)
+    full, *of_best = zip(*finished.done[len(groups) :], strict=True)
+    scores = dict(zip(map(id, best), of_best, strict=True))
+    points = tuple(replace(point, scores=scores.get(id(point))) for point in frontier.points)
+    return replace(frontier, points=points, scores=full)
 
 
 class Filling(NamedTuple):
@@ -237,3 +256,27 @@ def _measure(
         totals += torch.tensor(judged(decoder, states, decoder.logits(states[own])), dtype=torch.float64)
     divergences, agreements = (totals / len(examples)).tolist()
     return divergences, agreements
+
+
+@torch.no_grad()
+def _score(
+    sender: PreTrainedModel,
+    decoder: Decoder,
+    maps: Maps | None,
+    examples: Sequence[Example],
+    points: Sequence[Point],
+    score: Callable[[torch.Tensor, torch.Tensor], float],
+) -> list[float]:
+    """The score of the receiver's answers on one context, after full prefill and with every point: the mean of its examples."""
+    receiver = decoder.model
+    context = capture(sender, examples[0].context, layers=range(decoder.num_layers))
+    totals = [0.0] * (1 + len(points))
+    for example in examples:
+        for place, point in enumerate([None, *points]):
+            cache = None
+            if point is not None:
+                cache = partial_prefill(receiver, context, point.plan, maps=maps)
+            longest = _LONGER * example.answer.shape[1]
+            out = receiver.generate(example.prompt, past_key_values=cache, max_new_tokens=longest, do_sample=False)
+            totals[place] += score(out[0, example.prompt.shape[1] :], example.answer[0])
+    return [total / len(examples) for total in totals]
