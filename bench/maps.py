@@ -110,13 +110,13 @@ class Loaded:
         return continued(self.receiver, self.tokenizer, example.prompt, cache)
 
 
-def maps_of(name: str, pair: Loaded) -> tuple[ds.Maps, float, int]:
+def maps_of(name: str, pair: Loaded, contexts: int = CALIBRATION_CONTEXTS) -> tuple[ds.Maps, float, int]:
     """The maps of a pair, the seconds their fit took and on how many tokens; fitted once, then kept."""
-    path = cache_folder() / "variants" / f"maps-{name}.safetensors"
+    path = cache_folder() / "variants" / f"maps-{name}-{contexts}.safetensors"
     note = path.with_suffix(".txt")
     if not note.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        examples = pair.examples("calibration", CALIBRATION_CONTEXTS)
+        examples = pair.examples("calibration", contexts)
         began = time.perf_counter()
         ds.fit(pair.sender, pair.receiver, examples, bands=BANDS).save(path)
         note.write_text(f"{time.perf_counter() - began} {tokens_of(examples)}")

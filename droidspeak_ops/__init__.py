@@ -8,7 +8,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import ops
+from . import metrics, ops
 from ._version import __version__
 from .context import SharedContext
 from .cost import CostModel
@@ -47,6 +47,7 @@ __all__ = [
     "capture_batch",
     "fit",
     "measure_costs",
+    "metrics",
     "ops",
     "partial_prefill",
     "partial_prefill_batch",

@@ -59,7 +59,7 @@ def test_some_tokens_selected_are_those_that_differ_most(pair: Loaded) -> None:
 def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [ds.Example(tokens(60), tokens(5), tokens(6)) for _ in range(10)]
     monkeypatch.setattr(paper.Loaded, "of", lambda name: pair)
-    monkeypatch.setattr(paper, "maps_of", lambda name, of: (maps, 0.0, 0))
+    monkeypatch.setattr(paper, "maps_of", lambda name, of, contexts: (maps, 0.0, 0))
     monkeypatch.setattr(pair.__class__, "examples", lambda self, split, contexts: examples)
     monkeypatch.setattr(paper, "CONTIGUOUS", (2, 3))
     monkeypatch.setattr(paper, "TIMED_TOKENS", 80)

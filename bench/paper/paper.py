@@ -34,7 +34,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "variants"))
 import results_page
-from maps import LONG, Loaded, maps_of
+from maps import CALIBRATION_CONTEXTS, LONG, Loaded, maps_of
 from pairs import PAIRS
 from quality import mean_and_interval, ratio_and_interval
 from reporting import Row, show, write_csv
@@ -116,32 +116,32 @@ def split(pair: Loaded, profiled: int, judged: int) -> tuple[list[ds.Example], l
     return short[:profiled], examples[:judged]
 
 
-def profile_pair(name: str, folder: Path, profiled: int, judged: int, granularity: int) -> None:
+def profile_pair(name: str, args: argparse.Namespace) -> None:
     pair = Loaded.of(name)
-    maps, _, _ = maps_of(name, pair)
-    examples, _ = split(pair, profiled, judged)
-    costs = ds.CostModel(**json.loads((folder / "costs.json").read_text(encoding="utf-8")))
+    maps, _, _ = maps_of(name, pair, args.calibrated)
+    examples, _ = split(pair, args.profiled, args.judged)
+    costs = ds.CostModel(**json.loads((args.folder / "costs.json").read_text(encoding="utf-8")))
     frontier = ds.profile(
         pair.sender,
         pair.receiver,
         examples,
         maps=maps,
-        granularity=granularity,
+        granularity=args.granularity,
         costs=costs,
-        journal=folder / f".{name}.journal",
+        journal=args.folder / f".{name}.journal",
     )
-    (folder / name).mkdir(exist_ok=True)
-    frontier.save(folder / name / "frontier.json")
-    (folder / f".{name}.journal").unlink()
-    write_report(frontier, folder / name, f"{pair.named.what} ({pair.named.sender} to {pair.named.receiver})")
+    (args.folder / name).mkdir(exist_ok=True)
+    frontier.save(args.folder / name / "frontier.json")
+    (args.folder / f".{name}.journal").unlink()
+    write_report(frontier, args.folder / name, f"{pair.named.what} ({pair.named.sender} to {pair.named.receiver})")
 
 
 @torch.no_grad()
-def judge_pair(name: str, folder: Path, profiled: int, judged: int, answered: int) -> list[Row]:
+def judge_pair(name: str, args: argparse.Namespace) -> list[Row]:
     pair = Loaded.of(name)
-    maps, _, _ = maps_of(name, pair)
-    _, examples = split(pair, profiled, judged)
-    ways = list(ways_of(Frontier.load(folder / name / "frontier.json")))
+    maps, _, _ = maps_of(name, pair, args.calibrated)
+    _, examples = split(pair, args.profiled, args.judged)
+    ways = list(ways_of(Frontier.load(args.folder / name / "frontier.json")))
     texts = pair.named.task.examples("test", 64)
     kl: list[list[float]] = [[] for _ in ways]
     agreement: list[list[float]] = [[] for _ in ways]
@@ -154,7 +154,7 @@ def judge_pair(name: str, folder: Path, profiled: int, judged: int, answered: in
             found = following(pair, way.fill(pair, maps, context), example)
             kl[place].append((wanted.exp() * (wanted - found)).sum(-1).mean().item())
             agreement[place].append((wanted.argmax(-1) == found.argmax(-1)).double().mean().item())
-        if number < answered:
+        if number < args.answered:
             for title, way in {"full prefill": None, **{each.name: each for each in ways if each.band == 0}}.items():
                 plan = None if way is None else way.point.plan
                 used = maps if way is not None and way.point.rest == "fitted" else None
@@ -203,11 +203,11 @@ def following(pair: Loaded, cache: Any, example: ds.Example) -> torch.Tensor:
 
 
 @torch.no_grad()
-def time_pair(name: str, folder: Path, rounds: int) -> list[Row]:
+def time_pair(name: str, args: argparse.Namespace) -> list[Row]:
     """Full prefill and every way timed in turn."""
     pair = Loaded.of(name)
-    maps, _, _ = maps_of(name, pair)
-    frontier = Frontier.load(folder / name / "frontier.json")
+    maps, _, _ = maps_of(name, pair, args.calibrated)
+    frontier = Frontier.load(args.folder / name / "frontier.json")
     ids = pair.examples("test", 64)
     long = max((example.prompt for example in ids), key=lambda prompt: prompt.shape[1])
     prompt = long.repeat(1, 1 + TIMED_TOKENS // long.shape[1])[:, : TIMED_TOKENS + SUFFIX_TOKENS]
@@ -223,7 +223,7 @@ def time_pair(name: str, folder: Path, rounds: int) -> list[Row]:
     seconds: dict[str, list[float]] = {plan: [] for plan in starts}
     for each in starts.values():
         each()
-    for _ in track(range(rounds), f"{name}: timing"):
+    for _ in track(range(args.rounds), f"{name}: timing"):
         for plan, each in starts.items():
             seconds[plan].append(timed(each)[1])
     return [
@@ -243,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="PAIR", help=", ".join(PAIRS))
+    parser.add_argument("--calibrated", type=int, default=CALIBRATION_CONTEXTS, help="contexts that maps are fitted to")
     parser.add_argument("--profiled", type=int, default=24, help="contexts that plans are chosen by, a third held out")
     parser.add_argument("--judged", type=int, default=40, help="contexts that they are judged on")
     parser.add_argument("--answered", type=int, default=24, help="of those, contexts whose answers are scored")
@@ -260,10 +261,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (args.folder / "costs.json").write_text(json.dumps(asdict(costs), indent=1) + "\n", encoding="utf-8")
     if "profile" in args.only:
         for name in args.pairs:
-            profile_pair(name, args.folder, args.profiled, args.judged, args.granularity)
+            profile_pair(name, args)
     measures: dict[str, tuple[str, Callable[[str], list[Row]]]] = {
-        "judge": ("judged", lambda name: judge_pair(name, args.folder, args.profiled, args.judged, args.answered)),
-        "time": ("times", lambda name: time_pair(name, args.folder, args.rounds)),
+        "judge": (
+            "judged",
+            lambda name: judge_pair(name, args),
+        ),
+        "time": ("times", lambda name: time_pair(name, args)),
     }
     for step, (title, measure) in measures.items():
         if step in args.only:
