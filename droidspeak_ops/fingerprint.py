@@ -99,9 +99,19 @@ _SAMPLES = 8
 
 def _samples(tensors: Sequence[torch.Tensor]) -> list[tuple[float, ...]]:
     """Some elements of each tensor: writing through ``.data``, as merging an adapter does, leaves no other trace."""
-    picked = [t.detach().flatten()[:: max(t.numel() // _SAMPLES, 1)][:_SAMPLES].double() for t in tensors]
+    picked = [_spread(tensor.detach()) for tensor in tensors]
+    if len({part.dtype for part in picked}) > 1:
+        picked = [part.double() for part in picked]
     values = iter(torch.cat(picked).tolist() if picked else [])
     return [tuple(itertools.islice(values, len(part))) for part in picked]
+
+
+def _spread(tensor: torch.Tensor) -> torch.Tensor:
+    """Some elements of all over a tensor: in one operation where that is possible, since every call with maps does it."""
+    step = max(tensor.numel() // _SAMPLES, 1)
+    if not tensor.is_contiguous():
+        return tensor.flatten()[::step][:_SAMPLES]
+    return tensor.as_strided((min(_SAMPLES, -(-tensor.numel() // step)),), (step,))
 
 
 _known: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, bytes]]] = weakref.WeakKeyDictionary()
