@@ -46,6 +46,10 @@ class CostModel:
     machine: str
     tokens: tuple[int, int]
 
+    def __post_init__(self) -> None:
+        for name in ("run", "project", "rest", "tokens"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     def seconds(self, work: Work, tokens: int, bandwidth: float | None = None) -> float:
         """From the context's arrival to the first token's logits, or with a bandwidth from the first byte that is loaded.
 

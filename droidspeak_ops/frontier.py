@@ -132,8 +132,8 @@ class Frontier:
         """The points that no other is both better and faster than, the fastest first; better is of less divergence."""
         found: list[Point] = []
         choosable = [point for point in self.points if point.choosable]
-        for point in sorted(choosable, key=lambda each: (self.seconds(each, tokens, bandwidth), self._kl[id(each)])):
-            if not found or self._kl[id(point)] < self._kl[id(found[-1])]:
+        for point in sorted(choosable, key=lambda each: (self.seconds(each, tokens, bandwidth), self._kl[each])):
+            if not found or self._kl[point] < self._kl[found[-1]]:
                 found.append(point)
         return found
 
@@ -174,11 +174,11 @@ class Frontier:
 
         # Recomputing every layer loses nothing, so that there always is one.
         limit = max_quality_loss + _ROUNDING
-        good = [each for each in self.points if each.choosable and self._loss.get(id(each), math.inf) <= limit]
+        good = [each for each in self.points if each.choosable and self._loss.get(each, math.inf) <= limit]
         in_time = [] if max_ttft is None else [point for point in good if waited(point) <= max_ttft]
         if in_time:
-            return min(in_time, key=lambda each: (self._kl[id(each)], waited(each))).plan
-        return min(good, key=lambda each: (waited(each), self._kl[id(each)])).plan
+            return min(in_time, key=lambda each: (self._kl[each], waited(each))).plan
+        return min(good, key=lambda each: (waited(each), self._kl[each])).plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON; nothing half-written is left in its place."""
@@ -201,7 +201,7 @@ class Frontier:
                 "sender": Fingerprint(**loaded["sender"]),
                 "receiver": Fingerprint(**loaded["receiver"]),
                 "points": tuple(_read_point(point) for point in loaded["points"]),
-                "costs": CostModel(**_tuples(loaded["costs"])),
+                "costs": CostModel(**loaded["costs"]),
                 "contexts": tuple(loaded["contexts"]),
                 "scores": None if loaded["scores"] is None else tuple(loaded["scores"]),
             }
@@ -216,21 +216,21 @@ class Frontier:
         return [value for value in some if value is not None]
 
     @cached_property
-    def _kl(self) -> dict[int, float]:
-        return {id(point): _mean(self._known(point.kl, False)) for point in self.points}
+    def _kl(self) -> dict[Point, float]:
+        return {point: _mean(self._known(point.kl, False)) for point in self.points}
 
     @cached_property
-    def _loss(self) -> dict[int, float]:
+    def _loss(self) -> dict[Point, float]:
         if self.scores is None:
-            return {id(point): 1 - _mean(self._known(point.agreement, False)) for point in self.points}
+            return {point: 1 - _mean(self._known(point.agreement, False)) for point in self.points}
         full = _mean(self._known(self.scores, False))
         scored = {
-            id(point): 1 - _mean(self._known(point.scores, False)) / full if full else 0.0
+            point: 1 - _mean(self._known(point.scores, False)) / full if full else 0.0
             for point in self.points
             if point.scores is not None
         }
         # Recomputing every layer is full prefill, whatever rounding makes of an answer.
-        return scored | {id(point): 0.0 for point in self.points if point.plan.bands == ((0, self.num_layers),)}
+        return scored | {point: 0.0 for point in self.points if point.plan.bands == ((0, self.num_layers),)}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -203,6 +203,9 @@ def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypat
     frontier.save(tmp_path / "frontier.json")
     assert ds.Frontier.load(tmp_path / "frontier.json") == frontier
 
+    # Times differ from run to run; those of a run that goes on are those that it began with.
+    monkeypatch.setattr(profiling, "measure_costs", lambda *args, **options: COSTS)
+    options["costs"] = None
     scored, original = [], profiling._score
 
     def interrupted(*args):
@@ -214,7 +217,8 @@ def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypat
     monkeypatch.setattr(profiling, "_score", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ds.profile(*pair, some, **options, journal=tmp_path / "journal")
-    monkeypatch.undo()
+    monkeypatch.setattr(profiling, "_score", original)
+    monkeypatch.setattr(profiling, "measure_costs", lambda *args, **options: pytest.fail("measured again"))
     assert ds.profile(*pair, some, **options, journal=tmp_path / "journal") == frontier
 
 

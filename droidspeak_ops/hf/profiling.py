@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -108,12 +108,14 @@ def profile(
             candidates = tried.bands if number < third else tried.all_after(finished.done[:third])
             finished.add(_measure(sender, decoder, maps, groups[number], candidates))
             progress.advance(task)
-    measured, scored = finished.done[: len(groups)], finished.done[len(groups) :]
+    if len(finished.done) == len(groups):
+        finished.add(asdict(measure_costs(receiver, show_progress=show_progress) if costs is None else costs))
+    measured, (known_costs, *scored) = finished.done[: len(groups)], finished.done[len(groups) :]
     frontier = Frontier(
         *fingerprints,
         maps=digest,
         points=tuple(tried.points(measured, third)),
-        costs=measure_costs(receiver, show_progress=show_progress) if costs is None else costs,
+        costs=CostModel(**known_costs),
         contexts=tuple(group[0].context.shape[1] for group in groups),
         held_out=third,
         granularity=granularity,
@@ -127,9 +129,9 @@ def profile(
         for group in groups[len(scored) :]:
             finished.add(_score(sender, decoder, maps, group, best, score))
             progress.advance(task)
-    full, *of_best = zip(*finished.done[len(groups) :], strict=True)
-    scores = dict(zip(map(id, best), of_best, strict=True))
-    points = tuple(replace(point, scores=scores.get(id(point))) for point in frontier.points)
+    full, *of_best = zip(*finished.done[len(groups) + 1 :], strict=True)
+    scores = dict(zip(best, of_best, strict=True))
+    points = tuple(replace(point, scores=scores.get(point)) for point in frontier.points)
     return replace(frontier, points=points, scores=full)
 
 
