@@ -64,6 +64,9 @@ def partial_prefill(
         raise ValueError(f"norm: got {norm!r}; 'hf' or 'folded' is needed")
     ours = decoder.fingerprint(tokenizer, weights=maps is not None)
     context.sender.check_reuse_by(ours)
+    device = decoder.model.device
+    if context.tokens.device != device:
+        raise ReuseError(f"context: on {context.tokens.device}; {device}, the receiver's device, is needed")
     if maps is not None:
         maps.check_pair(context.sender, ours)
         distance = maps.domain.distance(context)
@@ -73,14 +76,11 @@ def partial_prefill(
             warnings.warn(
                 f"maps: not used for a context unlike those they were fitted to (distance {distance:.2f}; up to "
                 f"{maps.domain.limit:.2f} is alike): the layers that they are for are reused",
-                stacklevel=2,
+                stacklevel=3,  # of the caller of what torch.no_grad wraps
             )
             maps = None  # layer 0 is projected from the receiver's own embeddings, which is exact
             roles = tuple("reuse" if role == "project" and layer else role for layer, role in enumerate(roles))
     context.check_hidden(plan.hidden_layers_of(roles))
-    device = decoder.model.device
-    if context.tokens.device != device:
-        raise ReuseError(f"context: on {context.tokens.device}; {device}, the receiver's device, is needed")
     if prompt_ids is not None:
         context.check_prompt(prompt_ids)
 
