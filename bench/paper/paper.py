@@ -11,6 +11,7 @@ contexts. Steps, each of which writes to the folder and is skipped with `--only`
 - `judge`: on contexts that no plan was chosen by, `judged.csv`. `kl` is the divergence of next-token distributions from those
   of the receiver's own full prefill, from the suffix's last token on, with the answer's tokens given; `agreement` is how
   often the likeliest token is the same; `low` and `high` are where 95 % of 10,000 bootstrap values over contexts lie.
+- `answer`: what the answers to some of those contexts score, `answers.csv`.
 - `time`: measured time to first token of the same ways, `times.csv`. To be run alone on the machine.
 - `page`: a plot, and the tables in a page of text, of what is in the folder.
 """
@@ -46,10 +47,11 @@ from droidspeak_ops.frontier import Frontier, Point
 from droidspeak_ops.hf.timing import SUFFIX_TOKENS, first_token, timed
 from droidspeak_ops.report import write_report
 
-STEPS = ("costs", "profile", "judge", "time", "page")
+STEPS = ("costs", "profile", "judge", "answer", "time", "page")
 CONTIGUOUS = (6, 9, 12, 15, 18)
 """Layers of the bands that ways are compared at."""
 FLOORS = (0.05, 0.01)
+ANSWERED = (("all reused", 0), ("all fitted", 0), ("ours in the same time", 6), ("ours in the same time", 9))
 TIMED_TOKENS = 2048
 
 
@@ -142,11 +144,9 @@ def judge_pair(name: str, args: argparse.Namespace) -> list[Row]:
     maps, _, _ = maps_of(name, pair, args.calibrated)
     _, examples = split(pair, args.profiled, args.judged)
     ways = list(ways_of(Frontier.load(args.folder / name / "frontier.json")))
-    texts = pair.named.task.examples("test", 64)
     kl: list[list[float]] = [[] for _ in ways]
     agreement: list[list[float]] = [[] for _ in ways]
-    scores: dict[str, list[float]] = {"full prefill": []}
-    for number, example in enumerate(track(examples, f"{name}: judging")):
+    for example in track(examples, f"{name}: judging"):
         context = pair.read(example)
         own = ds.capture(pair.receiver, example.context)
         wanted = following(pair, ds.partial_prefill(pair.receiver, own, ds.Plan()), example)
@@ -154,13 +154,6 @@ def judge_pair(name: str, args: argparse.Namespace) -> list[Row]:
             found = following(pair, way.fill(pair, maps, context), example)
             kl[place].append((wanted.exp() * (wanted - found)).sum(-1).mean().item())
             agreement[place].append((wanted.argmax(-1) == found.argmax(-1)).double().mean().item())
-        if number < args.answered:
-            for title, way in {"full prefill": None, **{each.name: each for each in ways if each.band == 0}}.items():
-                plan = None if way is None else way.point.plan
-                used = maps if way is not None and way.point.rest == "fitted" else None
-                _, cache = first_token(pair.receiver, context, example.prompt, plan, maps=used)
-                said = continued(pair.receiver, pair.tokenizer, example.prompt, cache)
-                scores.setdefault(title, []).append(pair.named.task.score(said, texts[number].answer))
     rows: list[Row] = []
     bands = {way.band: place for place, way in enumerate(ways) if way.name == "contiguous band"}
     for place, way in enumerate(ways):
@@ -179,9 +172,6 @@ def judge_pair(name: str, args: argparse.Namespace) -> list[Row]:
                     else dict.fromkeys(OF_BAND, "")
                 ),
                 **mean_and_interval("agreement", agreement[place]),
-                "score": mean(scores.get(way.name, [])),
-                "score_full_prefill": mean(scores["full prefill"]),
-                "metric": pair.named.task.metric,
                 "contexts": len(examples),
             }
         )
@@ -191,15 +181,46 @@ def judge_pair(name: str, args: argparse.Namespace) -> list[Row]:
 OF_BAND = ("of_band", "of_band_low", "of_band_high")
 
 
-def mean(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.3f}" if values else ""
-
-
 def following(pair: Loaded, cache: Any, example: ds.Example) -> torch.Tensor:
     """Log-probabilities ``[N, vocabulary]`` at each token of the answer, behind a cache of the context."""
     ids = torch.cat((example.suffix, example.answer[:, :-1]), dim=1)
     out = pair.receiver(ids, past_key_values=cache, use_cache=True, logits_to_keep=example.answer.shape[1])
     return out.logits[0].double().log_softmax(-1)
+
+
+@torch.no_grad()
+def answer_pair(name: str, args: argparse.Namespace) -> list[Row]:
+    """What answers score, of full prefill and of ways that a user would choose between."""
+    pair = Loaded.of(name)
+    maps, _, _ = maps_of(name, pair, args.calibrated)
+    _, examples = split(pair, args.profiled, args.judged)
+    ways = [
+        way for way in ways_of(Frontier.load(args.folder / name / "frontier.json")) if (way.name, way.band) in ANSWERED
+    ]
+    texts = pair.named.task.examples("test", len(examples))
+    plans = [
+        (None, None),
+        *((way.point.plan, maps if way.point.rest == "fitted" else None) for way in ways if way.point),
+    ]
+    scores: list[list[float]] = [[] for _ in plans]
+    for text, example in zip(track(texts[: args.answered], f"{name}: answers"), examples, strict=False):
+        context = pair.read(example)
+        for place, (plan, used) in enumerate(plans):
+            _, cache = first_token(pair.receiver, context, example.prompt, plan, maps=used)
+            said = continued(pair.receiver, pair.tokenizer, example.prompt, cache)
+            scores[place].append(pair.named.task.score(said, text.answer))
+    return [
+        {
+            "pair": name,
+            "way": "full prefill" if way is None else way.name,
+            "plan": "" if way is None else way.plan,
+            "metric": pair.named.task.metric,
+            **mean_and_interval("score", found),
+            **ratio_and_interval("of_full_prefill", found, scores[0]),
+            "contexts": len(found),
+        }
+        for way, found in zip([None, *ways], scores, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -267,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "judged",
             lambda name: judge_pair(name, args),
         ),
+        "answer": ("answers", lambda name: answer_pair(name, args)),
         "time": ("times", lambda name: time_pair(name, args)),
     }
     for step, (title, measure) in measures.items():

@@ -20,16 +20,17 @@ Rows = list[dict[str, str]]
 
 def write(folder: Path, page: Path) -> None:
     """Put tables of all pairs in the folder into the page, and draw `results.png` beside them."""
-    judged, times = (
-        {each.parent.name: _read(each) for each in sorted(folder.glob(f"*/{name}.csv"))} for name in ("judged", "times")
+    judged, answers, times = (
+        {path.parent.name: _read(path) for path in sorted(folder.glob(f"*/{name}.csv"))}
+        for name in ("judged", "answers", "times")
     )
     speedups = {name: {row["plan"]: row["ttft_speedup"] for row in rows} for name, rows in times.items()}
     plot(judged, speedups, folder / "results.png")
-    tables = "\n\n".join(_table(name, rows, speedups.get(name, {})) for name, rows in judged.items())
-    before, after = (
-        page.read_text(encoding="utf-8").split(MARKS[0])[0],
-        page.read_text(encoding="utf-8").split(MARKS[1])[1],
+    tables = "\n\n".join(
+        _table(name, rows, answers.get(name, []), speedups.get(name, {})) for name, rows in judged.items()
     )
+    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
     page.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}", encoding="utf-8")
 
 
@@ -74,24 +75,32 @@ def _bars(rows: Rows) -> tuple[list[float], list[float]]:
     return below, [float(row["kl_high"]) - float(row["kl"]) for row in rows]
 
 
-def _table(name: str, rows: Rows, speedups: dict[str, str]) -> str:
-    metric, contexts = rows[0]["metric"], rows[0]["contexts"]
-    full = f"; {metric} by full prefill {rows[0]['score_full_prefill']}" if rows[0]["score_full_prefill"] else ""
+def _table(name: str, rows: Rows, answers: Rows, speedups: dict[str, str]) -> str:
     lines = [
-        f"### Pair `{name}`, {contexts} contexts{full}",
+        f"### Pair `{name}`",
         "",
-        f"| way | plan | first token | kl | of the band | same next token | {metric} |",
-        "|---|---|---|---|---|---|---|",
+        f"| way | plan | first token | kl | of the band | same next token, {rows[0]['contexts']} contexts |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        speedup = f"{speedups[row['plan']]}x" if row["plan"] in speedups else ""
         of_band = _interval(row, "of_band") if row["of_band"] else ""
-        agreement = _interval(row, "agreement")
         way = f"{row['way']} ({row['band']} layers)" if row["way"] == "contiguous band" else row["way"]
-        lines.append(
-            f"| {way} | {row['plan']} | {speedup} | {_interval(row, 'kl')} | {of_band} | {agreement} | {row['score']} |"
-        )
+        first, kl, agreement = _speedup(row, speedups), _interval(row, "kl"), _interval(row, "agreement")
+        lines.append(f"| {way} | {row['plan']} | {first} | {kl} | {of_band} | {agreement} |")
+    if answers:
+        lines += [
+            "",
+            f"| plan | first token | {answers[0]['metric']}, {answers[0]['contexts']} answers | of full prefill |",
+        ]
+        lines.append("|---|---|---|---|")
+        for row in answers:
+            first, score = _speedup(row, speedups), _interval(row, "score")
+            lines.append(f"| {row['plan'] or row['way']} | {first} | {score} | {_interval(row, 'of_full_prefill')} |")
     return "\n".join(lines)
+
+
+def _speedup(row: dict[str, str], speedups: dict[str, str]) -> str:
+    return f"{speedups[row['plan']]}x" if row["plan"] in speedups else ""
 
 
 def _interval(row: dict[str, str], name: str) -> str:
