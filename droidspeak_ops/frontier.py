@@ -33,6 +33,7 @@ class Point:
     Args:
         plan: for :func:`droidspeak_ops.partial_prefill`.
         rest: what filled the layers outside its bands.
+        with_maps: whether maps were given with it, to fill its rest or to correct the states that its bands start from.
         choosable: whether the plan does this where the maps of the profile, if there are any, are given with it.
         work: what it asks of a model.
         kl: mean divergence of the receiver's next-token distributions from those after its own prefill, in nats; None for a
@@ -43,6 +44,7 @@ class Point:
 
     plan: Plan
     rest: Rest
+    with_maps: bool
     choosable: bool
     work: Work
     kl: tuple[float | None, ...]
@@ -50,7 +52,9 @@ class Point:
     scores: tuple[float, ...] | None = None
 
     def __str__(self) -> str:
-        return str(self.plan).replace("projected", "fitted") if self.rest == "fitted" else str(self.plan)
+        if self.rest == "fitted":
+            return str(self.plan).replace("projected", "fitted")
+        return f"{self.plan} from corrected states" if self.with_maps else str(self.plan)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ COSTS = CostModel(
 
 
 def point(plan: ds.Plan, work: Work, kl: float, loss: float, *, rest="reuse", choosable=True) -> Point:
-    return Point(plan, rest, choosable, work, (kl,) * 6, (1 - loss,) * 6)
+    return Point(plan, rest, rest == "fitted", choosable, work, (kl,) * 6, (1 - loss,) * 6)
 
 
 REUSED = point(ds.Plan(), Work(run=0, projected=0, hidden=0, kv=10), 0.5, 0.2)

@@ -52,7 +52,7 @@ def by_hand(pair, maps, point, example: ds.Example) -> tuple[float, float]:
     """Divergence and agreement of one plan on one example, by two ordinary forward passes."""
     sender, receiver = pair
     context = ds.capture(sender, example.context, layers=range(LAYERS))
-    used = maps if point.rest == "fitted" else None
+    used = maps if point.with_maps else None
     cache = ds.partial_prefill(receiver, context, point.plan, maps=used)
     answer = example.answer[:, :JUDGED]
     ids = torch.cat((example.prompt, answer[:, :-1]), dim=1)
@@ -89,9 +89,15 @@ def test_what_is_tried(tried) -> None:
     frontier = tried[1]
     # With the rest projected, a band of one layer is none; and the band of all layers has no rest.
     for rest, missing in (("reuse", 0), ("project", 1 + LAYERS), ("fitted", 1)):
-        bands = [point.plan.bands for point in frontier.points if point.rest == rest]
+        bands = [
+            point.plan.bands
+            for point in frontier.points
+            if point.rest == rest and point.with_maps == (rest == "fitted")
+        ]
         assert bands.count(()) == 1
         assert len({each for each in bands if len(each) == 1}) == BANDS - missing
+    corrected = [point.plan.bands for point in frontier.points if point.rest == "reuse" and point.with_maps]
+    assert [each for each in corrected if len(each) == 1] == [((2, 3),), ((2, 4),), ((2, 5),)]
     scattered = [point for point in frontier.points if len(point.plan.bands) > 1]
     assert scattered
     assert all(point.kl[:2] == (None, None) and None not in point.kl[2:] for point in scattered)
@@ -105,7 +111,10 @@ def test_sets_are_of_the_most_sensitive_layers(tried) -> None:
     alone = {
         point.plan.bands[0][0]: sum(point.kl[:2])
         for point in frontier.points
-        if point.rest == "reuse" and len(point.plan.bands) == 1 and point.plan.bands[0][1] == point.plan.bands[0][0] + 1
+        if point.rest == "reuse"
+        and not point.with_maps
+        and len(point.plan.bands) == 1
+        and point.plan.bands[0][1] == point.plan.bands[0][0] + 1
     }
     order = sorted(alone, key=alone.__getitem__)
     for point in frontier.points:
@@ -128,7 +137,7 @@ def test_the_work_of_a_plan(tried, maps) -> None:
 def test_with_maps_only_what_they_would_do_is_chosen(tried, maps) -> None:
     for point in tried[1].points:
         corrected = any(start in maps.corrections for start, _ in point.plan.bands)
-        assert point.choosable == (point.rest == "fitted" or (point.rest == "reuse" and not corrected))
+        assert point.choosable == (point.with_maps or (point.rest == "reuse" and not corrected))
 
 
 def test_one_long_pass_from_each_start(pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ from droidspeak_ops.hf.timing import SUFFIX_TOKENS, first_token, timed
 from droidspeak_ops.report import write_report
 
 STEPS = ("costs", "profile", "judge", "answer", "time", "page")
-CONTIGUOUS = (6, 9, 12, 15, 18)
+CONTIGUOUS = (6, 9, 12, 18)
 """Layers of the bands that ways are compared at."""
 FLOORS = (0.05, 0.01)
 ANSWERED = (("all reused", 0), ("all fitted", 0), ("ours in the same time", 6), ("ours in the same time", 9))
@@ -71,7 +71,7 @@ class Way:
     def fill(self, pair: Loaded, maps: ds.Maps, context: ds.SharedContext) -> Any:
         if self.point is None:
             return token_selective_prefill(pair.receiver, context, self.band - 1)
-        used = maps if self.point.rest == "fitted" else None
+        used = maps if self.point.with_maps else None
         return ds.partial_prefill(pair.receiver, context, self.point.plan, maps=used)
 
     @property
@@ -90,7 +90,7 @@ def ways_of(frontier: Frontier) -> Iterator[Way]:
 
     for rest, name in (("reuse", "all reused"), ("project", "all projected"), ("fitted", "all fitted")):
         yield Way(name, next(each for each in frontier.points if each.rest == rest and not each.plan.bands))
-    of_paper = [point for point in frontier.points if point.rest == "reuse" and point.plan.bands]
+    of_paper = [each for each in frontier.points if each.rest == "reuse" and not each.with_maps and each.plan.bands]
     for count in CONTIGUOUS:
         same = [point for point in of_paper if layers(point) == count]
         contiguous = [point for point in same if len(point.plan.bands) == 1]
@@ -200,7 +200,7 @@ def answer_pair(name: str, args: argparse.Namespace) -> list[Row]:
     texts = pair.named.task.examples("test", len(examples))
     plans = [
         (None, None),
-        *((way.point.plan, maps if way.point.rest == "fitted" else None) for way in ways if way.point),
+        *((way.point.plan, maps if way.point.with_maps else None) for way in ways if way.point),
     ]
     scores: list[list[float]] = [[] for _ in plans]
     for text, example in zip(track(texts[: args.answered], f"{name}: answers"), examples, strict=False):

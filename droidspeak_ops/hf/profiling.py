@@ -144,10 +144,11 @@ class Filling(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan and what fills the layers outside its bands."""
+    """A plan, what fills the layers outside its bands, and whether maps are given with it."""
 
     bands: tuple[tuple[int, int], ...]
     rest: Rest
+    with_maps: bool
 
     @property
     def plan(self) -> Plan:
@@ -155,11 +156,17 @@ class Candidate:
 
     def sources(self, depth: int, corrected: Container[int]) -> list[Filling]:
         """For each layer what fills it: the plan of a rest, or the band to the last layer from where its own band starts."""
-        fitted = self.rest == "fitted"
-        sources = [Filling(Plan(project=() if self.rest == "reuse" else "rest"), fitted)] * depth
+        rest = Plan(project=() if self.rest == "reuse" else "rest")
+        sources = [Filling(rest, self.rest == "fitted")] * depth
         for start, end in self.bands:
-            sources[start:end] = [Filling(Plan([(start, depth)]), fitted and start in corrected)] * (end - start)
+            sources[start:end] = [Filling(Plan([(start, depth)]), self.with_maps and start in corrected)] * (
+                end - start
+            )
         return sources
+
+
+def own_prefill(depth: int) -> Candidate:
+    return Candidate(((0, depth),), "reuse", with_maps=False)
 
 
 class _Tried:
@@ -167,26 +174,40 @@ class _Tried:
 
     def __init__(self, decoder: Decoder, maps: Maps | None, granularity: int) -> None:
         self._depth, self._maps = decoder.num_layers, maps
+        self._corrected: Container[int] = () if maps is None else maps.corrections
         self._units = [(start, min(start + granularity, self._depth)) for start in range(0, self._depth, granularity)]
         self._rests: tuple[Rest, ...] = ("reuse", "project") if maps is None else ("reuse", "project", "fitted")
         starts, ends = zip(*self._units, strict=True)
         bands = [(start, end) for start in starts for end in ends if start < end]
         whole = (0, self._depth)
-        self.bands = [Candidate((), rest) for rest in self._rests]
+        self.bands = [Candidate((), rest, rest == "fitted") for rest in self._rests]
         for rest in self._rests:
             # One layer that is recomputed is projected; and where all layers are recomputed there is no rest.
             shortest = 2 if rest == "project" else 1
             tried = [band for band in bands if band != whole and band[1] - band[0] >= shortest]
-            self.bands += [Candidate((band,), rest) for band in tried]
-        self.bands.append(Candidate((whole,), "reuse"))
+            self.bands += self._tried([(band,) for band in tried], rest)
+        self.bands.append(own_prefill(self._depth))
 
     def all_after(self, pilot: Sequence[Measured]) -> list[Candidate]:
         """With sets of the layers that are the most sensitive on some contexts: those whose recomputing alone helps most."""
-        alone = {each.bands[0]: place for place, each in enumerate(self.bands) if each.rest == "reuse" and each.bands}
+        alone = {
+            each.bands[0]: place
+            for place, each in enumerate(self.bands)
+            if each.rest == "reuse" and each.bands and not each.with_maps
+        }
         units = sorted(self._units, key=lambda unit: sum(divergences[alone[unit]] for divergences, _ in pilot))
         sets = {_joined(units[:size]): None for size in SET_SIZES if size < len(units)}
         scattered = [bands for bands in sets if len(bands) > 1]
-        return self.bands + [Candidate(bands, rest) for rest in self._rests for bands in scattered]
+        return self.bands + [each for rest in self._rests for each in self._tried(scattered, rest)]
+
+    def _tried(self, every: Sequence[tuple[tuple[int, int], ...]], rest: Rest) -> list[Candidate]:
+        """Bands with a rest; where it is reused and maps correct a start, from corrected states too."""
+        tried = [Candidate(bands, rest, rest == "fitted") for bands in every]
+        if rest == "reuse":
+            tried += [
+                Candidate(bands, rest, True) for bands in every if any(start in self._corrected for start, _ in bands)
+            ]
+        return tried
 
     def points(self, measured: Sequence[Measured], pilot: int) -> Iterable[Point]:
         for place, candidate in enumerate(self.all_after(measured[:pilot])):
@@ -195,14 +216,20 @@ class _Tried:
                 for column in zip(*measured, strict=True)
             )
             yield Point(
-                candidate.plan, candidate.rest, self._choosable(candidate), self._work(candidate), kl, agreement
+                candidate.plan,
+                candidate.rest,
+                candidate.with_maps,
+                self._choosable(candidate),
+                self._work(candidate),
+                kl,
+                agreement,
             )
 
     def _choosable(self, candidate: Candidate) -> bool:
         """With maps at hand, a plan that projects means them; and its bands start from what they correct."""
-        if self._maps is None or candidate.rest == "fitted":
+        if self._maps is None or candidate.with_maps:
             return True
-        return candidate.rest == "reuse" and not any(start in self._maps.corrections for start, _ in candidate.bands)
+        return candidate.rest == "reuse" and not any(start in self._corrected for start, _ in candidate.bands)
 
     def _work(self, candidate: Candidate) -> Work:
         plan = candidate.plan
@@ -250,7 +277,7 @@ def _measure(
 
     corrected: Container[int] = () if maps is None else maps.corrections
     mixtures = [each.sources(depth, corrected) for each in candidates]
-    own = candidates.index(Candidate(((0, depth),), "reuse"))
+    own = candidates.index(own_prefill(depth))
     totals = torch.zeros(2, len(candidates), dtype=torch.float64)
     for example in examples:
         ids = torch.cat((example.suffix, example.answer[:, :JUDGED][:, :-1]), dim=1)
