@@ -39,12 +39,19 @@ def plot(judged: dict[str, Rows], speedups: dict[str, dict[str, str]], path: Pat
     figure = Figure(figsize=(1 + 3.6 * len(judged), 4.2), layout="constrained")
     (panels,) = figure.subplots(1, len(judged), squeeze=False)
     for axes, (name, rows) in zip(panels, judged.items(), strict=True):
+        bands = {row["band"]: row["plan"] for row in rows if row["way"] == "contiguous band"}
         for way, colour in COLOURS.items():
-            some = [row for row in rows if row["way"] == way and row["plan"] in speedups.get(name, {})]
-            some.sort(key=lambda row: float(speedups[name][row["plan"]]))
+            # What stands for a band is drawn at the band's time, unless it was timed itself.
+            faster = {
+                row["plan"]: speedups.get(name, {}).get(row["plan"], speedups.get(name, {}).get(bands[row["band"]]))
+                for row in rows
+                if row["way"] == way
+            }
+            some = [row for row in rows if row["way"] == way and faster[row["plan"]]]
+            some.sort(key=lambda row, faster=faster: float(faster[row["plan"]]))
             if some:
                 axes.errorbar(
-                    [float(speedups[name][row["plan"]]) for row in some],
+                    [float(faster[row["plan"]]) for row in some],
                     [float(row["kl"]) for row in some],
                     _bars(some),
                     color=colour,
