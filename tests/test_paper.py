@@ -67,7 +67,7 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
     (tmp_path / "costs.json").write_text(json.dumps(asdict(COSTS)))
     page = tmp_path / "results.md"
     page.write_text(f"before\n{results_page.MARKS[0]}\nold\n{results_page.MARKS[1]}\nafter\n")
-    steps = [step for step in paper.STEPS if step not in ("costs", "answer")]
+    steps = [step for step in paper.STEPS if step not in ("costs", "profiler", "answer")]
     options = ["--profiled", "6", "--judged", "4", "--granularity", "1", "--rounds", "1"]
     paper.main(["--only", *steps, "--pairs", "lora", "--folder", str(tmp_path), "--page", str(page), *options])
 

@@ -233,7 +233,7 @@ def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypat
 
 def test_an_interrupted_run_goes_on(pair, tried, maps, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     some, frontier = tried
-    journal, measured, original = tmp_path / "journal", [], profiling._measure
+    journal, measured, original = tmp_path / "journal", [], profiling.measure_context
 
     def interrupted(*args):
         if len(measured) == 4:
@@ -241,7 +241,7 @@ def test_an_interrupted_run_goes_on(pair, tried, maps, tmp_path, monkeypatch: py
         measured.append(args)
         return original(*args)
 
-    monkeypatch.setattr(profiling, "_measure", interrupted)
+    monkeypatch.setattr(profiling, "measure_context", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ds.profile(*pair, some, maps=maps, costs=COSTS, journal=journal, show_progress=False)
     assert len(measured) == 4

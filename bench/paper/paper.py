@@ -7,6 +7,7 @@ For each pair maps are fitted and plans profiled; then what is chosen, and what 
 contexts. Steps, each of which writes to the folder and is skipped with `--only` others:
 
 - `costs`: times of the receiver on this machine. To be run alone on it.
+- `profiler`: what profiling a context costs, without maps, every band of all layers. To be run alone on the machine.
 - `profile`: quality against cost of every band, and a report for each pair.
 - `judge`: on contexts that no plan was chosen by, `judged.csv`. `kl` is the divergence of next-token distributions from those
   of the receiver's own full prefill, from the suffix's last token on, with the answer's tokens given; `agreement` is how
@@ -44,10 +45,12 @@ from token_selective import token_selective_prefill
 import droidspeak_ops as ds
 from droidspeak_ops.demo.measure import continued
 from droidspeak_ops.frontier import Frontier, Point
+from droidspeak_ops.hf.decoder import Decoder
+from droidspeak_ops.hf.profiling import JUDGED, Tried, measure_context
 from droidspeak_ops.hf.timing import SUFFIX_TOKENS, first_token, timed
 from droidspeak_ops.report import write_report
 
-STEPS = ("costs", "profile", "judge", "answer", "time", "page")
+STEPS = ("costs", "profiler", "profile", "judge", "answer", "time", "page")
 CONTIGUOUS = (6, 9, 12, 18)
 """Layers of the bands that ways are compared at."""
 FLOORS = (0.05, 0.01)
@@ -261,6 +264,31 @@ def time_pair(name: str, args: argparse.Namespace) -> list[Row]:
     ]
 
 
+@torch.no_grad()
+def profiler_cost(name: str) -> list[Row]:
+    """What profiling one context costs, in full prefills of it that are timed before and after."""
+    pair = Loaded.of(name)
+    decoder, vocabulary = Decoder(pair.receiver), pair.receiver.config.vocab_size
+    example = ds.Example(*(torch.randint(vocabulary, (1, count)) for count in (TIMED_TOKENS, SUFFIX_TOKENS, JUDGED)))
+    context = ds.capture(pair.receiver, example.context)
+    full = partial(first_token, pair.receiver, context, example.prompt, None)
+    full()
+    tried = Tried(decoder, None, 1)
+    before = [timed(full)[1] for _ in range(3)]
+    _, seconds = timed(lambda: measure_context(pair.sender, decoder, None, [example], tried.bands))
+    one = statistics.median(before + [timed(full)[1] for _ in range(3)])
+    return [
+        {
+            "pair": name,
+            "tokens": TIMED_TOKENS,
+            "plans": len(tried.bands),
+            "seconds": f"{seconds:.0f}",
+            "full_prefill_seconds": f"{one:.2f}",
+            "full_prefills": f"{seconds / one:.1f}",
+        }
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
@@ -281,6 +309,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "costs" in args.only:
         costs = ds.measure_costs(Loaded.of(args.pairs[0]).receiver)
         (args.folder / "costs.json").write_text(json.dumps(asdict(costs), indent=1) + "\n", encoding="utf-8")
+    if "profiler" in args.only:
+        rows = profiler_cost(args.pairs[0])
+        show(rows, f"profiler: {where}")
+        write_csv(rows, where, args.folder / "profiler.csv")
     if "profile" in args.only:
         for name in args.pairs:
             profile_pair(name, args)

@@ -100,13 +100,13 @@ def profile(
         "examples": examples_digest([example for group in groups for example in group]),
     }
     finished = Journal(journal, run)
-    tried = _Tried(decoder, maps, granularity)
+    tried = Tried(decoder, maps, granularity)
     third = len(groups) // 3
     with bars(show_progress) as progress:
         task = progress.add_task("Profiling", total=len(groups), completed=min(len(finished.done), len(groups)))
         for number in range(len(finished.done), len(groups)):
             candidates = tried.bands if number < third else tried.all_after(finished.done[:third])
-            finished.add(_measure(sender, decoder, maps, groups[number], candidates))
+            finished.add(measure_context(sender, decoder, maps, groups[number], candidates))
             progress.advance(task)
     if len(finished.done) == len(groups):
         finished.add(asdict(measure_costs(receiver, show_progress=show_progress) if costs is None else costs))
@@ -169,7 +169,7 @@ def own_prefill(depth: int) -> Candidate:
     return Candidate(((0, depth),), "reuse", with_maps=False)
 
 
-class _Tried:
+class Tried:
     """What is tried: bands, then sets of the most sensitive layers."""
 
     def __init__(self, decoder: Decoder, maps: Maps | None, granularity: int) -> None:
@@ -185,7 +185,7 @@ class _Tried:
             # One layer that is recomputed is projected; and where all layers are recomputed there is no rest.
             shortest = 2 if rest == "project" else 1
             tried = [band for band in bands if band != whole and band[1] - band[0] >= shortest]
-            self.bands += self._tried([(band,) for band in tried], rest)
+            self.bands += self._with_rest([(band,) for band in tried], rest)
         self.bands.append(own_prefill(self._depth))
 
     def all_after(self, pilot: Sequence[Measured]) -> list[Candidate]:
@@ -198,9 +198,9 @@ class _Tried:
         units = sorted(self._units, key=lambda unit: sum(divergences[alone[unit]] for divergences, _ in pilot))
         sets = {_joined(units[:size]): None for size in SET_SIZES if size < len(units)}
         scattered = [bands for bands in sets if len(bands) > 1]
-        return self.bands + [each for rest in self._rests for each in self._tried(scattered, rest)]
+        return self.bands + [each for rest in self._rests for each in self._with_rest(scattered, rest)]
 
-    def _tried(self, every: Sequence[tuple[tuple[int, int], ...]], rest: Rest) -> list[Candidate]:
+    def _with_rest(self, every: Sequence[tuple[tuple[int, int], ...]], rest: Rest) -> list[Candidate]:
         """Bands with a rest; where it is reused and maps correct a start, from corrected states too."""
         tried = [Candidate(bands, rest, rest == "fitted") for bands in every]
         if rest == "reuse":
@@ -256,7 +256,7 @@ def _joined(units: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(bands)
 
 
-def _measure(
+def measure_context(
     sender: PreTrainedModel,
     decoder: Decoder,
     maps: Maps | None,
