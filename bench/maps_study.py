@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from reporting import Row
+from reporting import ReadRows, Row, read_csv, with_bars
 
 import droidspeak_ops as ds
 from droidspeak_ops.hf.decoder import Decoder
@@ -111,11 +110,9 @@ def plot(folder: Path) -> None:
     for part, draw in (("pairs", _pairs), ("tokens", _tokens), ("layers", _layers)):
         path = folder / f"{part}.csv"
         if path.exists():
-            with path.open(newline="") as file:
-                draw(list(csv.DictReader(file)), folder / f"{part}.png")
+            draw(read_csv(path), folder / f"{part}.png")
 
 
-Rows = Sequence[dict[str, str]]
 WAYS = {
     "reuse": "#b8b8b8",
     "fitted, no hidden states": "#9ecae1",
@@ -125,19 +122,14 @@ WAYS = {
 }
 
 
-def _interval(row: dict[str, str], name: str) -> tuple[float, float, float]:
-    value, low, high = (float(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
-    return value, value - low, high - value
-
-
-def _pairs(rows: Rows, path: Path) -> None:
+def _pairs(rows: ReadRows, path: Path) -> None:
     names = list(dict.fromkeys(row["pair"] for row in rows))
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(WAYS)
     for number, (way, colour) in enumerate(WAYS.items()):
         values, below, above = zip(
-            *(_interval(row, "of_reuse") for name in names for row in rows if (row["pair"], row["way"]) == (name, way)),
+            *(with_bars(row, "of_reuse") for name in names for row in rows if (row["pair"], row["way"]) == (name, way)),
             strict=True,
         )
         places = [place + (number - len(WAYS) / 2 + 0.5) * width for place in range(len(names))]
@@ -154,7 +146,7 @@ def _pairs(rows: Rows, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _tokens(rows: Rows, path: Path) -> None:
+def _tokens(rows: ReadRows, path: Path) -> None:
     names = list(dict.fromkeys(row["pair"] for row in rows))
     figure = Figure(figsize=(2 + 4 * len(names), 3.8), layout="constrained")
     (row_of_axes,) = figure.subplots(1, len(names), squeeze=False, sharey=True)
@@ -162,7 +154,7 @@ def _tokens(rows: Rows, path: Path) -> None:
         of_pair = [row for row in rows if row["pair"] == name]
         for way in dict.fromkeys(row["way"] for row in of_pair):
             of_way = [row for row in of_pair if row["way"] == way]
-            values, below, above = zip(*(_interval(row, "of_reuse") for row in of_way), strict=True)
+            values, below, above = zip(*(with_bars(row, "of_reuse") for row in of_way), strict=True)
             axes.errorbar(
                 [int(row["tokens"]) for row in of_way], values, (below, above), label=way, color=WAYS[way], marker="o"
             )
@@ -176,7 +168,7 @@ def _tokens(rows: Rows, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _layers(rows: Rows, path: Path) -> None:
+def _layers(rows: ReadRows, path: Path) -> None:
     names = list(dict.fromkeys(row["pair"] for row in rows))
     figure = Figure(figsize=(3.3 * len(names), 5.4), layout="constrained")
     grid = figure.subplots(2, len(names), squeeze=False, sharex=True, sharey="row")

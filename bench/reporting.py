@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, object]
+ReadRows = list[dict[str, str]]
 
 
 def show(rows: Sequence[Row], title: str, note: str | None = None) -> None:
@@ -27,3 +28,15 @@ def write_csv(rows: Sequence[Row], title: str, path: Path) -> None:
         writer = csv.DictWriter(file, [*rows[0], "setting"])
         writer.writeheader()
         writer.writerows({**row, "setting": title.replace("\n", ", ")} for row in rows)
+
+
+def read_csv(path: Path) -> ReadRows:
+    """What :func:`write_csv` wrote."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def with_bars(row: dict[str, str], name: str) -> tuple[float, float, float]:
+    """A value, and how far its interval reaches below and above it."""
+    value, low, high = (float(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
+    return value, value - low, high - value

@@ -88,6 +88,10 @@ class Frontier:
         """Mean divergence from full prefill, in nats, on the contexts that plans are chosen by or on the held-out ones."""
         return self._estimate(point.kl, held_out)
 
+    def mean_kl(self, point: Point) -> float:
+        """The value of :meth:`kl` on the contexts that plans are chosen by, without its interval."""
+        return self._kl[point]
+
     def quality_loss(self, point: Point, *, held_out: bool = False) -> Estimate:
         """What a plan loses: of the score of answers, relative to full prefill, where they were scored; elsewhere the share of
         next tokens that are not those of full prefill.
@@ -101,7 +105,9 @@ class Frontier:
         if point.scores is None:
             raise ValueError(f"point: got {point}, whose answers were not scored")
         both = [self._known(scores, held_out) for scores in (point.scores, self.scores)]
-        return bootstrap.of_means(torch.tensor(both).T, lambda means: 1 - means[..., 0] / means[..., 1])
+        return bootstrap.of_means(
+            torch.tensor(both, dtype=torch.float64).T, lambda means: 1 - means[..., 0] / means[..., 1]
+        )
 
     def point(self, plan: Plan) -> Point:
         """What was measured of a plan that can be chosen.
@@ -212,7 +218,7 @@ class Frontier:
         )
 
     def _estimate(self, values: Sequence[float | None], held_out: bool) -> Estimate:
-        return bootstrap.mean(torch.tensor(self._known(values, held_out)))
+        return bootstrap.mean(torch.tensor(self._known(values, held_out), dtype=torch.float64))
 
     def _known(self, values: Sequence[float | None], held_out: bool) -> list[float]:
         chosen_by = len(self.contexts) - self.held_out

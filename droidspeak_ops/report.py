@@ -97,15 +97,15 @@ def sensitivity(frontier: Frontier) -> Figure:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
     reused = next(point for point in frontier.points if point.rest == "reuse" and not point.plan.bands)
-    base = frontier.kl(reused).value
+    base = frontier.mean_kl(reused)
     ends = {end for point in frontier.points for _, end in point.plan.bands}
     alone = {}
     for point in _bands(frontier, "reuse"):
         start, end = point.plan.bands[0]
         if not any(start < other < end for other in ends):
-            alone[start] = (end, frontier.kl(point))
+            alone[start] = (end, frontier.mean_kl(point))
     starts = sorted(alone)
-    heights = [alone[start][1].value / base for start in starts]
+    heights = [alone[start][1] / base for start in starts]
     widths = [alone[start][0] - start for start in starts]
     axes.bar(starts, heights, widths, align="edge", color=COLOURS["reuse"], edgecolor="white")
     axes.axhline(1, color="black", lw=0.8)
@@ -121,7 +121,7 @@ def bands(frontier: Frontier) -> Figure:
     rests = [rest for rest in NAMES if any(True for _ in _bands(frontier, rest))]
     figure = Figure(figsize=(1 + 4.2 * len(rests), 4.2), layout="constrained")
     (panels,) = figure.subplots(1, len(rests), squeeze=False, sharey=True)
-    values = {rest: {each.plan.bands[0]: frontier.kl(each).value for each in _bands(frontier, rest)} for rest in rests}
+    values = {rest: {each.plan.bands[0]: frontier.mean_kl(each) for each in _bands(frontier, rest)} for rest in rests}
     every = [value for of_rest in values.values() for value in of_rest.values() if value > _SMALLEST]
     shown = None
     for axes, rest in zip(panels, rests, strict=True):
@@ -148,9 +148,9 @@ def frontier_plot(frontier: Frontier) -> Figure:
             label = f"{name}, scattered layers" if scattered else name
             if some:
                 _scatter(axes, frontier, some, marker=marker, color=COLOURS[rest], label=label, alpha=0.6)
-    best = [point for point in frontier.pareto() if frontier.kl(point).value > _SMALLEST]
+    best = _shown(frontier, frontier.pareto())
     axes.plot(
-        [frontier.speedup(point) for point in best], [frontier.kl(point).value for point in best], color="black", lw=1
+        [frontier.speedup(point) for point in best], [frontier.mean_kl(point) for point in best], color="black", lw=1
     )
     for number, floor in enumerate(FLOORS):
         chosen = frontier.point(frontier.choose(max_quality_loss=floor))
@@ -179,7 +179,7 @@ def frontier_plot(frontier: Frontier) -> Figure:
 
 def quality(frontier: Frontier) -> Figure:
     """What the best plans lose, with intervals, where they were chosen by and where not."""
-    best = [point for point in frontier.pareto() if frontier.kl(point).value > _SMALLEST]
+    best = _shown(frontier, frontier.pareto())
     figure = Figure(figsize=(9, 1.2 + 0.32 * len(best)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     measures: Sequence[tuple[Callable[..., Estimate], str]] = (
@@ -219,9 +219,13 @@ def _bands(frontier: Frontier, rest: Rest) -> list[Point]:
     return [point for point in some if len(point.plan.bands) == 1]
 
 
+def _shown(frontier: Frontier, points: Sequence[Point]) -> list[Point]:
+    return [point for point in points if frontier.mean_kl(point) > _SMALLEST]
+
+
 def _scatter(axes, frontier: Frontier, points: Sequence[Point], **style) -> None:  # type: ignore[no-untyped-def]
-    shown = [point for point in points if frontier.kl(point).value > _SMALLEST]
-    axes.scatter([frontier.speedup(each) for each in shown], [frontier.kl(each).value for each in shown], **style)
+    shown = _shown(frontier, points)
+    axes.scatter([frontier.speedup(each) for each in shown], [frontier.mean_kl(each) for each in shown], **style)
 
 
 def _table(frontier: Frontier) -> str:

@@ -129,6 +129,13 @@ def fine_tuned(model: LlamaForCausalLM, change: float = 0.05) -> LlamaForCausalL
     return other
 
 
+def tiny_pair(layers: int) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """A sender and a fine-tune of it, the same at every call."""
+    torch.manual_seed(0)
+    sender = tiny_llama(head_dim=16, layers=layers)
+    return sender, fine_tuned(sender, 0.1)
+
+
 def tokens(count: int, batch: int = 1, vocabulary: int = 101) -> Tensor:
     return torch.randint(1, vocabulary, (batch, count))
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from compare import assert_bitwise_equal, assert_close
-from models import fine_tuned, save_with_tokenizer, tiny, tiny_llama, tokens
+from models import fine_tuned, save_with_tokenizer, tiny, tiny_llama, tiny_pair, tokens
 from peft import LoraConfig, get_peft_model
 
 import droidspeak_ops as ds
@@ -24,9 +24,7 @@ def examples(count: int, length: int = 160) -> list[ds.Example]:
 
 @pytest.fixture(scope="module")
 def pair() -> tuple:
-    torch.manual_seed(0)
-    sender = tiny_llama(head_dim=16, layers=LAYERS)
-    return sender, fine_tuned(sender, 0.1)
+    return tiny_pair(LAYERS)
 
 
 @pytest.fixture(scope="module")

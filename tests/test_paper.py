@@ -11,7 +11,7 @@ import results_page
 import torch
 from compare import assert_close
 from maps import Loaded
-from models import fine_tuned, tiny_llama, tokens
+from models import tiny_pair, tokens
 from pairs import PAIRS
 from token_selective import token_selective_prefill
 
@@ -23,9 +23,7 @@ COSTS = ds.CostModel((0, 1e-4, 0), (0, 1e-5, 0), (0.05, 0, 0), 4000, 1000, "made
 
 @pytest.fixture(scope="module")
 def pair() -> Loaded:
-    torch.manual_seed(0)
-    sender = tiny_llama(head_dim=16, layers=LAYERS)
-    return Loaded(PAIRS["lora"], sender, fine_tuned(sender, 0.1), None)
+    return Loaded(PAIRS["lora"], *tiny_pair(LAYERS), None)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import fine_tuned, save_with_tokenizer, tiny_llama, tokens
+from models import fine_tuned, save_with_tokenizer, tiny_pair, tokens
 
 import droidspeak_ops as ds
 from droidspeak_ops.hf import profiling
@@ -28,9 +28,7 @@ def examples(count: int, answer: int = 12) -> list[ds.Example]:
 
 @pytest.fixture(scope="module")
 def pair() -> tuple:
-    torch.manual_seed(0)
-    sender = tiny_llama(head_dim=16, layers=LAYERS)
-    return sender, fine_tuned(sender, 0.1)
+    return tiny_pair(LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +179,20 @@ def test_the_same_seed_gives_the_same_frontier(pair, tried, maps) -> None:
     assert [point.kl for point in other.points] != [point.kl for point in frontier.points]
 
 
+def interrupted_after(count: int, name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Let a function of the profiler be interrupted after so many calls, until its calls, which are returned, are cleared."""
+    calls, original = [], getattr(profiling, name)
+
+    def interrupted(*args):
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(profiling, name, interrupted)
+    return calls
+
+
 def alike(given: torch.Tensor, wanted: torch.Tensor) -> float:
     """The share of wanted tokens that were given in their place."""
     return float((given[: len(wanted)] == wanted[: len(given)]).double().mean())
@@ -215,15 +227,8 @@ def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypat
     # Times differ from run to run; those of a run that goes on are those that it began with.
     monkeypatch.setattr(profiling, "measure_costs", lambda *args, **options: COSTS)
     options["costs"] = None
-    scored, original = [], profiling._score
-
-    def interrupted(*args):
-        if len(scored) == 2:
-            raise KeyboardInterrupt
-        scored.append(args)
-        return original(*args)
-
-    monkeypatch.setattr(profiling, "_score", interrupted)
+    original = profiling._score
+    interrupted_after(2, "_score", monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         ds.profile(*pair, some, **options, journal=tmp_path / "journal")
     monkeypatch.setattr(profiling, "_score", original)
@@ -233,15 +238,8 @@ def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypat
 
 def test_an_interrupted_run_goes_on(pair, tried, maps, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     some, frontier = tried
-    journal, measured, original = tmp_path / "journal", [], profiling.measure_context
-
-    def interrupted(*args):
-        if len(measured) == 4:
-            raise KeyboardInterrupt
-        measured.append(args)
-        return original(*args)
-
-    monkeypatch.setattr(profiling, "measure_context", interrupted)
+    journal = tmp_path / "journal"
+    measured = interrupted_after(4, "measure_context", monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         ds.profile(*pair, some, maps=maps, costs=COSTS, journal=journal, show_progress=False)
     assert len(measured) == 4
@@ -254,15 +252,12 @@ def test_an_interrupted_run_goes_on(pair, tried, maps, tmp_path, monkeypatch: py
 
 
 SCRIPT = """
-import sys, torch
+import sys
 sys.path.insert(0, sys.argv[1])
 from test_profile import COSTS, LAYERS, examples
-from models import fine_tuned, tiny_llama
+from models import tiny_pair
 import droidspeak_ops as ds
-torch.manual_seed(0)
-sender = tiny_llama(head_dim=16, layers=LAYERS)
-receiver = fine_tuned(sender, 0.1)
-ds.profile(sender, receiver, examples(60), costs=COSTS, journal=sys.argv[2], show_progress=False).save(sys.argv[3])
+ds.profile(*tiny_pair(LAYERS), examples(60), costs=COSTS, journal=sys.argv[2], show_progress=False).save(sys.argv[3])
 """
 
 

@@ -11,7 +11,7 @@ import pytest
 import quality
 import stdlib
 import torch
-from models import fine_tuned, tiny_llama, tokens
+from models import fine_tuned, tiny_llama, tiny_pair, tokens
 
 import droidspeak_ops as ds
 from droidspeak_ops import metrics
@@ -103,9 +103,7 @@ def test_ratios_have_intervals_around_them() -> None:
 
 @pytest.fixture(scope="module")
 def pair() -> maps.Loaded:
-    torch.manual_seed(0)
-    sender = tiny_llama(head_dim=16, layers=LAYERS)
-    return maps.Loaded(pairs.PAIRS["lora"], sender, fine_tuned(sender, 0.1), None)
+    return maps.Loaded(pairs.PAIRS["lora"], *tiny_pair(LAYERS), None)
 
 
 @pytest.fixture(scope="module")

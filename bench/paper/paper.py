@@ -37,13 +37,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "variants"))
 import results_page
 from maps import CALIBRATION_CONTEXTS, LONG, Loaded, maps_of
+from maps import Way as Filling
 from pairs import PAIRS
-from quality import mean_and_interval, ratio_and_interval
+from quality import divergence, mean_and_interval, ratio_and_interval
 from reporting import Row, show, write_csv
 from token_selective import token_selective_prefill
 
 import droidspeak_ops as ds
-from droidspeak_ops.demo.measure import continued
 from droidspeak_ops.frontier import Frontier, Point
 from droidspeak_ops.hf.decoder import Decoder
 from droidspeak_ops.hf.profiling import JUDGED, Tried, measure_context
@@ -87,7 +87,7 @@ def ways_of(frontier: Frontier) -> Iterator[Way]:
     """The paper's, and for each band what the same time buys otherwise; each the best of its kind on the profile's contexts."""
 
     def best(points: Sequence[Point]) -> Point:
-        return min(points, key=lambda point: frontier.kl(point).value)
+        return min(points, key=frontier.mean_kl)
 
     def layers(point: Point) -> int:
         return sum(end - start for start, end in point.plan.bands)
@@ -156,7 +156,7 @@ def judge_pair(name: str, args: argparse.Namespace) -> list[Row]:
         wanted = following(pair, ds.partial_prefill(pair.receiver, own, ds.Plan()), example)
         for place, way in enumerate(ways):
             found = following(pair, way.fill(pair, maps, context), example)
-            kl[place].append((wanted.exp() * (wanted - found)).sum(-1).mean().item())
+            kl[place].append(divergence(wanted, found))
             agreement[place].append((wanted.argmax(-1) == found.argmax(-1)).double().mean().item())
     rows: list[Row] = []
     bands = {way.band: place for place, way in enumerate(ways) if way.name == "contiguous band"}
@@ -202,17 +202,12 @@ def answer_pair(name: str, args: argparse.Namespace) -> list[Row]:
         way for way in ways_of(Frontier.load(args.folder / name / "frontier.json")) if (way.name, way.band) in ANSWERED
     ]
     texts = pair.named.task.examples("test", len(examples))
-    plans = [
-        (None, None),
-        *((way.point.plan, maps if way.point.with_maps else None) for way in ways if way.point),
-    ]
-    scores: list[list[float]] = [[] for _ in plans]
+    fillings = [None, *(Filling(way.point.plan, maps if way.point.with_maps else None) for way in ways if way.point)]
+    scores: list[list[float]] = [[] for _ in fillings]
     for text, example in zip(track(texts[: args.answered], f"{name}: answers"), examples, strict=False):
         context = pair.read(example)
-        for place, (plan, used) in enumerate(plans):
-            _, cache = first_token(pair.receiver, context, example.prompt, plan, maps=used)
-            said = continued(pair.receiver, pair.tokenizer, example.prompt, cache)
-            scores[place].append(pair.named.task.score(said, text.answer))
+        for place, filling in enumerate(fillings):
+            scores[place].append(pair.named.task.score(pair.answer(filling, context, example), text.answer))
     return [
         {
             "pair": name,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from reporting import ReadRows, read_csv, with_bars
 
 MARKS = ("<!-- tables: written by bench/paper/paper.py -->", "<!-- end of tables -->")
 COLOURS = {
@@ -15,13 +15,11 @@ COLOURS = {
     "ours in the same time": "#3182bd",
 }
 
-Rows = list[dict[str, str]]
-
 
 def write(folder: Path, page: Path) -> None:
     """Put tables of all pairs in the folder into the page, and draw `results.png` beside them."""
     judged, answers, times = (
-        {path.parent.name: _read(path) for path in sorted(folder.glob(f"*/{name}.csv"))}
+        {path.parent.name: read_csv(path) for path in sorted(folder.glob(f"*/{name}.csv"))}
         for name in ("judged", "answers", "times")
     )
     speedups = {name: {row["plan"]: row["ttft_speedup"] for row in rows} for name, rows in times.items()}
@@ -34,7 +32,7 @@ def write(folder: Path, page: Path) -> None:
     page.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}", encoding="utf-8")
 
 
-def plot(judged: dict[str, Rows], speedups: dict[str, dict[str, str]], path: Path) -> None:
+def plot(judged: dict[str, ReadRows], speedups: dict[str, dict[str, str]], path: Path) -> None:
     """For each pair the divergence of every way against its measured speed."""
     figure = Figure(figsize=(1 + 3.6 * len(judged), 4.2), layout="constrained")
     (panels,) = figure.subplots(1, len(judged), squeeze=False)
@@ -52,8 +50,7 @@ def plot(judged: dict[str, Rows], speedups: dict[str, dict[str, str]], path: Pat
             if some:
                 axes.errorbar(
                     [float(faster[row["plan"]]) for row in some],
-                    [float(row["kl"]) for row in some],
-                    _bars(some),
+                    *_bars(some),
                     color=colour,
                     marker="o",
                     ms=4,
@@ -63,7 +60,7 @@ def plot(judged: dict[str, Rows], speedups: dict[str, dict[str, str]], path: Pat
             some = [row for row in rows if row["way"] == way and row["plan"] in speedups.get(name, {})]
             if some:
                 at = [float(speedups[name][row["plan"]]) for row in some]
-                axes.errorbar(at, [float(row["kl"]) for row in some], _bars(some), fmt=marker, color="black", label=way)
+                axes.errorbar(at, *_bars(some), fmt=marker, color="black", label=way)
         axes.set_xscale("log")
         axes.set_yscale("log")
         ticks = [1.5, 2, 3, 5, 10, 20]
@@ -77,12 +74,13 @@ def plot(judged: dict[str, Rows], speedups: dict[str, dict[str, str]], path: Pat
     figure.savefig(path, dpi=130)
 
 
-def _bars(rows: Rows) -> tuple[list[float], list[float]]:
-    below = [float(row["kl"]) - float(row["kl_low"]) for row in rows]
-    return below, [float(row["kl_high"]) - float(row["kl"]) for row in rows]
+def _bars(rows: ReadRows) -> tuple[list[float], tuple[list[float], list[float]]]:
+    """The divergences, and their error bars."""
+    values, below, above = map(list, zip(*(with_bars(row, "kl") for row in rows), strict=True))
+    return values, (below, above)
 
 
-def _table(name: str, rows: Rows, answers: Rows, speedups: dict[str, str]) -> str:
+def _table(name: str, rows: ReadRows, answers: ReadRows, speedups: dict[str, str]) -> str:
     lines = [
         f"### Pair `{name}`",
         "",
@@ -112,8 +110,3 @@ def _speedup(row: dict[str, str], speedups: dict[str, str]) -> str:
 
 def _interval(row: dict[str, str], name: str) -> str:
     return f"{row[name]} ({row[f'{name}_low']} to {row[f'{name}_high']})"
-
-
-def _read(path: Path) -> Rows:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))

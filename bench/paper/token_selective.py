@@ -6,6 +6,7 @@ layers, attending to the sender's K and V with their own in place.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,18 +53,16 @@ def token_selective_prefill(receiver: Any, context: ds.SharedContext, layers_run
     """
     decoder = Decoder(receiver)
     depth, tokens = decoder.num_layers, context.tokens.shape[1]
-    filled = ds.partial_prefill(receiver, context, ds.Plan([(0, 2)]))
-    theirs, own = context.kv(1), filled.layers[1]
+    first = Cache(layers=[DynamicLayer() for _ in range(depth)])
+    states = decoder.over(context.tokens).run(0, decoder.embed(context.tokens), first)
+    entering = replace(context, hidden_states={1: states})
+    theirs, own = context.kv(1), ds.partial_prefill(receiver, entering, ds.Plan([(1, 2)])).layers[1]
     apart = (own.values - theirs.values).square().sum((0, 1, 3)) + (own.keys - theirs.keys).square().sum((0, 1, 3))
     count = max(1, round(tokens * (layers_run - 1) / (depth - 1)))
     chosen = apart.topk(min(count, tokens)).indices.sort().values
     cache = Cache(layers=[_Replaced(*context.kv(layer)[:2], chosen) for layer in range(depth)])
-    cache.layers[0] = filled.layers[0]
-    over = _Chosen(decoder, chosen, tokens)
-    # What enters the second layer is known of all tokens; it is computed again for those that go on.
-    whole = decoder.over(context.tokens)
-    states = whole.run(0, decoder.embed(context.tokens), Cache(layers=[DynamicLayer() for _ in range(depth)]))
-    states = states[:, chosen]
+    cache.layers[0] = first.layers[0]
+    over, states = _Chosen(decoder, chosen, tokens), states[:, chosen]
     for layer in range(1, depth):
         states = over.run(layer, states, cache)
     return DynamicCache([(layer.keys, layer.values) for layer in cache.layers])

@@ -10,14 +10,13 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel
 
 from ..context import SharedContext
 from ..cost import CostModel, through
 from ..maps import Maps
 from ..plan import Plan
+from ..progress import bars
 from .decoder import Decoder
 from .receiver import partial_prefill
 from .sender import capture
@@ -89,15 +88,15 @@ def measure_costs(
     decoder = Decoder(receiver)
     depth, plans = decoder.num_layers, (None, Plan(), Plan(project="rest"))
     seconds: list[list[float]] = []
-    steps = track(tokens, "Timing", console=Console(stderr=True), disable=not show_progress)
-    for length in steps:
-        ids = torch.randint(decoder.config.vocab_size, (1, length + SUFFIX_TOKENS), device=decoder.model.device)
-        context = capture(receiver, ids[:, :length], layers=range(depth))
-        ways = [partial(first_token, receiver, context, ids, plan) for plan in plans]
-        for way in ways:
-            way()
-        times = [[timed(way)[1] for way in ways] for _ in range(rounds)]
-        seconds.append([statistics.median(column) for column in zip(*times, strict=True)])
+    with bars(show_progress) as progress:
+        for length in progress.track(tokens, description="Timing"):
+            ids = torch.randint(decoder.config.vocab_size, (1, length + SUFFIX_TOKENS), device=decoder.model.device)
+            context = capture(receiver, ids[:, :length], layers=range(depth))
+            ways = [partial(first_token, receiver, context, ids, plan) for plan in plans]
+            for way in ways:
+                way()
+            times = [[timed(way)[1] for way in ways] for _ in range(rounds)]
+            seconds.append([statistics.median(column) for column in zip(*times, strict=True)])
     full, reused, projected = zip(*seconds, strict=True)
     kv = context.kv(0)
     return CostModel(
