@@ -23,8 +23,6 @@ from .plan import Plan
 Rest = Literal["reuse", "project", "fitted"]
 """What becomes of the layers outside a plan's bands; the last is what its maps say."""
 
-_ROUNDING = 1e-9  # of means of agreements
-
 
 @dataclass(frozen=True)
 class Point:
@@ -109,6 +107,15 @@ class Frontier:
             torch.tensor(both, dtype=torch.float64).T, lambda means: 1 - means[..., 0] / means[..., 1]
         )
 
+    def expected_loss(self, point: Point) -> float:
+        """What a plan is expected to lose, by its divergence: the loss that plans are chosen by.
+
+        Few contexts tell plans apart by their divergence, but not by how many tokens or answers happen to change. A change of
+        the logits that is twice as large changes twice as many of the likeliest tokens and makes four times the divergence,
+        so losses are taken to be in proportion to its root; the factor is of all plans that were tried, or scored.
+        """
+        return self._loss_by_root_kl * self._root_kl(point)
+
     def point(self, plan: Plan) -> Point:
         """What was measured of a plan that can be chosen.
 
@@ -124,11 +131,14 @@ class Frontier:
         """Predicted time to first token; of contexts of the mean length where `tokens` is None."""
         return self.costs.seconds(point.work, self.mean_tokens if tokens is None else tokens, bandwidth)
 
+    def full_prefill_seconds(self, tokens: int | None = None) -> float:
+        """Predicted time to first token of the receiver's own full prefill."""
+        full = Work(run=self.num_layers, projected=0, hidden=0, kv=0)
+        return self.costs.seconds(full, self.mean_tokens if tokens is None else tokens)
+
     def speedup(self, point: Point, tokens: int | None = None, bandwidth: float | None = None) -> float:
         """How many times faster than the receiver's own full prefill, predicted."""
-        full = Work(run=self.num_layers, projected=0, hidden=0, kv=0)
-        tokens = self.mean_tokens if tokens is None else tokens
-        return self.costs.seconds(full, tokens) / self.seconds(point, tokens, bandwidth)
+        return self.full_prefill_seconds(tokens) / self.seconds(point, tokens, bandwidth)
 
     @property
     def num_layers(self) -> int:
@@ -158,11 +168,11 @@ class Frontier:
     ) -> Plan:
         """The plan for a need (paper, appendix B).
 
-        Of the plans whose quality loss is no more than `max_quality_loss`, the best that meets `max_ttft`. Where there is no
-        such limit, and under a load at which none meets it, the cheapest: it keeps the queue short.
+        Of the plans that are expected to lose no more than `max_quality_loss`, the best that meets `max_ttft`. Where there is
+        no such limit, and under a load at which none meets it, the cheapest: it keeps the queue short.
 
         Args:
-            max_quality_loss: what may be lost, as :meth:`quality_loss` counts it.
+            max_quality_loss: what may be lost, as :meth:`expected_loss` foresees it.
             max_ttft: seconds to the first token that are promised.
             tokens: of the context; the mean of the profile's where None.
             bandwidth: bytes a second that contexts are loaded with; None where they are in memory.
@@ -183,8 +193,7 @@ class Frontier:
             return (queue + 1) * self.seconds(point, tokens, bandwidth)
 
         # Recomputing every layer loses nothing, so that there always is one.
-        limit = max_quality_loss + _ROUNDING
-        good = [each for each in self.points if each.choosable and self._loss.get(each, math.inf) <= limit]
+        good = [each for each in self.points if each.choosable and self.expected_loss(each) <= max_quality_loss]
         in_time = [] if max_ttft is None else [point for point in good if waited(point) <= max_ttft]
         if in_time:
             return min(in_time, key=lambda each: (self._kl[each], waited(each))).plan
@@ -229,18 +238,20 @@ class Frontier:
     def _kl(self) -> dict[Point, float]:
         return {point: _mean(self._known(point.kl, False)) for point in self.points}
 
+    def _root_kl(self, point: Point) -> float:
+        return math.sqrt(max(0.0, self._kl[point]))  # rounding makes some of nearly nothing negative
+
     @cached_property
-    def _loss(self) -> dict[Point, float]:
-        if self.scores is None:
-            return {point: 1 - _mean(self._known(point.agreement, False)) for point in self.points}
-        full = _mean(self._known(self.scores, False))
-        scored = {
-            point: 1 - _mean(self._known(point.scores, False)) / full if full else 0.0
-            for point in self.points
-            if point.scores is not None
-        }
-        # Recomputing every layer is full prefill, whatever rounding makes of an answer.
-        return scored | {point: 0.0 for point in self.points if point.plan.bands == ((0, self.num_layers),)}
+    def _loss_by_root_kl(self) -> float:
+        """The losses of all plans that have one over the roots of their divergences, and not below 0."""
+        losses = roots = 0.0
+        full = 1.0 if self.scores is None else _mean(self._known(self.scores, False))
+        for point in self.points:
+            measured = point.agreement if self.scores is None else point.scores
+            if measured is not None and full > 0:
+                losses += 1 - _mean(self._known(measured, False)) / full
+                roots += self._root_kl(point)
+        return max(0.0, losses / roots) if roots else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:

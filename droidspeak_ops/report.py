@@ -83,7 +83,7 @@ def rows(frontier: Frontier) -> list[dict[str, str]]:
                 "quality loss up to": f"{floor:.0%}",
                 "plan": str(point),
                 "faster than full prefill": f"{frontier.speedup(point):.1f}x",
-                "loss": _percent(frontier.quality_loss(point)),
+                "expected loss": f"{frontier.expected_loss(point):.1%}",
                 "loss, held out": _percent(frontier.quality_loss(point, held_out=True)),
                 "KL, held out": "{:.3g} ({:.2g} to {:.2g})".format(*frontier.kl(point, held_out=True)),
             }

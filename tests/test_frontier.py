@@ -24,16 +24,17 @@ COSTS = CostModel(
 )
 
 
-def point(plan: ds.Plan, work: Work, kl: float, loss: float, *, rest="reuse", choosable=True) -> Point:
-    return Point(plan, rest, rest == "fitted", choosable, work, (kl,) * 6, (1 - loss,) * 6)
+def point(plan: ds.Plan, work: Work, kl: float, *, rest="reuse", choosable=True) -> Point:
+    """That loses a fifth of the root of its divergence."""
+    return Point(plan, rest, rest == "fitted", choosable, work, (kl,) * 6, (1 - 0.2 * kl**0.5,) * 6)
 
 
-REUSED = point(ds.Plan(), Work(run=0, projected=0, hidden=0, kv=10), 0.5, 0.2)
-PROJECTED = point(ds.Plan(project="rest"), Work(0, 10, 9, 0), 0.2, 0.08, rest="project")
-BAND = point(ds.Plan([(4, 8)]), Work(3, 1, 1, 6), 0.1, 0.04)
-LONG = point(ds.Plan([(2, 9)]), Work(6, 1, 1, 3), 0.02, 0.01)
-ALL = point(ds.Plan([(0, 10)]), Work(9, 1, 0, 0), 0.0, 0.0)
-WORSE = point(ds.Plan([(0, 7)]), Work(6, 1, 0, 3), 0.3, 0.09)
+REUSED = point(ds.Plan(), Work(run=0, projected=0, hidden=0, kv=10), 1.0)
+PROJECTED = point(ds.Plan(project="rest"), Work(0, 10, 9, 0), 0.16, rest="project")
+BAND = point(ds.Plan([(4, 8)]), Work(3, 1, 1, 6), 0.04)
+LONG = point(ds.Plan([(2, 9)]), Work(6, 1, 1, 3), 0.002)
+ALL = point(ds.Plan([(0, 10)]), Work(9, 1, 0, 0), 0.0)
+WORSE = point(ds.Plan([(0, 7)]), Work(6, 1, 0, 3), 0.2)
 FRONTIER = Frontier(MODEL, MODEL, None, (REUSED, PROJECTED, BAND, LONG, ALL, WORSE), COSTS, (1000,) * 6, 2, 1, 0)
 
 
@@ -89,7 +90,7 @@ def test_slow_storage_prefers_what_is_computed() -> None:
 
 
 def test_what_maps_would_change_is_not_chosen() -> None:
-    fitted = point(ds.Plan(project="rest"), Work(0, 10, 9, 0), 0.05, 0.02, rest="fitted")
+    fitted = point(ds.Plan(project="rest"), Work(0, 10, 9, 0), 0.05, rest="fitted")
     without = dataclasses.replace(PROJECTED, choosable=False, kl=(0.0,) * 6, agreement=(1.0,) * 6)
     frontier = dataclasses.replace(FRONTIER, points=(without, REUSED, fitted, ALL), maps="1" * 64)
     assert frontier.choose(max_quality_loss=0.05) == fitted.plan
@@ -98,11 +99,35 @@ def test_what_maps_would_change_is_not_chosen() -> None:
 
 
 def test_held_out_contexts_do_not_choose() -> None:
-    lucky = dataclasses.replace(REUSED, agreement=(0.5,) * 4 + (1.0,) * 2)
-    frontier = dataclasses.replace(FRONTIER, points=(lucky, *FRONTIER.points[1:]))
+    better_there = dataclasses.replace(REUSED, kl=(1.0,) * 4 + (0.0,) * 2, agreement=(0.8,) * 4 + (1.0,) * 2)
+    frontier = dataclasses.replace(FRONTIER, points=(better_there, *FRONTIER.points[1:]))
     assert frontier.choose(max_quality_loss=0.1) == PROJECTED.plan
-    assert frontier.quality_loss(lucky).value == pytest.approx(0.5)
-    assert frontier.quality_loss(lucky, held_out=True).value == pytest.approx(0.0)
+    assert frontier.quality_loss(better_there).value == pytest.approx(0.2)
+    assert frontier.quality_loss(better_there, held_out=True).value == pytest.approx(0.0)
+
+
+def test_losses_are_expected_by_the_root_of_the_divergence() -> None:
+    assert [FRONTIER.expected_loss(each) for each in FRONTIER.points] == pytest.approx(
+        [1 - each.agreement[0] for each in FRONTIER.points]
+    )
+
+
+def test_a_plan_is_not_chosen_for_its_luck() -> None:
+    """No token of few happens to change with a plan of much divergence; and several with the one that recomputes most."""
+    lucky = dataclasses.replace(REUSED, agreement=(1.0,) * 6)
+    unlucky = dataclasses.replace(LONG, agreement=(0.7,) * 6)
+    frontier = dataclasses.replace(FRONTIER, points=(lucky, PROJECTED, BAND, unlucky, ALL, WORSE))
+    assert frontier.expected_loss(lucky) > frontier.expected_loss(PROJECTED) > frontier.expected_loss(unlucky) > 0
+    assert frontier.choose(max_quality_loss=0.02) == unlucky.plan
+
+
+def test_losses_of_scores_are_expected_by_those_that_were_scored() -> None:
+    scored = (dataclasses.replace(BAND, scores=(0.4,) * 6), dataclasses.replace(ALL, scores=(0.5,) * 6))
+    frontier = dataclasses.replace(FRONTIER, points=(REUSED, LONG, *scored), scores=(0.5,) * 6)
+    assert frontier.expected_loss(scored[0]) == pytest.approx(0.2)
+    assert frontier.expected_loss(REUSED) == pytest.approx(0.2 * (1.0 / 0.04) ** 0.5)
+    better = dataclasses.replace(frontier, scores=(0.3,) * 6)
+    assert [better.expected_loss(each) for each in better.points] == [0.0] * 4
 
 
 def test_contexts_on_which_a_plan_was_not_tried_do_not_count() -> None:

@@ -61,6 +61,7 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
     monkeypatch.setattr(pair.__class__, "examples", lambda self, split, contexts: examples)
     monkeypatch.setattr(paper, "CONTIGUOUS", (2, 3))
     monkeypatch.setattr(paper, "TIMED_TOKENS", 80)
+    monkeypatch.setattr(paper, "CHOSEN_AT", (1.2, 1.5, 9.0))  # the last is out of reach
     pair.named = replace(pair.named, task=replace(pair.named.task, draw=lambda *_: []))
     (tmp_path / "costs.json").write_text(json.dumps(asdict(COSTS)))
     page = tmp_path / "results.md"
@@ -75,6 +76,7 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
     assert names[:3] == ["all reused", "all projected", "all fitted"]
     assert names[-2:] == ["chosen for a loss up to 5%", "chosen for a loss up to 1%"]
     assert names.count("contiguous band") == names.count("selected tokens") == names.count("ours in the same time") == 2
+    assert names[-4:-2] == ["best at 5 times", "best at 2.6 times"]
     assert all(row["of_band"] == "1" for row in rows if row["way"] == "contiguous band")
     frontier = ds.Frontier.load(tmp_path / "lora" / "frontier.json")
     bands = {way.band: way for way in paper.ways_of(frontier) if way.name == "contiguous band"}
@@ -83,6 +85,10 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
             assert frontier.seconds(way.point, 80) <= frontier.seconds(bands[way.band].point, 80)
     with (tmp_path / "lora" / "times.csv").open(newline="") as file:
         assert all(float(row["ttft_speedup"]) > 0 for row in csv.DictReader(file))
+    with (tmp_path / "lora" / "choice.csv").open(newline="") as file:
+        choices = list(csv.DictReader(file))
+    assert [row["faster"] for row in choices] == ["1.2", "1.5"]
+    assert all(float(row["of_best_kl"]) >= 1 and row["contexts"] == "6" for row in choices)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| contiguous band (2 layers) | band [" in text

@@ -9,9 +9,11 @@ contexts. Steps, each of which writes to the folder and is skipped with `--only`
 - `costs`: times of the receiver on this machine. To be run alone on it.
 - `profiler`: what profiling a context costs, without maps, every band of all layers. To be run alone on the machine.
 - `profile`: quality against cost of every band, and a report for each pair.
+- `choose`: what plans that few contexts choose lose beyond the best ones, `choice.csv`.
 - `judge`: on contexts that no plan was chosen by, `judged.csv`. `kl` is the divergence of next-token distributions from those
   of the receiver's own full prefill, from the suffix's last token on, with the answer's tokens given; `agreement` is how
-  often the likeliest token is the same; `low` and `high` are where 95 % of 10,000 bootstrap values over contexts lie.
+  often the likeliest token is the same, `accuracy` how often it is the answer's, and `of_accuracy` that of full prefill's;
+  `low` and `high` are where 95 % of 10,000 bootstrap values over contexts lie.
 - `answer`: what the answers to some of those contexts score, `answers.csv`.
 - `time`: measured time to first token of the same ways, `times.csv`. To be run alone on the machine.
 - `page`: a plot, and the tables in a page of text, of what is in the folder.
@@ -36,6 +38,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "variants"))
 import results_page
+from choice import measure_choice
 from maps import CALIBRATION_CONTEXTS, LONG, Loaded, maps_of
 from maps import Way as Filling
 from pairs import PAIRS
@@ -50,13 +53,22 @@ from droidspeak_ops.hf.profiling import JUDGED, Tried, measure_context
 from droidspeak_ops.hf.timing import SUFFIX_TOKENS, first_token, timed
 from droidspeak_ops.report import write_report
 
-STEPS = ("costs", "profiler", "profile", "judge", "answer", "time", "page")
+STEPS = ("costs", "profiler", "profile", "choose", "judge", "answer", "time", "page")
 CONTIGUOUS = (6, 9, 12, 18)
 """Layers of the bands that ways are compared at."""
 FLOORS = (0.05, 0.01)
+SPEEDS = (5.0, 2.6)
+"""Times faster than full prefill, at which the best plan is judged."""
+CHOSEN_AT = (2.0, 2.6, 3.5, 5.0, 9.0)
 AT_THE_BANDS_TIME = ("scattered layers", "selected tokens")  # or less, and so not timed
-ANSWERED = (("all reused", 0), ("all fitted", 0), ("ours in the same time", 6), ("ours in the same time", 9))
 TIMED_TOKENS = 2048
+
+
+def best_at(speed: float) -> str:
+    return f"best at {speed:g} times"
+
+
+ANSWERED = ("all reused", "all fitted", *map(best_at, SPEEDS))
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,10 @@ def ways_of(frontier: Frontier) -> Iterator[Way]:
             each for each in frontier.points if each.choosable and frontier.seconds(each, TIMED_TOKENS) <= limit
         ]
         yield Way("ours in the same time", best(affordable), count)
+    for speed in SPEEDS:
+        limit = frontier.full_prefill_seconds(TIMED_TOKENS) / speed
+        plan = frontier.choose(max_quality_loss=1.0, max_ttft=limit, tokens=TIMED_TOKENS)
+        yield Way(best_at(speed), frontier.point(plan))
     for floor in FLOORS:
         yield Way(f"chosen for a loss up to {floor:.0%}", frontier.point(frontier.choose(max_quality_loss=floor)))
 
@@ -142,47 +158,60 @@ def profile_pair(name: str, args: argparse.Namespace) -> None:
     write_report(frontier, args.folder / name, f"{pair.named.what} ({pair.named.sender} to {pair.named.receiver})")
 
 
+def choice_of(name: str, args: argparse.Namespace) -> list[Row]:
+    frontier = Frontier.load(args.folder / name / "frontier.json")
+    return [{"pair": name, **row} for row in measure_choice(frontier, CHOSEN_AT, TIMED_TOKENS)]
+
+
 @torch.no_grad()
 def judge_pair(name: str, args: argparse.Namespace) -> list[Row]:
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, args.calibrated)
     _, examples = split(pair, args.profiled, args.judged)
     ways = list(ways_of(Frontier.load(args.folder / name / "frontier.json")))
-    kl: list[list[float]] = [[] for _ in ways]
-    agreement: list[list[float]] = [[] for _ in ways]
+    plans = {way.plan: way for way in ways}
+    kl: dict[str, list[float]] = {plan: [] for plan in plans}
+    agreement: dict[str, list[float]] = {plan: [] for plan in plans}
+    accuracy: dict[str, list[float]] = {plan: [] for plan in ("full prefill", *plans)}
     for example in track(examples, f"{name}: judging"):
         context = pair.read(example)
         own = ds.capture(pair.receiver, example.context)
         wanted = following(pair, ds.partial_prefill(pair.receiver, own, ds.Plan()), example)
-        for place, way in enumerate(ways):
+        accuracy["full prefill"].append(share(wanted.argmax(-1) == example.answer[0]))
+        for plan, way in plans.items():
             found = following(pair, way.fill(pair, maps, context), example)
-            kl[place].append(divergence(wanted, found))
-            agreement[place].append((wanted.argmax(-1) == found.argmax(-1)).double().mean().item())
-    rows: list[Row] = []
-    bands = {way.band: place for place, way in enumerate(ways) if way.name == "contiguous band"}
-    for place, way in enumerate(ways):
-        rows.append(
-            {
-                "pair": name,
-                "way": way.name,
-                "band": way.band or "",
-                "plan": way.plan,
-                "layers_run": way.band - 1 if way.point is None else way.point.work.run,
-                **mean_and_interval("kl", kl[place]),
-                **ratio_and_interval("of_reuse", kl[place], kl[0]),
-                **(
-                    ratio_and_interval("of_band", kl[place], kl[bands[way.band]])
-                    if way.band
-                    else dict.fromkeys(OF_BAND, "")
-                ),
-                **mean_and_interval("agreement", agreement[place]),
-                "contexts": len(examples),
-            }
-        )
-    return rows
+            kl[plan].append(divergence(wanted, found))
+            agreement[plan].append(share(wanted.argmax(-1) == found.argmax(-1)))
+            accuracy[plan].append(share(found.argmax(-1) == example.answer[0]))
+    bands = {way.band: way.plan for way in ways if way.name == "contiguous band"}
+
+    def row(way: Way) -> Row:
+        own = kl[way.plan]
+        of_band = ratio_and_interval("of_band", own, kl[bands[way.band]]) if way.band else dict.fromkeys(OF_BAND, "")
+        return {
+            "pair": name,
+            "way": way.name,
+            "band": way.band or "",
+            "plan": way.plan,
+            "layers_run": way.band - 1 if way.point is None else way.point.work.run,
+            **mean_and_interval("kl", own),
+            **ratio_and_interval("of_reuse", own, kl[ways[0].plan]),
+            **of_band,
+            **mean_and_interval("agreement", agreement[way.plan]),
+            **mean_and_interval("accuracy", accuracy[way.plan]),
+            **ratio_and_interval("of_accuracy", accuracy[way.plan], accuracy["full prefill"]),
+            "contexts": len(examples),
+        }
+
+    return [row(way) for way in ways]
 
 
 OF_BAND = ("of_band", "of_band_low", "of_band_high")
+
+
+def share(held: torch.Tensor) -> float:
+    """How often something held."""
+    return held.double().mean().item()
 
 
 def following(pair: Loaded, cache: Any, example: ds.Example) -> torch.Tensor:
@@ -198,9 +227,7 @@ def answer_pair(name: str, args: argparse.Namespace) -> list[Row]:
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, args.calibrated)
     _, examples = split(pair, args.profiled, args.judged)
-    ways = [
-        way for way in ways_of(Frontier.load(args.folder / name / "frontier.json")) if (way.name, way.band) in ANSWERED
-    ]
+    ways = [way for way in ways_of(Frontier.load(args.folder / name / "frontier.json")) if way.name in ANSWERED]
     texts = pair.named.task.examples("test", len(examples))
     fillings = [None, *(Filling(way.point.plan, maps if way.point.with_maps else None) for way in ways if way.point)]
     scores: list[list[float]] = [[] for _ in fillings]
@@ -312,10 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in args.pairs:
             profile_pair(name, args)
     measures: dict[str, tuple[str, Callable[[str], list[Row]]]] = {
-        "judge": (
-            "judged",
-            lambda name: judge_pair(name, args),
-        ),
+        "choose": ("choice", lambda name: choice_of(name, args)),
+        "judge": ("judged", lambda name: judge_pair(name, args)),
         "answer": ("answers", lambda name: answer_pair(name, args)),
         "time": ("times", lambda name: time_pair(name, args)),
     }

@@ -18,15 +18,14 @@ COLOURS = {
 
 def write(folder: Path, page: Path) -> None:
     """Put tables of all pairs in the folder into the page, and draw `results.png` beside them."""
-    judged, answers, times = (
+    judged, answers, times, choices = (
         {path.parent.name: read_csv(path) for path in sorted(folder.glob(f"*/{name}.csv"))}
-        for name in ("judged", "answers", "times")
+        for name in ("judged", "answers", "times", "choice")
     )
     speedups = {name: {row["plan"]: row["ttft_speedup"] for row in rows} for name, rows in times.items()}
     plot(judged, speedups, folder / "results.png")
-    tables = "\n\n".join(
-        _table(name, rows, answers.get(name, []), speedups.get(name, {})) for name, rows in judged.items()
-    )
+    of_pairs = (_table(name, rows, answers.get(name, []), speedups.get(name, {})) for name, rows in judged.items())
+    tables = "\n\n".join((_losses(judged, answers, speedups), _choices(choices), *of_pairs))
     before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     page.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}", encoding="utf-8")
@@ -78,6 +77,34 @@ def _bars(rows: ReadRows) -> tuple[list[float], tuple[list[float], list[float]]]
     """The divergences, and their error bars."""
     values, below, above = map(list, zip(*(with_bars(row, "kl") for row in rows), strict=True))
     return values, (below, above)
+
+
+def _losses(judged: dict[str, ReadRows], answers: dict[str, ReadRows], speedups: dict[str, dict[str, str]]) -> str:
+    """What the best plan for a speed keeps of full prefill's quality."""
+    lines = [
+        "### Quality kept, by speed",
+        "",
+        "| pair | way | plan | first token | same next token | right tokens, of full prefill's | score, of full prefill's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in judged.items():
+        scores = {row["plan"]: _interval(row, "of_full_prefill") for row in answers.get(name, [])}
+        for row in rows:
+            if row["way"] in ("all reused", "all fitted") or row["way"].startswith("best at"):
+                kept = " | ".join(_interval(row, which) for which in ("agreement", "of_accuracy"))
+                first, score = _speedup(row, speedups.get(name, {})), scores.get(row["plan"], "")
+                lines.append(f"| `{name}` | {row['way']} | {row['plan']} | {first} | {kept} | {score} |")
+    return "\n".join(lines)
+
+
+def _choices(choices: dict[str, ReadRows]) -> str:
+    """Next tokens lost beyond the best plan's, by speed and pair."""
+    lines = ["### Loss beyond the best plan's", "", f"| times faster | {' | '.join(f'`{name}`' for name in choices)} |"]
+    lines.append("|---" * (1 + len(choices)) + "|")
+    by_speed = [{row["faster"]: _interval(row, "points") for row in rows} for rows in choices.values()]
+    speeds = sorted({speed for each in by_speed for speed in each}, key=float)
+    lines += [f"| {speed} | {' | '.join(each.get(speed, '') for each in by_speed)} |" for speed in speeds]
+    return "\n".join(lines)
 
 
 def _table(name: str, rows: ReadRows, answers: ReadRows, speedups: dict[str, str]) -> str:
