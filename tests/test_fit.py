@@ -1,7 +1,6 @@
 """Fitted maps: what they are made of, what they are refused for, and that they help where they should."""
 
 import dataclasses
-import warnings
 
 import pytest
 import torch
@@ -216,48 +215,6 @@ def test_a_batch_with_maps(pair, maps) -> None:
         for ours, theirs in zip(together.layers, alone.layers, strict=True):
             rows = theirs.keys.shape[2]
             assert_bitwise_equal(ours.keys[row, :, -rows:], theirs.keys[0])
-
-
-def test_a_context_of_another_kind_is_reused() -> None:
-    torch.manual_seed(3)
-    sender = tiny_llama(head_dim=16, layers=LAYERS)
-    receiver = fine_tuned(sender, 0.1)
-    of_few_words = [ds.Example.cut(tokens(200) % 8, SUFFIX) for _ in range(12)]
-    maps = ds.fit(sender, receiver, of_few_words, bands=[(2, 4)], show_progress=False)
-    assert "fitted" in maps.choices
-    assert maps.corrections
-    for plan in (ALL, ds.Plan([(2, 4)], project="rest"), ds.Plan(project=[1, 2])):
-        context = ds.capture(sender, tokens(100), layers=range(LAYERS))
-        assert maps.domain.distance(context) > 1.5 * maps.domain.limit
-        with pytest.warns(
-            UserWarning, match=r"maps: not used for a context unlike those they were fitted to \(distance"
-        ):
-            cache = ds.partial_prefill(receiver, context, plan, maps=maps)
-        wanted = ds.partial_prefill(receiver, context, ds.Plan(plan.bands, [0] if plan.project == "rest" else []))
-        for ours, theirs in zip(cache.layers, wanted.layers, strict=True):
-            assert_bitwise_equal(ours.keys, theirs.keys)
-            assert_bitwise_equal(ours.values, theirs.values)
-
-
-@pytest.mark.parametrize(
-    "change", [lambda context: context, without_hidden, lambda context: context.quantized(torch.int8)]
-)
-def test_a_context_of_the_same_kind_is_not(pair, maps, change) -> None:
-    """Also one that is longer, of which only some rows are looked at, and one in 8 bits without hidden states."""
-    for count in (60, 127, 900):
-        context = change(ds.capture(pair[0], tokens(count), layers=range(LAYERS)))
-        assert maps.domain.distance(context) < maps.domain.limit
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            ds.partial_prefill(pair[1], context, ALL, maps=maps)
-
-
-def test_the_furthest_sequence_counts(pair, maps) -> None:
-    sequences = [tokens(60) for _ in range(3)]
-    alone = [maps.domain.distance(ds.capture(pair[0], ids)) for ids in sequences]
-    together = maps.domain.distance(ds.capture(pair[0], torch.cat(sequences)))
-    assert together == pytest.approx(max(alone), rel=1e-4)
-    assert max(alone) > 1.01 * min(alone)
 
 
 def test_contexts_beyond_those_that_shares_need_are_summed_and_let_go(pair, monkeypatch: pytest.MonkeyPatch) -> None:

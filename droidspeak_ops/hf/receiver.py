@@ -69,9 +69,11 @@ def partial_prefill(
         raise ReuseError(f"context: on {context.tokens.device}; {device}, the receiver's device, is needed")
     if maps is not None:
         maps.check_pair(context.sender, ours)
-        distance = maps.domain.distance(context)
-        if distance <= maps.domain.limit:
-            roles = maps.roles(plan, context.hidden_layers)
+        mapped = maps.roles(plan, context.hidden_layers)
+        if mapped == roles and not any(start in maps.corrections for start, _ in plan.bands):
+            maps = None  # for nothing that the plan asks for
+        elif (distance := maps.domain.distance(context)) <= maps.domain.limit:
+            roles = mapped
         else:
             warnings.warn(
                 f"maps: not used for a context unlike those they were fitted to (distance {distance:.2f}; up to "
