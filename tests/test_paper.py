@@ -66,7 +66,7 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
     (tmp_path / "costs.json").write_text(json.dumps(asdict(COSTS)))
     page = tmp_path / "results.md"
     page.write_text(f"before\n{results_page.MARKS[0]}\nold\n{results_page.MARKS[1]}\nafter\n")
-    steps = [step for step in paper.STEPS if step not in ("costs", "profiler", "answer")]
+    steps = [step for step in paper.STEPS if step not in ("costs", "answer")]
     options = ["--profiled", "6", "--judged", "4", "--granularity", "1", "--rounds", "1"]
     paper.main(["--only", *steps, "--pairs", "lora", "--folder", str(tmp_path), "--page", str(page), *options])
 
@@ -85,6 +85,8 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
             assert frontier.seconds(way.point, 80) <= frontier.seconds(bands[way.band].point, 80)
     with (tmp_path / "lora" / "times.csv").open(newline="") as file:
         assert all(float(row["ttft_speedup"]) > 0 for row in csv.DictReader(file))
+    with (tmp_path / "profiler.csv").open(newline="") as file:
+        assert [row["maps"] for row in csv.DictReader(file)] == ["", "0 corrected starts"]
     with (tmp_path / "lora" / "choice.csv").open(newline="") as file:
         choices = list(csv.DictReader(file))
     assert [row["faster"] for row in choices] == ["1.2", "1.5"]

@@ -7,7 +7,7 @@ For each pair maps are fitted and plans profiled; then what is chosen, and what 
 contexts. Steps, each of which writes to the folder and is skipped with `--only` others:
 
 - `costs`: times of the receiver on this machine. To be run alone on it.
-- `profiler`: what profiling a context costs, without maps, every band of all layers. To be run alone on the machine.
+- `profiler`: what profiling a context costs, every band of all layers. To be run alone on the machine.
 - `profile`: quality against cost of every band, and a report for each pair.
 - `choose`: what plans that few contexts choose lose beyond the best ones, `choice.csv`.
 - `judge`: on contexts that no plan was chosen by, `judged.csv`. `kl` is the divergence of next-token distributions from those
@@ -255,9 +255,7 @@ def time_pair(name: str, args: argparse.Namespace) -> list[Row]:
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, args.calibrated)
     frontier = Frontier.load(args.folder / name / "frontier.json")
-    ids = pair.examples("test", 64)
-    long = max((example.prompt for example in ids), key=lambda prompt: prompt.shape[1])
-    prompt = long.repeat(1, 1 + TIMED_TOKENS // long.shape[1])[:, : TIMED_TOKENS + SUFFIX_TOKENS]
+    prompt = timed_text(pair, TIMED_TOKENS + SUFFIX_TOKENS)
     context = ds.capture(pair.sender, prompt[:, :TIMED_TOKENS], layers=range(frontier.num_layers))
     suffix = prompt[:, TIMED_TOKENS:]
 
@@ -287,28 +285,40 @@ def time_pair(name: str, args: argparse.Namespace) -> list[Row]:
 
 
 @torch.no_grad()
-def profiler_cost(name: str) -> list[Row]:
-    """What profiling one context costs, in full prefills of it that are timed before and after."""
+def profiler_cost(name: str, calibrated: int) -> list[Row]:
+    """What profiling one context costs, in full prefills of it that are timed before and after; without maps and with them."""
     pair = Loaded.of(name)
-    decoder, vocabulary = Decoder(pair.receiver), pair.receiver.config.vocab_size
-    example = ds.Example(*(torch.randint(vocabulary, (1, count)) for count in (TIMED_TOKENS, SUFFIX_TOKENS, JUDGED)))
+    maps, _, _ = maps_of(name, pair, calibrated)
+    decoder = Decoder(pair.receiver)
+    text = timed_text(pair, TIMED_TOKENS + SUFFIX_TOKENS + JUDGED)
+    example = ds.Example(*text.split((TIMED_TOKENS, SUFFIX_TOKENS, JUDGED), dim=1))
     context = ds.capture(pair.receiver, example.context)
     full = partial(first_token, pair.receiver, context, example.prompt, None)
     full()
-    tried = Tried(decoder, None, 1)
-    before = [timed(full)[1] for _ in range(3)]
-    _, seconds = timed(lambda: measure_context(pair.sender, decoder, None, [example], tried.bands))
-    one = statistics.median(before + [timed(full)[1] for _ in range(3)])
-    return [
-        {
-            "pair": name,
-            "tokens": TIMED_TOKENS,
-            "plans": len(tried.bands),
-            "seconds": f"{seconds:.0f}",
-            "full_prefill_seconds": f"{one:.2f}",
-            "full_prefills": f"{seconds / one:.1f}",
-        }
-    ]
+    rows: list[Row] = []
+    for used in (None, maps):
+        tried = Tried(decoder, used, 1)
+        before = [timed(full)[1] for _ in range(3)]
+        _, seconds = timed(partial(measure_context, pair.sender, decoder, used, [example], tried.bands))
+        one = statistics.median(before + [timed(full)[1] for _ in range(3)])
+        rows.append(
+            {
+                "pair": name,
+                "maps": "" if used is None else f"{len(used.corrections)} corrected starts",
+                "tokens": TIMED_TOKENS,
+                "plans": len(tried.bands),
+                "seconds": f"{seconds:.0f}",
+                "full_prefill_seconds": f"{one:.2f}",
+                "full_prefills": f"{seconds / one:.1f}",
+            }
+        )
+    return rows
+
+
+def timed_text(pair: Loaded, tokens: int) -> torch.Tensor:
+    """Token ids ``[1, tokens]`` of the longest test example, repeated if need be."""
+    longest = max((example.prompt for example in pair.examples("test", 64)), key=lambda prompt: prompt.shape[1])
+    return longest.repeat(1, 1 + tokens // longest.shape[1])[:, :tokens]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -332,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         costs = ds.measure_costs(Loaded.of(args.pairs[0]).receiver)
         (args.folder / "costs.json").write_text(json.dumps(asdict(costs), indent=1) + "\n", encoding="utf-8")
     if "profiler" in args.only:
-        rows = profiler_cost(args.pairs[0])
+        rows = profiler_cost(args.pairs[0], args.calibrated)
         show(rows, f"profiler: {where}")
         write_csv(rows, where, args.folder / "profiler.csv")
     if "profile" in args.only:
