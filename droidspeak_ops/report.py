@@ -66,11 +66,17 @@ def summary(frontier: Frontier) -> str:
     tokens = frontier.contexts
     return (
         f"{len(frontier.points)} plans tried on {len(tokens)} contexts of {min(tokens)} to {max(tokens)} tokens, bands every "
-        f"{frontier.granularity} layers; plans are chosen by {len(tokens) - frontier.held_out} of the contexts and judged on "
-        f"the others. Quality loss is the share of next tokens that differ from those of the receiver's own full prefill, KL "
-        f"the divergence of their distributions, in nats; in brackets 95 % bootstrap intervals. Times are predicted from "
-        f"measurements on {frontier.costs.machine}, for {frontier.mean_tokens} tokens."
+        f"{frontier.granularity} layers; plans are chosen by {len(tokens) - frontier.held_out} of the contexts, for the loss "
+        f"that their divergence lets expect, and judged on the others. Quality loss is the {_loss(frontier)}, KL the "
+        f"divergence of next-token distributions from full prefill's, in nats; in brackets 95 % bootstrap intervals. Times are "
+        f"predicted from measurements on {frontier.costs.machine}, for {frontier.mean_tokens} tokens."
     )
+
+
+def _loss(frontier: Frontier) -> str:
+    if frontier.scores is None:
+        return "share of next tokens that are not those of full prefill"
+    return "share of full prefill's score that answers lose"
 
 
 def rows(frontier: Frontier) -> list[dict[str, str]]:
@@ -178,12 +184,12 @@ def frontier_plot(frontier: Frontier) -> Figure:
 
 
 def quality(frontier: Frontier) -> Figure:
-    """What the best plans lose, with intervals, where they were chosen by and where not."""
+    """What the best plans lose, with intervals, where they were chosen by and where not; and what they were expected to."""
     best = _shown(frontier, frontier.pareto())
     figure = Figure(figsize=(9, 1.2 + 0.32 * len(best)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     measures: Sequence[tuple[Callable[..., Estimate], str]] = (
-        (frontier.quality_loss, "share of other next tokens"),
+        (frontier.quality_loss, _loss(frontier)),
         (frontier.kl, "KL from full prefill, nats"),
     )
     for axes, (measure, label) in zip((left, right), measures, strict=True):
@@ -197,10 +203,12 @@ def quality(frontier: Frontier) -> Figure:
             axes.errorbar(values, rows, xerr=(below, above), fmt="o", color=colour, ms=4, label=name)
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(left=0)
+        axes.axvline(0, color="black", lw=0.6)
+    expected = [frontier.expected_loss(point) for point in best]
+    left.plot(expected, range(len(best)), "|", color="black", ms=9, label="expected")
     left.set_yticks(range(len(best)), [f"{point}, {frontier.speedup(point):.1f}x" for point in best], fontsize=7)
     left.invert_yaxis()
-    right.legend(fontsize=8, frameon=False)
+    left.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
 
 
