@@ -87,7 +87,11 @@ class Frontier:
         return self._estimate(point.kl, held_out)
 
     def mean_kl(self, point: Point) -> float:
-        """The value of :meth:`kl` on the contexts that plans are chosen by, without its interval."""
+        """Mean divergence on the contexts that plans are chosen by, without its interval: what plans are compared by.
+
+        Contexts are not equally hard: of a plan that was not tried on all of them it is scaled by what the other plans diverge
+        on all, over what they diverge where it was tried.
+        """
         return self._kl[point]
 
     def quality_loss(self, point: Point, *, held_out: bool = False) -> Estimate:
@@ -229,14 +233,28 @@ class Frontier:
     def _estimate(self, values: Sequence[float | None], held_out: bool) -> Estimate:
         return bootstrap.mean(torch.tensor(self._known(values, held_out), dtype=torch.float64))
 
+    @property
+    def _count(self) -> int:
+        """How many contexts, the first ones, plans are chosen by."""
+        return len(self.contexts) - self.held_out
+
     def _known(self, values: Sequence[float | None], held_out: bool) -> list[float]:
-        chosen_by = len(self.contexts) - self.held_out
-        some = values[chosen_by:] if held_out else values[:chosen_by]
+        some = values[self._count :] if held_out else values[: self._count]
         return [value for value in some if value is not None]
 
     @cached_property
     def _kl(self) -> dict[Point, float]:
-        return {point: _mean(self._known(point.kl, False)) for point in self.points}
+        known = {point: self._known(point.kl, False) for point in self.points}
+        hardness = [
+            _mean(of_all) for of_all in zip(*(kl for kl in known.values() if len(kl) == self._count), strict=True)
+        ]
+
+        def compared(point: Point) -> float:
+            there = [hard for hard, kl in zip(hardness, point.kl, strict=False) if kl is not None]
+            scale = _mean(hardness) / _mean(there) if there != hardness and any(there) else 1.0
+            return scale * _mean(known[point])
+
+        return {point: compared(point) for point in self.points}
 
     def _root_kl(self, point: Point) -> float:
         return math.sqrt(max(0.0, self._kl[point]))  # rounding makes some of nearly nothing negative
@@ -248,7 +266,7 @@ class Frontier:
         full = 1.0 if self.scores is None else _mean(self._known(self.scores, False))
         for point in self.points:
             measured = point.agreement if self.scores is None else point.scores
-            if measured is not None and full > 0:
+            if measured is not None and None not in measured and full > 0:
                 losses += 1 - _mean(self._known(measured, False)) / full
                 roots += self._root_kl(point)
         return max(0.0, losses / roots) if roots else 0.0

@@ -106,6 +106,16 @@ def test_held_out_contexts_do_not_choose() -> None:
     assert frontier.quality_loss(better_there, held_out=True).value == pytest.approx(0.0)
 
 
+def test_plans_are_compared_on_contexts_as_hard() -> None:
+    """One that was tried on the easier half only is not better for that."""
+    hard = [dataclasses.replace(each, kl=tuple(f * each.kl[0] for f in (3, 3, 1, 1, 1, 1))) for each in FRONTIER.points]
+    on_easy = dataclasses.replace(WORSE, plan=ds.Plan([(1, 8)]), kl=(None, None, 0.2, 0.2, 0.2, 0.2))
+    frontier = dataclasses.replace(FRONTIER, points=(*hard, on_easy))
+    assert frontier.mean_kl(on_easy) == pytest.approx(0.4)
+    assert frontier.mean_kl(on_easy) == pytest.approx(frontier.mean_kl(hard[-1]))
+    assert frontier.kl(on_easy).value == pytest.approx(0.2)
+
+
 def test_losses_are_expected_by_the_root_of_the_divergence() -> None:
     assert [FRONTIER.expected_loss(each) for each in FRONTIER.points] == pytest.approx(
         [1 - each.agreement[0] for each in FRONTIER.points]
