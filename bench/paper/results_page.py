@@ -90,7 +90,7 @@ def _losses(judged: dict[str, ReadRows], answers: dict[str, ReadRows], speedups:
     for name, rows in judged.items():
         scores = {row["plan"]: _interval(row, "of_full_prefill") for row in answers.get(name, [])}
         for row in rows:
-            if row["way"] in ("all reused", "all fitted") or row["way"].startswith("best at"):
+            if row["way"].startswith(("all reused", "all fitted", "best at", "chosen")):
                 kept = " | ".join(_interval(row, which) for which in ("agreement", "of_accuracy"))
                 first, score = _speedup(row, speedups.get(name, {})), scores.get(row["plan"], "")
                 lines.append(f"| `{name}` | {row['way']} | {row['plan']} | {first} | {kept} | {score} |")
