@@ -255,7 +255,7 @@ def time_pair(name: str, args: argparse.Namespace) -> list[Row]:
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, args.calibrated)
     frontier = Frontier.load(args.folder / name / "frontier.json")
-    prompt = timed_text(pair, TIMED_TOKENS + SUFFIX_TOKENS)
+    prompt = pair.text(TIMED_TOKENS + SUFFIX_TOKENS)
     context = ds.capture(pair.sender, prompt[:, :TIMED_TOKENS], layers=range(frontier.num_layers))
     suffix = prompt[:, TIMED_TOKENS:]
 
@@ -290,7 +290,7 @@ def profiler_cost(name: str, calibrated: int) -> list[Row]:
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, calibrated)
     decoder = Decoder(pair.receiver)
-    text = timed_text(pair, TIMED_TOKENS + SUFFIX_TOKENS + JUDGED)
+    text = pair.text(TIMED_TOKENS + SUFFIX_TOKENS + JUDGED)
     example = ds.Example(*text.split((TIMED_TOKENS, SUFFIX_TOKENS, JUDGED), dim=1))
     context = ds.capture(pair.receiver, example.context)
     full = partial(first_token, pair.receiver, context, example.prompt, None)
@@ -313,12 +313,6 @@ def profiler_cost(name: str, calibrated: int) -> list[Row]:
             }
         )
     return rows
-
-
-def timed_text(pair: Loaded, tokens: int) -> torch.Tensor:
-    """Token ids ``[1, tokens]`` of the longest test example, repeated if need be."""
-    longest = max((example.prompt for example in pair.examples("test", 64)), key=lambda prompt: prompt.shape[1])
-    return longest.repeat(1, 1 + tokens // longest.shape[1])[:, :tokens]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ COLOURS = {
     "selected tokens": "#9e9ac8",
     "ours in the same time": "#3182bd",
 }
+KL_MARKS = [digit * 10.0**exponent for exponent in range(-5, 2) for digit in (1, 2, 5)]
 
 
 def write(folder: Path, page: Path) -> None:
@@ -64,6 +65,10 @@ def plot(judged: dict[str, ReadRows], speedups: dict[str, dict[str, str]], path:
         axes.set_yscale("log")
         ticks = [1.5, 2, 3, 5, 10, 20]
         axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+        limits = axes.get_ylim()
+        marks = [mark for mark in KL_MARKS if limits[0] <= mark <= limits[1]]
+        axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
+        axes.set_ylim(limits)
         axes.minorticks_off()
         axes.set_title(f"pair '{name}'", fontsize=10)
         axes.set_xlabel("faster to the first token")
