@@ -35,6 +35,14 @@ def test_functions_are_listed_without_what_is_asked_of_them(split: str) -> None:
     assert all(re.search(rf"\bdef +{function.name}\b", function.source) for function in functions)
 
 
+def test_form_feeds_shift_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older modules have them between their parts."""
+    text = '"""M."""\n\x0c\ndef f(x):\n    """Give back what has come in."""\n    y = x\n    z = y\n    return z\n'
+    monkeypatch.setattr(stdlib, "read_modules", lambda split: {"m": text})
+    (function,) = stdlib.read_functions("made up")
+    assert function.source == "def f(x):\n    y = x\n    z = y\n    return z"
+
+
 def test_questions_about_functions_share_a_context() -> None:
     examples = stdlib.draw_docs_examples("test", 3_000, 4, random.Random(0))
     assert len(examples) == 4 and len({example.context for example in examples}) == 1
