@@ -140,13 +140,18 @@ class _Filling:
         target = self._layers[layer]
         rows = target.keys.shape[2]
         count = sinks_among(rows, self._tokens)
-        if count:
-            kv = self._context.kv(layer).at(slice(count))
-            further = {
-                name: half.view(self._batch, rows, -1)[:, :count].flatten(0, 1)
-                for name, half in self._rotation_on(layer).items()
+        if not count:
+            return
+        kv, further = self._context.kv(layer).at(slice(count)), self._rotation_on(layer)
+        keys, values = target.keys[:, :, :count], target.values[:, :, :count]
+        if kv.k_scale is None and not further:
+            keys.copy_(kv.keys)  # a few rows of each layer, for which an operator's call would cost more than the work
+            values.copy_(kv.values)
+        else:
+            of_sinks = {
+                name: half.view(self._batch, rows, -1)[:, :count].flatten(0, 1) for name, half in further.items()
             }
-            splice(kv, target.keys[:, :, :count], target.values[:, :, :count], **further)
+            splice(kv, keys, values, **of_sinks)
 
     def projection(self, layer: int, hidden_states: torch.Tensor, weights: LayerWeights) -> Projection:
         """To compute K and V of a layer, of the tokens that count, from the hidden states that enter it."""
