@@ -14,7 +14,7 @@ from droidspeak_ops.frontier import Frontier, Point
 def measure_choice(frontier: Frontier, speeds: Sequence[float], tokens: int) -> list[Row]:
     """For each speed the plan that is chosen by two thirds of the contexts, beside the one of least divergence on the third.
 
-    Each third is held out in turn, so that every context judges once. The sets of scattered layers are left out, because they
+    Each third is held out in turn, so that no context judges twice. The sets of scattered layers are left out, because they
     are not tried on the contexts that say which layers they are of.
 
     Args:
