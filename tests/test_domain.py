@@ -15,14 +15,12 @@ ALL = ds.Plan(project="rest")
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple:
-    return tiny_pair(LAYERS)
-
-
-@pytest.fixture(scope="module")
-def maps(pair) -> ds.Maps:
+def fitted() -> tuple:
+    """A sender, a receiver and maps of theirs."""
     torch.manual_seed(1)
-    return ds.fit(*pair, [ds.Example.cut(tokens(160)) for _ in range(16)], show_progress=False)
+    sender, receiver = tiny_pair(LAYERS)
+    some = [ds.Example.cut(tokens(160)) for _ in range(16)]
+    return sender, receiver, ds.fit(sender, receiver, some, show_progress=False)
 
 
 def test_a_context_of_another_kind_is_reused() -> None:
@@ -58,19 +56,21 @@ def test_a_context_of_another_kind_is_reused() -> None:
         lambda context: context.quantized(torch.int8),
     ],
 )
-def test_a_context_of_the_same_kind_is_not(pair, maps, change) -> None:
+def test_a_context_of_the_same_kind_is_not(fitted, change) -> None:
     """Also one that is longer, of which only some rows are looked at, and one in 8 bits without hidden states."""
+    sender, receiver, maps = fitted
     for count in (60, 127, 900):
-        context = change(ds.capture(pair[0], tokens(count), layers=range(LAYERS)))
+        context = change(ds.capture(sender, tokens(count), layers=range(LAYERS)))
         assert maps.domain.distance(context) < maps.domain.limit
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            ds.partial_prefill(pair[1], context, ALL, maps=maps)
+            ds.partial_prefill(receiver, context, ALL, maps=maps)
 
 
-def test_the_furthest_sequence_counts(pair, maps) -> None:
+def test_the_furthest_sequence_counts(fitted) -> None:
+    sender, _, maps = fitted
     sequences = [tokens(60) for _ in range(3)]
-    alone = [maps.domain.distance(ds.capture(pair[0], ids)) for ids in sequences]
-    together = maps.domain.distance(ds.capture(pair[0], torch.cat(sequences)))
+    alone = [maps.domain.distance(ds.capture(sender, ids)) for ids in sequences]
+    together = maps.domain.distance(ds.capture(sender, torch.cat(sequences)))
     assert together == pytest.approx(max(alone), rel=1e-4)
     assert max(alone) > 1.01 * min(alone)
