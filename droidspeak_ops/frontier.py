@@ -262,11 +262,13 @@ class Frontier:
     @cached_property
     def _loss_by_root_kl(self) -> float:
         """The losses of all plans that have one over the roots of their divergences, and not below 0."""
-        losses = roots = 0.0
         full = 1.0 if self.scores is None else _mean(self._known(self.scores, False))
+        if full <= 0:
+            return 0.0
+        losses = roots = 0.0
         for point in self.points:
             measured = point.agreement if self.scores is None else point.scores
-            if measured is not None and None not in measured and full > 0:
+            if measured is not None and None not in measured:
                 losses += 1 - _mean(self._known(measured, False)) / full
                 roots += self._root_kl(point)
         return max(0.0, losses / roots) if roots else 0.0

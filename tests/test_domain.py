@@ -17,7 +17,6 @@ ALL = ds.Plan(project="rest")
 @pytest.fixture(scope="module")
 def fitted() -> tuple:
     """A sender, a receiver and maps of theirs."""
-    torch.manual_seed(1)
     sender, receiver = tiny_pair(LAYERS)
     some = [ds.Example.cut(tokens(160)) for _ in range(16)]
     return sender, receiver, ds.fit(sender, receiver, some, show_progress=False)

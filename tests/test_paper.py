@@ -1,6 +1,5 @@
 """The comparison with the paper on tiny models: its ways, what stands beside them, and what is written."""
 
-import csv
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from compare import assert_close
 from maps import Loaded
 from models import tiny_pair, tokens
 from pairs import PAIRS
+from reporting import read_csv
 from token_selective import token_selective_prefill
 
 import droidspeak_ops as ds
@@ -70,8 +70,7 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
     options = ["--profiled", "6", "--judged", "4", "--granularity", "1", "--rounds", "1"]
     paper.main(["--only", *steps, "--pairs", "lora", "--folder", str(tmp_path), "--page", str(page), *options])
 
-    with (tmp_path / "lora" / "judged.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "lora" / "judged.csv")
     names = [row["way"] for row in rows]
     assert names[:3] == ["all reused", "all projected", "all fitted"]
     assert names[-2:] == ["chosen for a loss up to 5%", "chosen for a loss up to 1%"]
@@ -83,12 +82,9 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
     for way in paper.ways_of(frontier):
         if way.name == "ours in the same time":
             assert frontier.seconds(way.point, 80) <= frontier.seconds(bands[way.band].point, 80)
-    with (tmp_path / "lora" / "times.csv").open(newline="") as file:
-        assert all(float(row["ttft_speedup"]) > 0 for row in csv.DictReader(file))
-    with (tmp_path / "profiler.csv").open(newline="") as file:
-        assert [row["maps"] for row in csv.DictReader(file)] == ["", "0 corrected starts"]
-    with (tmp_path / "lora" / "choice.csv").open(newline="") as file:
-        choices = list(csv.DictReader(file))
+    assert all(float(row["ttft_speedup"]) > 0 for row in read_csv(tmp_path / "lora" / "times.csv"))
+    assert [row["maps"] for row in read_csv(tmp_path / "profiler.csv")] == ["", "0 corrected starts"]
+    choices = read_csv(tmp_path / "lora" / "choice.csv")
     assert [row["faster"] for row in choices] == ["1.2", "1.5"]
     assert all(float(row["of_best_kl"]) >= 1 and row["contexts"] == "6" for row in choices)
     text = page.read_text()

@@ -27,7 +27,7 @@ def measure_choice(frontier: Frontier, speeds: Sequence[float], tokens: int) -> 
         kl_of_chosen, kl_of_best = 0.0, 0.0
         for fold in _folds(frontier):
             limit = fold.full_prefill_seconds(tokens) / speed
-            chosen = fold.point(fold.choose(max_quality_loss=1.0, max_ttft=limit, tokens=tokens))
+            chosen = best_within(fold, limit, tokens)
             in_time = [each for each in fold.points if each.choosable and fold.seconds(each, tokens) <= limit]
             if not in_time:
                 break
@@ -41,6 +41,11 @@ def measure_choice(frontier: Frontier, speeds: Sequence[float], tokens: int) -> 
             points = mean_and_interval("points", beyond)
             rows.append({"faster": f"{speed:g}", **points, "of_best_kl": f"{of_best:.3f}", "contexts": len(beyond)})
     return rows
+
+
+def best_within(frontier: Frontier, seconds: float, tokens: int) -> Point:
+    """The plan of least divergence that is as fast as that, whatever it loses."""
+    return frontier.point(frontier.choose(max_quality_loss=1.0, max_ttft=seconds, tokens=tokens))
 
 
 def _folds(frontier: Frontier) -> Iterator[Frontier]:

@@ -38,7 +38,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "variants"))
 import results_page
-from choice import measure_choice
+from choice import best_within, measure_choice
 from maps import CALIBRATION_CONTEXTS, LONG, Loaded, maps_of
 from maps import Way as Filling
 from pairs import PAIRS
@@ -119,14 +119,10 @@ def ways_of(frontier: Frontier) -> Iterator[Way]:
         if scattered:
             yield Way("scattered layers", best(scattered), count)
         yield Way("selected tokens", None, count)
-        affordable = [
-            each for each in frontier.points if each.choosable and frontier.seconds(each, TIMED_TOKENS) <= limit
-        ]
-        yield Way("ours in the same time", best(affordable), count)
+        yield Way("ours in the same time", best_within(frontier, limit, TIMED_TOKENS), count)
     for speed in SPEEDS:
         limit = frontier.full_prefill_seconds(TIMED_TOKENS) / speed
-        plan = frontier.choose(max_quality_loss=1.0, max_ttft=limit, tokens=TIMED_TOKENS)
-        yield Way(best_at(speed), frontier.point(plan))
+        yield Way(best_at(speed), best_within(frontier, limit, TIMED_TOKENS))
     for floor in FLOORS:
         yield Way(f"chosen for a loss up to {floor:.0%}", frontier.point(frontier.choose(max_quality_loss=floor)))
 
@@ -158,9 +154,13 @@ def profile_pair(name: str, args: argparse.Namespace) -> None:
     write_report(frontier, args.folder / name, f"{pair.named.what} ({pair.named.sender} to {pair.named.receiver})")
 
 
+def frontier_of(name: str, args: argparse.Namespace) -> Frontier:
+    return Frontier.load(args.folder / name / "frontier.json")
+
+
 def choice_of(name: str, args: argparse.Namespace) -> list[Row]:
-    frontier = Frontier.load(args.folder / name / "frontier.json")
-    return [{"pair": name, **row} for row in measure_choice(frontier, CHOSEN_AT, TIMED_TOKENS)]
+    rows = measure_choice(frontier_of(name, args), CHOSEN_AT, TIMED_TOKENS)
+    return [{"pair": name, **row} for row in rows]
 
 
 @torch.no_grad()
@@ -168,7 +168,7 @@ def judge_pair(name: str, args: argparse.Namespace) -> list[Row]:
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, args.calibrated)
     _, examples = split(pair, args.profiled, args.judged)
-    ways = list(ways_of(Frontier.load(args.folder / name / "frontier.json")))
+    ways = list(ways_of(frontier_of(name, args)))
     plans = {way.plan: way for way in ways}
     kl: dict[str, list[float]] = {plan: [] for plan in plans}
     agreement: dict[str, list[float]] = {plan: [] for plan in plans}
@@ -227,7 +227,7 @@ def answer_pair(name: str, args: argparse.Namespace) -> list[Row]:
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, args.calibrated)
     _, examples = split(pair, args.profiled, args.judged)
-    ways = [way for way in ways_of(Frontier.load(args.folder / name / "frontier.json")) if way.name in ANSWERED]
+    ways = [way for way in ways_of(frontier_of(name, args)) if way.name in ANSWERED]
     texts = pair.named.task.examples("test", len(examples))
     fillings = [None, *(Filling(way.point.plan, maps if way.point.with_maps else None) for way in ways if way.point)]
     scores: list[list[float]] = [[] for _ in fillings]
@@ -254,7 +254,7 @@ def time_pair(name: str, args: argparse.Namespace) -> list[Row]:
     """Full prefill and every way timed in turn."""
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, args.calibrated)
-    frontier = Frontier.load(args.folder / name / "frontier.json")
+    frontier = frontier_of(name, args)
     prompt = pair.text(TIMED_TOKENS + SUFFIX_TOKENS)
     context = ds.capture(pair.sender, prompt[:, :TIMED_TOKENS], layers=range(frontier.num_layers))
     suffix = prompt[:, TIMED_TOKENS:]

@@ -23,9 +23,9 @@ def write(folder: Path, page: Path) -> None:
         {path.parent.name: read_csv(path) for path in sorted(folder.glob(f"*/{name}.csv"))}
         for name in ("judged", "answers", "times", "choice")
     )
-    speedups = {name: {row["plan"]: row["ttft_speedup"] for row in rows} for name, rows in times.items()}
+    speedups = {name: {row["plan"]: row["ttft_speedup"] for row in times.get(name, [])} for name in judged}
     plot(judged, speedups, folder / "results.png")
-    of_pairs = (_table(name, rows, answers.get(name, []), speedups.get(name, {})) for name, rows in judged.items())
+    of_pairs = (_table(name, rows, answers.get(name, []), speedups[name]) for name, rows in judged.items())
     tables = "\n\n".join((_losses(judged, answers, speedups), _choices(choices), *of_pairs))
     before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
     after = rest.split(MARKS[1])[1]
@@ -37,13 +37,12 @@ def plot(judged: dict[str, ReadRows], speedups: dict[str, dict[str, str]], path:
     figure = Figure(figsize=(1 + 3.6 * len(judged), 4.2), layout="constrained")
     (panels,) = figure.subplots(1, len(judged), squeeze=False)
     for axes, (name, rows) in zip(panels, judged.items(), strict=True):
+        timed = speedups[name]
         bands = {row["band"]: row["plan"] for row in rows if row["way"] == "contiguous band"}
         for way, colour in COLOURS.items():
             # What stands for a band is drawn at the band's time, unless it was timed itself.
             faster = {
-                row["plan"]: speedups.get(name, {}).get(row["plan"], speedups.get(name, {}).get(bands[row["band"]]))
-                for row in rows
-                if row["way"] == way
+                row["plan"]: timed.get(row["plan"], timed.get(bands[row["band"]])) for row in rows if row["way"] == way
             }
             some = [row for row in rows if row["way"] == way and faster[row["plan"]]]
             some.sort(key=lambda row, faster=faster: float(faster[row["plan"]]))
@@ -57,9 +56,9 @@ def plot(judged: dict[str, ReadRows], speedups: dict[str, dict[str, str]], path:
                     label=way,
                 )
         for way, marker in (("all reused", "s"), ("all projected", "v"), ("all fitted", "*")):
-            some = [row for row in rows if row["way"] == way and row["plan"] in speedups.get(name, {})]
+            some = [row for row in rows if row["way"] == way and row["plan"] in timed]
             if some:
-                at = [float(speedups[name][row["plan"]]) for row in some]
+                at = [float(timed[row["plan"]]) for row in some]
                 axes.errorbar(at, *_bars(some), fmt=marker, color="black", label=way)
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -97,7 +96,7 @@ def _losses(judged: dict[str, ReadRows], answers: dict[str, ReadRows], speedups:
         for row in rows:
             if row["way"].startswith(("all reused", "all fitted", "best at", "chosen")):
                 kept = " | ".join(_interval(row, which) for which in ("agreement", "of_accuracy"))
-                first, score = _speedup(row, speedups.get(name, {})), scores.get(row["plan"], "")
+                first, score = _speedup(row, speedups[name]), scores.get(row["plan"], "")
                 lines.append(f"| `{name}` | {row['way']} | {row['plan']} | {first} | {kept} | {score} |")
     return "\n".join(lines)
 
