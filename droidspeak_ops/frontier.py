@@ -21,7 +21,7 @@ from .fingerprint import Fingerprint
 from .plan import Plan
 
 Rest = Literal["reuse", "project", "fitted"]
-"""What becomes of the layers outside a plan's bands; the last is what its maps say."""
+"""What becomes of the layers outside a plan's bands; the last is what the maps say."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,9 @@ class Point:
     """A plan, and how far the receiver is from its own full prefill with it, context by context.
 
     Args:
-        plan: for :func:`droidspeak_ops.partial_prefill`.
+        plan: for :func:`droidspeak_ops.partial_prefill`, together with the maps of the profile if it had any.
         rest: what filled the layers outside its bands.
-        with_maps: whether maps were given with it, to fill its rest or to correct the states that its bands start from.
-        choosable: whether the plan does this where the maps of the profile, if there are any, are given with it.
+        corrected: whether maps corrected the states that its bands start from.
         work: what it asks of a model.
         kl: mean divergence of the receiver's next-token distributions from those after its own prefill, in nats; None for a
             context on which it was not tried.
@@ -42,8 +41,7 @@ class Point:
 
     plan: Plan
     rest: Rest
-    with_maps: bool
-    choosable: bool
+    corrected: bool
     work: Work
     kl: tuple[float | None, ...]
     agreement: tuple[float | None, ...]
@@ -52,7 +50,7 @@ class Point:
     def __str__(self) -> str:
         if self.rest == "fitted":
             return str(self.plan).replace("projected", "fitted")
-        return f"{self.plan} from corrected states" if self.with_maps else str(self.plan)
+        return f"{self.plan} from corrected states" if self.corrected else str(self.plan)
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Frontier:
 
     Args:
         sender, receiver: the pair, with the digests of their weights.
-        maps: the digest of the maps that `fitted` points are of, or None.
+        maps: the digest of the maps that all plans were tried with, or None.
         points: all plans that were tried.
         costs: of the receiver on the machine of the profile.
         contexts: how many tokens each had.
@@ -121,13 +119,13 @@ class Frontier:
         return self._loss_by_root_kl * self._root_kl(point)
 
     def point(self, plan: Plan) -> Point:
-        """What was measured of a plan that can be chosen.
+        """What was measured of a plan.
 
         Raises:
             ValueError: it was not tried.
         """
         for point in self.points:
-            if point.choosable and point.plan == plan:
+            if point.plan == plan:
                 return point
         raise ValueError(f"plan: got {plan}, which was not tried; one of the frontier's points is needed")
 
@@ -155,8 +153,7 @@ class Frontier:
     def pareto(self, tokens: int | None = None, bandwidth: float | None = None) -> list[Point]:
         """The points that no other is both better and faster than, the fastest first; better is of less divergence."""
         found: list[Point] = []
-        choosable = [point for point in self.points if point.choosable]
-        for point in sorted(choosable, key=lambda each: (self.seconds(each, tokens, bandwidth), self._kl[each])):
+        for point in sorted(self.points, key=lambda each: (self.seconds(each, tokens, bandwidth), self._kl[each])):
             if not found or self._kl[point] < self._kl[found[-1]]:
                 found.append(point)
         return found
@@ -197,7 +194,7 @@ class Frontier:
             return (queue + 1) * self.seconds(point, tokens, bandwidth)
 
         # Recomputing every layer loses nothing, so that there always is one.
-        good = [each for each in self.points if each.choosable and self.expected_loss(each) <= max_quality_loss]
+        good = [each for each in self.points if self.expected_loss(each) <= max_quality_loss]
         in_time = [] if max_ttft is None else [point for point in good if waited(point) <= max_ttft]
         if in_time:
             return min(in_time, key=lambda each: (self._kl[each], waited(each))).plan

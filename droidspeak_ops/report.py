@@ -221,10 +221,8 @@ PLOTS: dict[str, tuple[str, Callable[[Frontier], Figure]]] = {
 
 
 def _bands(frontier: Frontier, rest: Rest) -> list[Point]:
-    """Those of one band; where the rest is reused, from the states that the sender has."""
-    with_maps = rest == "fitted"
-    some = (point for point in frontier.points if point.rest == rest and point.with_maps == with_maps)
-    return [point for point in some if len(point.plan.bands) == 1]
+    """Those of one band."""
+    return [point for point in frontier.points if point.rest == rest and len(point.plan.bands) == 1]
 
 
 def _shown(frontier: Frontier, points: Sequence[Point]) -> list[Point]:

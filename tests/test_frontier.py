@@ -24,9 +24,9 @@ COSTS = CostModel(
 )
 
 
-def point(plan: ds.Plan, work: Work, kl: float, *, rest="reuse", choosable=True) -> Point:
+def point(plan: ds.Plan, work: Work, kl: float, *, rest="reuse") -> Point:
     """That loses a fifth of the root of its divergence."""
-    return Point(plan, rest, rest == "fitted", choosable, work, (kl,) * 6, (1 - 0.2 * kl**0.5,) * 6)
+    return Point(plan, rest, False, work, (kl,) * 6, (1 - 0.2 * kl**0.5,) * 6)
 
 
 REUSED = point(ds.Plan(), Work(run=0, projected=0, hidden=0, kv=10), 1.0)
@@ -89,13 +89,11 @@ def test_slow_storage_prefers_what_is_computed() -> None:
     assert FRONTIER.pareto(bandwidth=1e6)[-1] == ALL
 
 
-def test_what_maps_would_change_is_not_chosen() -> None:
+def test_a_plan_is_called_by_what_maps_do() -> None:
     fitted = point(ds.Plan(project="rest"), Work(0, 10, 9, 0), 0.05, rest="fitted")
-    without = dataclasses.replace(PROJECTED, choosable=False, kl=(0.0,) * 6, agreement=(1.0,) * 6)
-    frontier = dataclasses.replace(FRONTIER, points=(without, REUSED, fitted, ALL), maps="1" * 64)
-    assert frontier.choose(max_quality_loss=0.05) == fitted.plan
-    assert frontier.point(fitted.plan) == fitted
-    assert str(fitted) == "all fitted"
+    corrected = dataclasses.replace(BAND, corrected=True)
+    assert [str(each) for each in (PROJECTED, fitted)] == ["all projected", "all fitted"]
+    assert [str(each) for each in (BAND, corrected)] == ["band [4, 8)", "band [4, 8) from corrected states"]
 
 
 def test_held_out_contexts_do_not_choose() -> None:

@@ -8,6 +8,7 @@ import paper
 import pytest
 import results_page
 import torch
+from choice import measure_choice
 from compare import assert_close
 from maps import Loaded
 from models import tiny_pair, tokens
@@ -16,6 +17,7 @@ from reporting import read_csv
 from token_selective import token_selective_prefill
 
 import droidspeak_ops as ds
+from droidspeak_ops.frontier import Point, Work
 
 LAYERS = 6
 COSTS = ds.CostModel((0, 1e-4, 0), (0, 1e-5, 0), (0.05, 0, 0), 4000, 1000, "made up", (100, 2000))
@@ -28,7 +30,8 @@ def pair() -> Loaded:
 
 @pytest.fixture(scope="module")
 def maps(pair: Loaded) -> ds.Maps:
-    return ds.fit(pair.sender, pair.receiver, [ds.Example.cut(tokens(160)) for _ in range(6)], show_progress=False)
+    some = [ds.Example.cut(tokens(160)) for _ in range(6)]
+    return ds.fit(pair.sender, pair.receiver, some, bands=[(2, 5)], show_progress=False)
 
 
 def test_all_tokens_selected_is_the_own_prefill(pair: Loaded) -> None:
@@ -77,13 +80,17 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
     assert names.count("contiguous band") == names.count("selected tokens") == names.count("ours in the same time") == 2
     assert names[-4:-2] == ["best at 5 times", "best at 2.6 times"]
     assert all(row["of_band"] == "1" for row in rows if row["way"] == "contiguous band")
-    frontier = ds.Frontier.load(tmp_path / "lora" / "frontier.json")
-    bands = {way.band: way for way in paper.ways_of(frontier) if way.name == "contiguous band"}
-    for way in paper.ways_of(frontier):
+    plain, ours = (ds.Frontier.load(tmp_path / "lora" / which / "frontier.json") for which in paper.PROFILES)
+    assert plain.maps is None and ours.maps == maps.digest()
+    ways = list(paper.ways_of(plain, ours))
+    bands = {way.band: way.point for way in ways if way.name == "contiguous band"}
+    for way in ways:
         if way.name == "ours in the same time":
-            assert frontier.seconds(way.point, 80) <= frontier.seconds(bands[way.band].point, 80)
+            assert ours.seconds(way.point, 80) <= plain.seconds(bands[way.band], 80)
+        if way.point is not None:
+            assert way.point in (ours if way.with_maps else plain).points
     assert all(float(row["ttft_speedup"]) > 0 for row in read_csv(tmp_path / "lora" / "times.csv"))
-    assert [row["maps"] for row in read_csv(tmp_path / "profiler.csv")] == ["", "0 corrected starts"]
+    assert [row["maps"] for row in read_csv(tmp_path / "profiler.csv")] == ["", "1 corrected starts"]
     choices = read_csv(tmp_path / "lora" / "choice.csv")
     assert [row["faster"] for row in choices] == ["1.2", "1.5"]
     assert all(float(row["of_best_kl"]) >= 1 and row["contexts"] == "6" for row in choices)
@@ -91,5 +98,33 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| contiguous band (2 layers) | band [" in text
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "lora" / "report.html").read_text().count("data:image/png;base64,") == 4
-    assert not list(tmp_path.glob(".*journal"))
+    for which in paper.PROFILES:
+        written = {path.name for path in (tmp_path / "lora" / which).iterdir()}
+        assert written == {
+            "frontier.json", "report.html", "frontier.png", "quality.png", "bands.png", "sensitivity.png",
+        }  # fmt: skip
+
+
+def test_what_a_choice_loses() -> None:
+
+    def point(start: int, kl: list[float]) -> Point:
+        lost = tuple(1 - value for value in kl)
+        return Point(ds.Plan([(start, 4)]), "reuse", False, Work(3 - start, 1, 1, LAYERS - 4 + start), tuple(kl), lost)
+
+    own = Point(ds.Plan([(0, LAYERS)]), "reuse", False, Work(LAYERS - 1, 1, 0, 0), (0.0,) * 6, (1.0,) * 6)
+    model = ds.Fingerprint({"num_hidden_layers": LAYERS}, {}, "float32", "0" * 64)
+
+    def measured(one: list[float], other: list[float]) -> dict[str, str]:
+        points = (point(1, one), point(2, other), own)
+        frontier = ds.Frontier(model, model, None, points, COSTS, (1000,) * 6, 2, 1, 0)
+        (row,) = measure_choice(frontier, [1.5, 100], 1000)
+        return row
+
+    alike = measured([0.1, 0.2] * 3, [0.2, 0.3] * 3)
+    assert (alike["points"], alike["of_best_kl"], alike["contexts"]) == ("0", "1.000", 6)
+    assert measured([0.1] * 5 + [0.15], [0.2] * 5 + [0.1])["of_best_kl"] == "1.000", "the odd one alters no choice"
+    # Of four contexts the first plan is the better one by 30 points, of two the second by 80. Both of these choose the second
+    # if neither is held out, which then is not the best; otherwise the first is chosen, which is not the best either. So one of
+    # the four loses 30 when it is held out with another of them, three times in five, and gains 30 when it is not.
+    kinds = measured([0.1] * 4 + [0.8] * 2, [0.4] * 4 + [0.0] * 2)
+    assert float(kinds["points"]) == pytest.approx((4 * 6 + 2 * 80) / 6, abs=2)

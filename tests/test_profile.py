@@ -39,10 +39,21 @@ def maps(pair) -> ds.Maps:
 
 
 @pytest.fixture(scope="module")
-def tried(pair, maps) -> tuple[list[ds.Example], ds.Frontier]:
+def some() -> list[ds.Example]:
     torch.manual_seed(2)
-    some = examples(6)
-    return some, ds.profile(*pair, some, maps=maps, costs=COSTS, show_progress=False)
+    return examples(6)
+
+
+@pytest.fixture(scope="module")
+def plain(pair, some) -> ds.Frontier:
+    """Without maps."""
+    return ds.profile(*pair, some, costs=COSTS, show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def frontier(pair, some, maps) -> ds.Frontier:
+    """With maps."""
+    return ds.profile(*pair, some, maps=maps, costs=COSTS, show_progress=False)
 
 
 @torch.no_grad()
@@ -50,8 +61,7 @@ def by_hand(pair, maps, point, example: ds.Example) -> tuple[float, float]:
     """Divergence and agreement of one plan on one example, by two ordinary forward passes."""
     sender, receiver = pair
     context = ds.capture(sender, example.context, layers=range(LAYERS))
-    used = maps if point.with_maps else None
-    cache = ds.partial_prefill(receiver, context, point.plan, maps=used)
+    cache = ds.partial_prefill(receiver, context, point.plan, maps=maps)
     answer = example.answer[:, :JUDGED]
     ids = torch.cat((example.prompt, answer[:, :-1]), dim=1)
     count = answer.shape[1]
@@ -69,60 +79,58 @@ def in_order(some: list[ds.Example], seed: int = 0) -> list[ds.Example]:
     return [group[0] for group in groups]
 
 
-def test_every_plan_is_as_if_tried_alone(pair, maps, tried) -> None:
-    some, frontier = tried
+def test_every_plan_is_as_if_tried_alone(pair, maps, some, plain, frontier) -> None:
     assert maps.corrections, "or corrected starts are not tried"
-    for number, example in enumerate(in_order(some)):
-        if number % 2:
-            continue
-        for point in frontier.points:
-            if point.kl[number] is None:
+    for used, found in ((None, plain), (maps, frontier)):
+        for number, example in enumerate(in_order(some)):
+            if number % 2:
                 continue
-            kl, agreement = by_hand(pair, maps, point, example)
-            assert point.kl[number] == pytest.approx(kl, abs=2e-5), str(point)
-            assert point.agreement[number] == pytest.approx(agreement), str(point)
+            for point in found.points:
+                if point.kl[number] is None:
+                    continue
+                kl, agreement = by_hand(pair, used, point, example)
+                assert point.kl[number] == pytest.approx(kl, abs=2e-5), str(point)
+                assert point.agreement[number] == pytest.approx(agreement), str(point)
 
 
-def test_what_is_tried(tried) -> None:
-    frontier = tried[1]
+def test_what_is_tried(maps, plain, frontier) -> None:
     # With the rest projected, a band of one layer is none; and the band of all layers has no rest.
-    for rest, missing in (("reuse", 0), ("project", 1 + LAYERS), ("fitted", 1)):
-        bands = [
-            point.plan.bands
-            for point in frontier.points
-            if point.rest == rest and point.with_maps == (rest == "fitted")
-        ]
-        assert bands.count(()) == 1
-        assert len({each for each in bands if len(each) == 1}) == BANDS - missing
-    corrected = [point.plan.bands for point in frontier.points if point.rest == "reuse" and point.with_maps]
-    assert [each for each in corrected if len(each) == 1] == [((2, 3),), ((2, 4),), ((2, 5),)]
-    scattered = [point for point in frontier.points if len(point.plan.bands) > 1]
-    assert scattered
-    assert all(point.kl[:2] == (None, None) and None not in point.kl[2:] for point in scattered)
-    whole = frontier.point(ds.Plan([(0, LAYERS)]))
-    assert frontier.quality_loss(whole) == (0, 0, 0)
-    assert max(whole.kl) < 1e-5
-
-
-def test_sets_are_of_the_most_sensitive_layers(tried) -> None:
-    frontier = tried[1]
-    alone = {
-        point.plan.bands[0][0]: sum(point.kl[:2])
-        for point in frontier.points
-        if point.rest == "reuse"
-        and not point.with_maps
-        and len(point.plan.bands) == 1
-        and point.plan.bands[0][1] == point.plan.bands[0][0] + 1
-    }
-    order = sorted(alone, key=alone.__getitem__)
+    expected = {"reuse": 0, "project": 1 + LAYERS}, {"reuse": 0, "fitted": 1}
+    for found, missing_of_rest in zip((plain, frontier), expected, strict=True):
+        assert {point.rest for point in found.points} == missing_of_rest.keys()
+        for rest, missing in missing_of_rest.items():
+            bands = [point.plan.bands for point in found.points if point.rest == rest]
+            assert bands.count(()) == 1
+            of_one = [each for each in bands if len(each) == 1]
+            assert len(of_one) == len(set(of_one)) == BANDS - missing
+        scattered = [point for point in found.points if len(point.plan.bands) > 1]
+        assert scattered
+        assert all(point.kl[:2] == (None, None) and None not in point.kl[2:] for point in scattered)
+        whole = found.point(ds.Plan([(0, LAYERS)]))
+        assert found.quality_loss(whole) == (0, 0, 0)
+        assert max(whole.kl) < 1e-5
+    assert not any(point.corrected for point in plain.points)
     for point in frontier.points:
-        if len(point.plan.bands) > 1:
-            layers = {layer for start, end in point.plan.bands for layer in range(start, end)}
-            assert layers == set(order[: len(layers)])
+        assert point.corrected == any(start in maps.corrections for start, _ in point.plan.bands)
 
 
-def test_the_work_of_a_plan(tried, maps) -> None:
-    frontier = tried[1]
+def test_sets_are_of_the_most_sensitive_layers(plain, frontier) -> None:
+    for found in (plain, frontier):
+        alone = {
+            point.plan.bands[0][0]: sum(point.kl[:2])
+            for point in found.points
+            if point.rest == "reuse"
+            and len(point.plan.bands) == 1
+            and point.plan.bands[0][1] == point.plan.bands[0][0] + 1
+        }
+        order = sorted(alone, key=alone.__getitem__)
+        for point in found.points:
+            if len(point.plan.bands) > 1:
+                layers = {layer for start, end in point.plan.bands for layer in range(start, end)}
+                assert layers == set(order[: len(layers)])
+
+
+def test_the_work_of_a_plan(frontier, maps) -> None:
     assert frontier.point(ds.Plan()).work == (ds.frontier.Work(0, 0, 0, LAYERS))
     assert frontier.point(ds.Plan([(0, LAYERS)])).work == ds.frontier.Work(LAYERS - 1, 1, 0, 0)
     fitted = frontier.point(ds.Plan([(1, 3)], project="rest"))
@@ -132,13 +140,8 @@ def test_the_work_of_a_plan(tried, maps) -> None:
     assert fitted.work.hidden == len(maps.hidden_layers(fitted.plan))
 
 
-def test_with_maps_only_what_they_would_do_is_chosen(tried, maps) -> None:
-    for point in tried[1].points:
-        corrected = any(start in maps.corrections for start, _ in point.plan.bands)
-        assert point.choosable == (point.with_maps or (point.rest == "reuse" and not corrected))
-
-
-def test_one_long_pass_from_each_start(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_maps", [False, True])
+def test_one_long_pass_from_each_start(pair, maps, with_maps: bool) -> None:
     """Not one for each band: of L layers, all run at most (L - 1) / 2 times, and the sender's own pass and the embedding."""
     long = []
 
@@ -147,9 +150,8 @@ def test_one_long_pass_from_each_start(pair, monkeypatch: pytest.MonkeyPatch) ->
         long.append(hidden.shape[1] == 90)
 
     hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for model in pair for layer in model.model.layers]
-    ds.profile(
-        *pair, [ds.Example(tokens(90), tokens(4), tokens(1)) for _ in range(3)], costs=COSTS, show_progress=False
-    )
+    few = [ds.Example(tokens(90), tokens(4), tokens(1)) for _ in range(3)]
+    ds.profile(*pair, few, maps=maps if with_maps else None, costs=COSTS, show_progress=False)
     for hook in hooks:
         hook.remove()
     assert sum(long) == 3 * (LAYERS + sum(LAYERS - 1 - start for start in range(LAYERS)))
@@ -172,8 +174,7 @@ def test_several_examples_of_a_context_count_as_one(pair) -> None:
             assert ours.kl[1] == pytest.approx((first.kl[1] + second.kl[1]) / 2, abs=1e-6)
 
 
-def test_the_same_seed_gives_the_same_frontier(pair, tried, maps) -> None:
-    some, frontier = tried
+def test_the_same_seed_gives_the_same_frontier(pair, some, frontier, maps) -> None:
     assert ds.profile(*pair, some, maps=maps, costs=COSTS, show_progress=False) == frontier
     other = ds.profile(*pair, some, maps=maps, costs=COSTS, seed=1, show_progress=False)
     assert [point.kl for point in other.points] != [point.kl for point in frontier.points]
@@ -236,8 +237,7 @@ def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypat
     assert ds.profile(*pair, some, **options, journal=tmp_path / "journal") == frontier
 
 
-def test_an_interrupted_run_goes_on(pair, tried, maps, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    some, frontier = tried
+def test_an_interrupted_run_goes_on(pair, some, frontier, maps, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = tmp_path / "journal"
     measured = interrupted_after(4, "measure_context", monkeypatch)
     with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -10,36 +11,41 @@ from reporting import Row
 
 from droidspeak_ops.frontier import Frontier, Point
 
+SPLITS = 100
+
 
 def measure_choice(frontier: Frontier, speeds: Sequence[float], tokens: int) -> list[Row]:
     """For each speed the plan that is chosen by two thirds of the contexts, beside the one of least divergence on the third.
 
-    Each third is held out in turn, so that no context judges twice. The sets of scattered layers are left out, because they
-    are not tried on the contexts that say which layers they are of.
+    Contexts are dealt into thirds at random, a hundred times, and each third is held out in turn: no context judges what it
+    chose, and what is found is not of one lucky deal. A context's loss is its mean over the deals. The sets of scattered
+    layers are left out, because they are not tried on the contexts that say which layers they are of.
 
     Args:
         speeds: times faster than full prefill, that a plan has to be; those that none is are left out.
         tokens: of the context, for its time.
     """
+    frontier = replace(frontier, points=tuple(point for point in frontier.points if None not in point.kl))
     rows: list[Row] = []
     for speed in speeds:
-        beyond: list[float] = []
+        limit = frontier.full_prefill_seconds(tokens) / speed
+        in_time = [place for place, each in enumerate(frontier.points) if frontier.seconds(each, tokens) <= limit]
+        if not in_time:
+            continue
+        beyond: list[list[float]] = [[] for _ in frontier.contexts]
         kl_of_chosen, kl_of_best = 0.0, 0.0
-        for fold in _folds(frontier):
-            limit = fold.full_prefill_seconds(tokens) / speed
-            chosen = best_within(fold, limit, tokens)
-            in_time = [each for each in fold.points if each.choosable and fold.seconds(each, tokens) <= limit]
-            if not in_time:
-                break
-            best = min(in_time, key=lambda each, fold=fold: sum(_held_out(fold, each.kl)))
-            pairs = zip(_held_out(fold, best.agreement), _held_out(fold, chosen.agreement), strict=True)
-            beyond += [100 * (of_best - of_chosen) for of_best, of_chosen in pairs]
-            kl_of_chosen += sum(_held_out(fold, chosen.kl))
-            kl_of_best += sum(_held_out(fold, best.kl))
-        else:
-            of_best = kl_of_chosen / kl_of_best
-            points = mean_and_interval("points", beyond)
-            rows.append({"faster": f"{speed:g}", **points, "of_best_kl": f"{of_best:.3f}", "contexts": len(beyond)})
+        for order in _orders(frontier):
+            dealt, held = _dealt(frontier, order), order[-frontier.held_out :]
+            chosen = frontier.point(best_within(dealt, limit, tokens).plan)
+            best = min((frontier.points[place] for place in in_time), key=lambda each, held=held: _sum(each.kl, held))
+            for context in held:
+                beyond[context].append(100 * (_sum(best.agreement, [context]) - _sum(chosen.agreement, [context])))
+            kl_of_chosen += _sum(chosen.kl, held)
+            kl_of_best += _sum(best.kl, held)
+        means = [sum(each) / len(each) for each in beyond if each]
+        points = mean_and_interval("points", means)
+        of_best = kl_of_chosen / kl_of_best
+        rows.append({"faster": f"{speed:g}", **points, "of_best_kl": f"{of_best:.3f}", "contexts": len(means)})
     return rows
 
 
@@ -48,18 +54,25 @@ def best_within(frontier: Frontier, seconds: float, tokens: int) -> Point:
     return frontier.point(frontier.choose(max_quality_loss=1.0, max_ttft=seconds, tokens=tokens))
 
 
-def _folds(frontier: Frontier) -> Iterator[Frontier]:
-    """With each third of the contexts last, where it is held out."""
-    points = [point for point in frontier.points if None not in point.kl]
-    for start in range(0, 3 * frontier.held_out, frontier.held_out):
-
-        def turned(point: Point, start: int = start) -> Point:
-            kl, agreement = (values[start:] + values[:start] for values in (point.kl, point.agreement))
-            return replace(point, kl=kl, agreement=agreement)
-
-        contexts = frontier.contexts[start:] + frontier.contexts[:start]
-        yield replace(frontier, points=tuple(map(turned, points)), contexts=contexts)
+def _orders(frontier: Frontier) -> Iterator[list[int]]:
+    """Of contexts, those last that are held out."""
+    for split in range(SPLITS):
+        order = list(range(len(frontier.contexts)))
+        random.Random(split).shuffle(order)
+        for start in range(0, 3 * frontier.held_out, frontier.held_out):
+            yield order[start:] + order[:start]
 
 
-def _held_out(frontier: Frontier, values: Sequence[float | None]) -> list[float]:
-    return [value for value in values[-frontier.held_out :] if value is not None]
+def _dealt(frontier: Frontier, order: Sequence[int]) -> Frontier:
+    """With contexts in another order."""
+
+    def turned(point: Point) -> Point:
+        kl, agreement = (tuple(values[place] for place in order) for values in (point.kl, point.agreement))
+        return replace(point, kl=kl, agreement=agreement)
+
+    contexts = tuple(frontier.contexts[place] for place in order)
+    return replace(frontier, points=tuple(map(turned, frontier.points)), contexts=contexts)
+
+
+def _sum(values: Sequence[float | None], places: Sequence[int]) -> float:
+    return sum(value for place in places if (value := values[place]) is not None)

@@ -8,7 +8,7 @@ contexts. Steps, each of which writes to the folder and is skipped with `--only`
 
 - `costs`: times of the receiver on this machine. To be run alone on it.
 - `profiler`: what profiling a context costs, every band of all layers. To be run alone on the machine.
-- `profile`: quality against cost of every band, and a report for each pair.
+- `profile`: quality against cost of every band, without maps (the paper's ways) and with them (ours), with a report of each.
 - `choose`: what plans that few contexts choose lose beyond the best ones, `choice.csv`.
 - `judge`: on contexts that no plan was chosen by, `judged.csv`. `kl` is the divergence of next-token distributions from those
   of the receiver's own full prefill, from the suffix's last token on, with the answer's tokens given; `agreement` is how
@@ -56,6 +56,7 @@ from droidspeak_ops.report import write_report
 STEPS = ("costs", "profiler", "profile", "choose", "judge", "answer", "time", "page")
 CONTIGUOUS = (6, 9, 12, 18)
 """Layers of the bands that ways are compared at."""
+PROFILES = ("without_maps", "with_maps")
 FLOORS = (0.05, 0.01)
 SPEEDS = (5.0, 2.6)
 """Times faster than full prefill, at which the best plan is judged."""
@@ -76,37 +77,48 @@ class Way:
     """One way to fill the receiver's cache, and the band of so many layers that it is to be compared with.
 
     Args:
-        point: of the frontier; None for token-selective recompute.
+        point: of a frontier; None for token-selective recompute.
         band: layers of that band; 0 where it stands for itself.
+        with_maps: whether its frontier is of plans with maps.
     """
 
     name: str
     point: Point | None
     band: int = 0
+    with_maps: bool = False
 
     def fill(self, pair: Loaded, maps: ds.Maps, context: ds.SharedContext) -> Any:
         if self.point is None:
             return token_selective_prefill(pair.receiver, context, self.band - 1)
-        used = maps if self.point.with_maps else None
-        return ds.partial_prefill(pair.receiver, context, self.point.plan, maps=used)
+        return ds.partial_prefill(pair.receiver, context, self.point.plan, maps=maps if self.with_maps else None)
 
     @property
     def plan(self) -> str:
         return f"tokens, of {self.band - 1} layers" if self.point is None else str(self.point)
 
 
-def ways_of(frontier: Frontier) -> Iterator[Way]:
-    """The paper's, and for each band what the same time buys otherwise; each the best of its kind on the profile's contexts."""
+def ways_of(plain: Frontier, ours: Frontier) -> Iterator[Way]:
+    """The paper's, and for each band what the same time buys otherwise; each the best of its kind on the profile's contexts.
+
+    Args:
+        plain: of plans without maps.
+        ours: of plans with them.
+    """
 
     def best(points: Sequence[Point]) -> Point:
-        return min(points, key=frontier.mean_kl)
+        return min(points, key=plain.mean_kl)
 
     def layers(point: Point) -> int:
         return sum(end - start for start, end in point.plan.bands)
 
-    for rest, name in (("reuse", "all reused"), ("project", "all projected"), ("fitted", "all fitted")):
-        yield Way(name, next(each for each in frontier.points if each.rest == rest and not each.plan.bands))
-    of_paper = [each for each in frontier.points if each.rest == "reuse" and not each.with_maps and each.plan.bands]
+    def within(seconds: float) -> Point:
+        return best_within(ours, seconds, TIMED_TOKENS)
+
+    projected = ds.Plan(project="rest")
+    yield Way("all reused", plain.point(ds.Plan()))
+    yield Way("all projected", plain.point(projected))
+    yield Way("all fitted", ours.point(projected), with_maps=True)
+    of_paper = [each for each in plain.points if each.rest == "reuse" and each.plan.bands]
     for count in CONTIGUOUS:
         same = [point for point in of_paper if layers(point) == count]
         contiguous = [point for point in same if len(point.plan.bands) == 1]
@@ -114,17 +126,16 @@ def ways_of(frontier: Frontier) -> Iterator[Way]:
         if not contiguous:
             continue
         band = best(contiguous)
-        limit = frontier.seconds(band, TIMED_TOKENS)
         yield Way("contiguous band", band, count)
         if scattered:
             yield Way("scattered layers", best(scattered), count)
         yield Way("selected tokens", None, count)
-        yield Way("ours in the same time", best_within(frontier, limit, TIMED_TOKENS), count)
+        yield Way("ours in the same time", within(plain.seconds(band, TIMED_TOKENS)), count, with_maps=True)
     for speed in SPEEDS:
-        limit = frontier.full_prefill_seconds(TIMED_TOKENS) / speed
-        yield Way(best_at(speed), best_within(frontier, limit, TIMED_TOKENS))
+        yield Way(best_at(speed), within(ours.full_prefill_seconds(TIMED_TOKENS) / speed), with_maps=True)
     for floor in FLOORS:
-        yield Way(f"chosen for a loss up to {floor:.0%}", frontier.point(frontier.choose(max_quality_loss=floor)))
+        chosen = ours.point(ours.choose(max_quality_loss=floor))
+        yield Way(f"chosen for a loss up to {floor:.0%}", chosen, with_maps=True)
 
 
 def split(pair: Loaded, profiled: int, judged: int) -> tuple[list[ds.Example], list[ds.Example]]:
@@ -139,28 +150,33 @@ def profile_pair(name: str, args: argparse.Namespace) -> None:
     maps, _, _ = maps_of(name, pair, args.calibrated)
     examples, _ = split(pair, args.profiled, args.judged)
     costs = ds.CostModel(**json.loads((args.folder / "costs.json").read_text(encoding="utf-8")))
-    frontier = ds.profile(
-        pair.sender,
-        pair.receiver,
-        examples,
-        maps=maps,
-        granularity=args.granularity,
-        costs=costs,
-        journal=args.folder / f".{name}.journal",
-    )
-    (args.folder / name).mkdir(exist_ok=True)
-    frontier.save(args.folder / name / "frontier.json")
-    (args.folder / f".{name}.journal").unlink()
-    write_report(frontier, args.folder / name, f"{pair.named.what} ({pair.named.sender} to {pair.named.receiver})")
+    title = f"{pair.named.what} ({pair.named.sender} to {pair.named.receiver})"
+    for which, used in zip(PROFILES, (None, maps), strict=True):
+        folder = args.folder / name / which
+        folder.mkdir(parents=True, exist_ok=True)
+        frontier = ds.profile(
+            pair.sender,
+            pair.receiver,
+            examples,
+            maps=used,
+            granularity=args.granularity,
+            costs=costs,
+            journal=folder / "journal",
+        )
+        frontier.save(folder / "frontier.json")
+        (folder / "journal").unlink()
+        write_report(frontier, folder, title)
 
 
-def frontier_of(name: str, args: argparse.Namespace) -> Frontier:
-    return Frontier.load(args.folder / name / "frontier.json")
+def frontiers_of(name: str, args: argparse.Namespace) -> tuple[Frontier, Frontier]:
+    """Of plans without maps, and with them."""
+    plain, ours = (Frontier.load(args.folder / name / which / "frontier.json") for which in PROFILES)
+    return plain, ours
 
 
 def choice_of(name: str, args: argparse.Namespace) -> list[Row]:
-    rows = measure_choice(frontier_of(name, args), CHOSEN_AT, TIMED_TOKENS)
-    return [{"pair": name, **row} for row in rows]
+    _, ours = frontiers_of(name, args)
+    return [{"pair": name, **row} for row in measure_choice(ours, CHOSEN_AT, TIMED_TOKENS)]
 
 
 @torch.no_grad()
@@ -168,7 +184,7 @@ def judge_pair(name: str, args: argparse.Namespace) -> list[Row]:
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, args.calibrated)
     _, examples = split(pair, args.profiled, args.judged)
-    ways = list(ways_of(frontier_of(name, args)))
+    ways = list(ways_of(*frontiers_of(name, args)))
     plans = {way.plan: way for way in ways}
     kl: dict[str, list[float]] = {plan: [] for plan in plans}
     agreement: dict[str, list[float]] = {plan: [] for plan in plans}
@@ -227,9 +243,9 @@ def answer_pair(name: str, args: argparse.Namespace) -> list[Row]:
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, args.calibrated)
     _, examples = split(pair, args.profiled, args.judged)
-    ways = [way for way in ways_of(frontier_of(name, args)) if way.name in ANSWERED]
+    ways = [way for way in ways_of(*frontiers_of(name, args)) if way.name in ANSWERED]
     texts = pair.named.task.examples("test", len(examples))
-    fillings = [None, *(Filling(way.point.plan, maps if way.point.with_maps else None) for way in ways if way.point)]
+    fillings = [None, *(Filling(way.point.plan, maps if way.with_maps else None) for way in ways if way.point)]
     scores: list[list[float]] = [[] for _ in fillings]
     for text, example in zip(track(texts[: args.answered], f"{name}: answers"), examples, strict=False):
         context = pair.read(example)
@@ -254,15 +270,15 @@ def time_pair(name: str, args: argparse.Namespace) -> list[Row]:
     """Full prefill and every way timed in turn."""
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, args.calibrated)
-    frontier = frontier_of(name, args)
+    plain, ours = frontiers_of(name, args)
     prompt = pair.text(TIMED_TOKENS + SUFFIX_TOKENS)
-    context = ds.capture(pair.sender, prompt[:, :TIMED_TOKENS], layers=range(frontier.num_layers))
+    context = ds.capture(pair.sender, prompt[:, :TIMED_TOKENS], layers=range(ours.num_layers))
     suffix = prompt[:, TIMED_TOKENS:]
 
     def start(way: Way) -> None:
         pair.receiver(suffix, past_key_values=way.fill(pair, maps, context), use_cache=True, logits_to_keep=1)
 
-    ways = {way.plan: way for way in ways_of(frontier) if way.name not in AT_THE_BANDS_TIME}
+    ways = {way.plan: way for way in ways_of(plain, ours) if way.name not in AT_THE_BANDS_TIME}
     starts: dict[str, Callable[[], Any]] = {"": partial(first_token, pair.receiver, context, prompt, None)}
     starts |= {plan: partial(start, way) for plan, way in ways.items()}
     seconds: dict[str, list[float]] = {plan: [] for plan in starts}
@@ -277,7 +293,7 @@ def time_pair(name: str, args: argparse.Namespace) -> list[Row]:
             "plan": plan,
             "tokens": TIMED_TOKENS,
             "milliseconds": f"{statistics.median(seconds[plan]) * 1e3:.0f}",
-            "predicted": f"{frontier.seconds(way.point, TIMED_TOKENS) * 1e3:.0f}" if way.point else "",
+            "predicted": f"{ours.seconds(way.point, TIMED_TOKENS) * 1e3:.0f}" if way.point else "",
             "ttft_speedup": f"{statistics.median(a / b for a, b in zip(seconds[''], seconds[plan], strict=True)):.2f}",
         }
         for plan, way in ways.items()
@@ -320,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="PAIR", help=", ".join(PAIRS))
     parser.add_argument("--calibrated", type=int, default=CALIBRATION_CONTEXTS, help="contexts that maps are fitted to")
-    parser.add_argument("--profiled", type=int, default=18, help="contexts that plans are chosen by, a third held out")
+    parser.add_argument("--profiled", type=int, default=24, help="contexts that plans are chosen by, a third held out")
     parser.add_argument("--judged", type=int, default=36, help="contexts that they are judged on")
     parser.add_argument("--answered", type=int, default=36, help="of those, contexts whose answers are scored")
     parser.add_argument("--granularity", type=int, default=3, help="layers between the starts of bands")

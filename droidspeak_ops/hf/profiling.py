@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -63,7 +63,9 @@ def profile(
     Args:
         sender, receiver: a pair that fits together; neither is changed.
         examples: of at least three contexts, such as those that plans are for. Of each answer the first tokens are judged.
-        maps: of this pair, to try what they are worth outside the bands and where bands start.
+        maps: of this pair. All plans are then tried together with them, as they are to be used: layers outside the bands are
+            reused or filled by the maps, and bands start from the states that these correct. Without maps the layers outside
+            are reused or projected.
         granularity: layers between the starts, and the ends, of the bands to try.
         costs: of the receiver, if they have been measured; they are measured now otherwise.
         score: of token ids that the receiver has answered and of those wanted, ``[N]`` each, such as
@@ -135,38 +137,26 @@ def profile(
     return replace(frontier, points=points, scores=full)
 
 
-class Filling(NamedTuple):
-    """A plan whose caches K/V of some layers are taken from, and whether maps are given with it."""
-
-    plan: Plan
-    with_maps: bool
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan, what fills the layers outside its bands, and whether maps are given with it."""
+class Candidate(NamedTuple):
+    """A plan, by its bands and what fills the layers outside them."""
 
     bands: tuple[tuple[int, int], ...]
     rest: Rest
-    with_maps: bool
 
     @property
     def plan(self) -> Plan:
         return Plan(self.bands, project=() if self.rest == "reuse" else "rest")
 
-    def sources(self, depth: int, corrected: Container[int]) -> list[Filling]:
-        """For each layer what fills it: the plan of a rest, or the band to the last layer from where its own band starts."""
-        rest = Plan(project=() if self.rest == "reuse" else "rest")
-        sources = [Filling(rest, self.rest == "fitted")] * depth
+    def sources(self, depth: int) -> list[Plan]:
+        """For each layer the plan that fills it: that of the rest, or the band to the last layer from where its own starts."""
+        sources = [self._replace(bands=()).plan] * depth
         for start, end in self.bands:
-            sources[start:end] = [Filling(Plan([(start, depth)]), self.with_maps and start in corrected)] * (
-                end - start
-            )
+            sources[start:end] = [Plan([(start, depth)])] * (end - start)
         return sources
 
 
 def own_prefill(depth: int) -> Candidate:
-    return Candidate(((0, depth),), "reuse", with_maps=False)
+    return Candidate(((0, depth),), "reuse")
 
 
 class Tried:
@@ -174,40 +164,26 @@ class Tried:
 
     def __init__(self, decoder: Decoder, maps: Maps | None, granularity: int) -> None:
         self._depth, self._maps = decoder.num_layers, maps
-        self._corrected: Container[int] = () if maps is None else maps.corrections
         self._units = [(start, min(start + granularity, self._depth)) for start in range(0, self._depth, granularity)]
-        self._rests: tuple[Rest, ...] = ("reuse", "project") if maps is None else ("reuse", "project", "fitted")
+        self._rests: tuple[Rest, ...] = ("reuse", "project" if maps is None else "fitted")
         starts, ends = zip(*self._units, strict=True)
         bands = [(start, end) for start in starts for end in ends if start < end]
         whole = (0, self._depth)
-        self.bands = [Candidate((), rest, rest == "fitted") for rest in self._rests]
+        self.bands = [Candidate((), rest) for rest in self._rests]
         for rest in self._rests:
             # One layer that is recomputed is projected; and where all layers are recomputed there is no rest.
             shortest = 2 if rest == "project" else 1
             tried = [band for band in bands if band != whole and band[1] - band[0] >= shortest]
-            self.bands += self._with_rest([(band,) for band in tried], rest)
+            self.bands += [Candidate((band,), rest) for band in tried]
         self.bands.append(own_prefill(self._depth))
 
     def all_after(self, pilot: Sequence[Measured]) -> list[Candidate]:
         """With sets of the layers that are the most sensitive on some contexts: those whose recomputing alone helps most."""
-        alone = {
-            each.bands[0]: place
-            for place, each in enumerate(self.bands)
-            if each.rest == "reuse" and each.bands and not each.with_maps
-        }
+        alone = {each.bands[0]: place for place, each in enumerate(self.bands) if each.rest == "reuse" and each.bands}
         units = sorted(self._units, key=lambda unit: sum(divergences[alone[unit]] for divergences, _ in pilot))
         sets = {_joined(units[:size]): None for size in SET_SIZES if size < len(units)}
         scattered = [bands for bands in sets if len(bands) > 1]
-        return self.bands + [each for rest in self._rests for each in self._with_rest(scattered, rest)]
-
-    def _with_rest(self, every: Sequence[tuple[tuple[int, int], ...]], rest: Rest) -> list[Candidate]:
-        """Bands with a rest; where it is reused and maps correct a start, from corrected states too."""
-        tried = [Candidate(bands, rest, rest == "fitted") for bands in every]
-        if rest == "reuse":
-            tried += [
-                Candidate(bands, rest, True) for bands in every if any(start in self._corrected for start, _ in bands)
-            ]
-        return tried
+        return self.bands + [Candidate(bands, rest) for rest in self._rests for bands in scattered]
 
     def points(self, measured: Sequence[Measured], pilot: int) -> Iterable[Point]:
         for place, candidate in enumerate(self.all_after(measured[:pilot])):
@@ -215,21 +191,10 @@ class Tried:
                 tuple(each[place] if place < len(each) else None for each in column)
                 for column in zip(*measured, strict=True)
             )
-            yield Point(
-                candidate.plan,
-                candidate.rest,
-                candidate.with_maps,
-                self._choosable(candidate),
-                self._work(candidate),
-                kl,
-                agreement,
-            )
+            yield Point(candidate.plan, candidate.rest, self._corrects(candidate), self._work(candidate), kl, agreement)
 
-    def _choosable(self, candidate: Candidate) -> bool:
-        """With maps at hand, a plan that projects means them; and its bands start from what they correct."""
-        if self._maps is None or candidate.with_maps:
-            return True
-        return candidate.rest == "reuse" and not any(start in self._corrected for start, _ in candidate.bands)
+    def _corrects(self, candidate: Candidate) -> bool:
+        return self._maps is not None and any(start in self._maps.corrections for start, _ in candidate.bands)
 
     def _work(self, candidate: Candidate) -> Work:
         plan = candidate.plan
@@ -268,15 +233,14 @@ def measure_context(
     context = capture(sender, examples[0].context, layers=range(depth))
 
     @cache
-    def filled(source: Filling) -> MixedCache:
-        return partial_prefill(receiver, context, source.plan, maps=maps if source.with_maps else None)
+    def filled(plan: Plan) -> MixedCache:
+        return partial_prefill(receiver, context, plan, maps=maps)
 
     def keys_values(source: Any, layer: int) -> KeysValues:
         held = filled(source).layers[layer]
         return held.keys, held.values
 
-    corrected: Container[int] = () if maps is None else maps.corrections
-    mixtures = [each.sources(depth, corrected) for each in candidates]
+    mixtures = [each.sources(depth) for each in candidates]
     own = candidates.index(own_prefill(depth))
     totals = torch.zeros(2, len(candidates), dtype=torch.float64)
     for example in examples:
