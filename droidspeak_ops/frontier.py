@@ -54,6 +54,21 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """How far the receiver is from its own full prefill when only some layers' K and V are the sender's, and those of all the
+    others its own (paper, section 3.2).
+
+    Args:
+        start, end: layers `start` to ``end - 1``.
+        kl: as of a :class:`Point`, of the contexts on which this was tried.
+    """
+
+    start: int
+    end: int
+    kl: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Frontier:
     """What :func:`droidspeak_ops.profile` found of a pair of models.
 
@@ -61,6 +76,8 @@ class Frontier:
         sender, receiver: the pair, with the digests of their weights.
         maps: the digest of the maps that all plans were tried with, or None.
         points: all plans that were tried.
+        sensitivity: what reusing each layer alone does, or as many as the granularity says; by it the sets of scattered layers
+            among the points were made.
         costs: of the receiver on the machine of the profile.
         contexts: how many tokens each had.
         held_out: how many contexts, the last ones, no plan is chosen by.
@@ -73,6 +90,7 @@ class Frontier:
     receiver: Fingerprint
     maps: str | None
     points: tuple[Point, ...]
+    sensitivity: tuple[Sensitivity, ...]
     costs: CostModel
     contexts: tuple[int, ...]
     held_out: int
@@ -221,6 +239,7 @@ class Frontier:
                 "sender": Fingerprint(**loaded["sender"]),
                 "receiver": Fingerprint(**loaded["receiver"]),
                 "points": tuple(_read_point(point) for point in loaded["points"]),
+                "sensitivity": tuple(Sensitivity(**_tuples(each)) for each in loaded["sensitivity"]),
                 "costs": CostModel(**loaded["costs"]),
                 "contexts": tuple(loaded["contexts"]),
                 "scores": None if loaded["scores"] is None else tuple(loaded["scores"]),

@@ -8,8 +8,10 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
+from . import bootstrap
 from .bootstrap import Estimate
 from .frontier import Frontier, Point, Rest
 
@@ -98,26 +100,23 @@ def rows(frontier: Frontier) -> list[dict[str, str]]:
 
 
 def sensitivity(frontier: Frontier) -> Figure:
-    """What recomputing one layer, or as many as the granularity says, takes away of plain reuse's divergence (the paper's
-    figure 7)."""
+    """What reusing one layer alone does, or as many as the granularity says (the paper's figure 7)."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
-    reused = next(point for point in frontier.points if point.rest == "reuse" and not point.plan.bands)
-    base = frontier.mean_kl(reused)
-    ends = {end for point in frontier.points for _, end in point.plan.bands}
-    alone = {}
-    for point in _bands(frontier, "reuse"):
-        start, end = point.plan.bands[0]
-        if not any(start < other < end for other in ends):
-            alone[start] = (end, frontier.mean_kl(point))
-    starts = sorted(alone)
-    heights = [alone[start][1] / base for start in starts]
-    widths = [alone[start][0] - start for start in starts]
-    axes.bar(starts, heights, widths, align="edge", color=COLOURS["reuse"], edgecolor="white")
-    axes.axhline(1, color="black", lw=0.8)
-    axes.set_ylim(bottom=min(0.9 * min(heights, default=1), 0.95))
-    axes.set_xlabel("layer that is recomputed, the others reused")
-    axes.set_ylabel("KL relative to plain reuse")
+    estimates = [bootstrap.mean(torch.tensor(each.kl, dtype=torch.float64)) for each in frontier.sensitivity]
+    axes.bar(
+        [each.start for each in frontier.sensitivity],
+        [each.value for each in estimates],
+        [each.end - each.start for each in frontier.sensitivity],
+        yerr=([each.value - each.low for each in estimates], [each.high - each.value for each in estimates]),
+        align="edge",
+        color=COLOURS["reuse"],
+        edgecolor="white",
+        ecolor="black",
+        capsize=2,
+    )
+    axes.set_xlabel("layer whose K and V alone are the sender's")
+    axes.set_ylabel("KL from full prefill, nats")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -10,7 +10,7 @@ import droidspeak_ops as ds
 from droidspeak_ops import bootstrap
 from droidspeak_ops.cost import CostModel, Work, at, through
 from droidspeak_ops.files import Journal, replacing
-from droidspeak_ops.frontier import Frontier, Point
+from droidspeak_ops.frontier import Frontier, Point, Sensitivity
 
 MODEL = ds.Fingerprint({"num_hidden_layers": 10}, {}, "float32", "0" * 64)
 COSTS = CostModel(
@@ -35,7 +35,8 @@ BAND = point(ds.Plan([(4, 8)]), Work(3, 1, 1, 6), 0.04)
 LONG = point(ds.Plan([(2, 9)]), Work(6, 1, 1, 3), 0.002)
 ALL = point(ds.Plan([(0, 10)]), Work(9, 1, 0, 0), 0.0)
 WORSE = point(ds.Plan([(0, 7)]), Work(6, 1, 0, 3), 0.2)
-FRONTIER = Frontier(MODEL, MODEL, None, (REUSED, PROJECTED, BAND, LONG, ALL, WORSE), COSTS, (1000,) * 6, 2, 1, 0)
+ALONE = tuple(Sensitivity(layer, layer + 1, (0.01 * layer, 0.02 * layer)) for layer in range(10))
+FRONTIER = Frontier(MODEL, MODEL, None, (REUSED, PROJECTED, BAND, LONG, ALL, WORSE), ALONE, COSTS, (1000,) * 6, 2, 1, 0)
 
 
 def test_seconds_are_those_of_the_work() -> None:

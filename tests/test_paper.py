@@ -116,7 +116,7 @@ def test_what_a_choice_loses() -> None:
 
     def measured(one: list[float], other: list[float]) -> dict[str, str]:
         points = (point(1, one), point(2, other), own)
-        frontier = ds.Frontier(model, model, None, points, COSTS, (1000,) * 6, 2, 1, 0)
+        frontier = ds.Frontier(model, model, None, points, (), COSTS, (1000,) * 6, 2, 1, 0)
         (row,) = measure_choice(frontier, [1.5, 100], 1000)
         return row
 

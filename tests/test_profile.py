@@ -56,12 +56,16 @@ def frontier(pair, some, maps) -> ds.Frontier:
     return ds.profile(*pair, some, maps=maps, costs=COSTS, show_progress=False)
 
 
-@torch.no_grad()
 def by_hand(pair, maps, point, example: ds.Example) -> tuple[float, float]:
-    """Divergence and agreement of one plan on one example, by two ordinary forward passes."""
+    """Divergence and agreement of one plan on one example."""
     sender, receiver = pair
     context = ds.capture(sender, example.context, layers=range(LAYERS))
-    cache = ds.partial_prefill(receiver, context, point.plan, maps=maps)
+    return compared(receiver, ds.partial_prefill(receiver, context, point.plan, maps=maps), example)
+
+
+@torch.no_grad()
+def compared(receiver, cache, example: ds.Example) -> tuple[float, float]:
+    """Divergence and agreement behind a cache of the context, by two ordinary forward passes."""
     answer = example.answer[:, :JUDGED]
     ids = torch.cat((example.prompt, answer[:, :-1]), dim=1)
     count = answer.shape[1]
@@ -114,16 +118,24 @@ def test_what_is_tried(maps, plain, frontier) -> None:
         assert point.corrected == any(start in maps.corrections for start, _ in point.plan.bands)
 
 
+@torch.no_grad()
+def test_a_layer_that_is_reused_alone(pair, some, plain, frontier) -> None:
+    sender, receiver = pair
+    for number, example in enumerate(in_order(some)[:2]):
+        context = ds.capture(sender, example.context)
+        for layer in range(LAYERS):
+            own = ds.capture(receiver, example.context)
+            own.kv(layer).keys.copy_(context.kv(layer).keys)
+            own.kv(layer).values.copy_(context.kv(layer).values)
+            kl, _ = compared(receiver, ds.partial_prefill(receiver, own, ds.Plan()), example)
+            for each in (plain.sensitivity[layer], frontier.sensitivity[layer]):
+                assert (each.start, each.end) == (layer, layer + 1)
+                assert each.kl[number] == pytest.approx(kl, abs=2e-5)
+
+
 def test_sets_are_of_the_most_sensitive_layers(plain, frontier) -> None:
     for found in (plain, frontier):
-        alone = {
-            point.plan.bands[0][0]: sum(point.kl[:2])
-            for point in found.points
-            if point.rest == "reuse"
-            and len(point.plan.bands) == 1
-            and point.plan.bands[0][1] == point.plan.bands[0][0] + 1
-        }
-        order = sorted(alone, key=alone.__getitem__)
+        order = [each.start for each in sorted(found.sensitivity, key=lambda each: -sum(each.kl))]
         for point in found.points:
             if len(point.plan.bands) > 1:
                 layers = {layer for start, end in point.plan.bands for layer in range(start, end)}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..cost import CostModel, Work
 from ..example import Example, by_context, check_examples, examples_digest
 from ..files import Journal
-from ..frontier import Frontier, Point, Rest
+from ..frontier import Frontier, Point, Rest, Sensitivity
 from ..maps import Maps
 from ..plan import Plan
 from ..progress import bars
@@ -35,7 +35,7 @@ SET_SIZES = (2, 3, 4, 6, 8, 12, 16, 24)
 _LONGER = 2  # times the wanted answer, that an answer may be
 
 Measured = tuple[list[float], list[float]]
-"""Divergence and agreement of every candidate on a context."""
+"""Divergence and agreement of all that was tried on a context."""
 
 
 def profile(
@@ -57,8 +57,9 @@ def profile(
     then only suffixes run, and what two plans share runs once. For 30 layers that is some 25 full prefills of a context
     of 2,048 tokens, where evaluating 465 bands one by one takes as many prefills and more.
 
-    A third of the contexts first shows which layers are the most sensitive; sets of those, scattered as they may be, are tried
-    on the others beside the bands. Another third is held out: no plan is chosen by it.
+    A third of the contexts first shows which layers are the most sensitive: those whose reuse alone, all others recomputed,
+    does the most harm. Sets of them, scattered as they may be, are tried on the other contexts beside the bands. Another third
+    is held out: no plan is chosen by it.
 
     Args:
         sender, receiver: a pair that fits together; neither is changed.
@@ -107,8 +108,8 @@ def profile(
     with bars(show_progress) as progress:
         task = progress.add_task("Profiling", total=len(groups), completed=min(len(finished.done), len(groups)))
         for number in range(len(finished.done), len(groups)):
-            candidates = tried.bands if number < third else tried.all_after(finished.done[:third])
-            finished.add(measure_context(sender, decoder, maps, groups[number], candidates))
+            some = tried.bands_and_units if number < third else tried.bands_and_sets(finished.done[:third])
+            finished.add(measure_context(sender, decoder, maps, groups[number], some))
             progress.advance(task)
     if len(finished.done) == len(groups):
         finished.add(asdict(measure_costs(receiver, show_progress=show_progress) if costs is None else costs))
@@ -117,6 +118,7 @@ def profile(
         *fingerprints,
         maps=digest,
         points=tuple(tried.points(measured, third)),
+        sensitivity=tuple(tried.sensitivity(measured[:third])),
         costs=CostModel(**known_costs),
         contexts=tuple(group[0].context.shape[1] for group in groups),
         held_out=third,
@@ -159,12 +161,27 @@ def own_prefill(depth: int) -> Candidate:
     return Candidate(((0, depth),), "reuse")
 
 
+class Unit(NamedTuple):
+    """Layers that are one to the profile. Reused alone, the others as in the receiver's own prefill, they show what reuse of
+    them harms (paper, section 3.2); that is no plan, as all layers have to run for it."""
+
+    start: int
+    end: int
+
+    def sources(self, depth: int) -> list[Plan]:
+        sources = [own_prefill(depth).plan] * depth
+        sources[self.start : self.end] = [Plan()] * (self.end - self.start)
+        return sources
+
+
 class Tried:
-    """What is tried: bands, then sets of the most sensitive layers."""
+    """What is tried: all bands; on some contexts the units, and on the others sets of those that are most sensitive there."""
 
     def __init__(self, decoder: Decoder, maps: Maps | None, granularity: int) -> None:
         self._depth, self._maps = decoder.num_layers, maps
-        self._units = [(start, min(start + granularity, self._depth)) for start in range(0, self._depth, granularity)]
+        self._units = [
+            Unit(start, min(start + granularity, self._depth)) for start in range(0, self._depth, granularity)
+        ]
         self._rests: tuple[Rest, ...] = ("reuse", "project" if maps is None else "fitted")
         starts, ends = zip(*self._units, strict=True)
         bands = [(start, end) for start in starts for end in ends if start < end]
@@ -177,18 +194,29 @@ class Tried:
             self.bands += [Candidate((band,), rest) for band in tried]
         self.bands.append(own_prefill(self._depth))
 
-    def all_after(self, pilot: Sequence[Measured]) -> list[Candidate]:
-        """With sets of the layers that are the most sensitive on some contexts: those whose recomputing alone helps most."""
-        alone = {each.bands[0]: place for place, each in enumerate(self.bands) if each.rest == "reuse" and each.bands}
-        units = sorted(self._units, key=lambda unit: sum(divergences[alone[unit]] for divergences, _ in pilot))
+    @property
+    def bands_and_units(self) -> list[Candidate | Unit]:
+        return [*self.bands, *self._units]
+
+    def sensitivity(self, pilot: Sequence[Measured]) -> list[Sensitivity]:
+        """What reusing each unit alone does, on the contexts on which that was tried."""
+        columns = zip(*(divergences[len(self.bands) :] for divergences, _ in pilot), strict=True)
+        return [Sensitivity(*unit, kl) for unit, kl in zip(self._units, columns, strict=True)]
+
+    def bands_and_sets(self, pilot: Sequence[Measured]) -> list[Candidate]:
+        """With sets of the units whose reuse alone does the most harm on some contexts."""
+        units = sorted(self.sensitivity(pilot), key=lambda unit: -sum(unit.kl))
         sets = {_joined(units[:size]): None for size in SET_SIZES if size < len(units)}
         scattered = [bands for bands in sets if len(bands) > 1]
         return self.bands + [Candidate(bands, rest) for rest in self._rests for bands in scattered]
 
     def points(self, measured: Sequence[Measured], pilot: int) -> Iterable[Point]:
-        for place, candidate in enumerate(self.all_after(measured[:pilot])):
+        for place, candidate in enumerate(self.bands_and_sets(measured[:pilot])):
             kl, agreement = (
-                tuple(each[place] if place < len(each) else None for each in column)
+                tuple(
+                    None if number < pilot and place >= len(self.bands) else values[place]
+                    for number, values in enumerate(column)
+                )
                 for column in zip(*measured, strict=True)
             )
             yield Point(candidate.plan, candidate.rest, self._corrects(candidate), self._work(candidate), kl, agreement)
@@ -210,10 +238,10 @@ class Tried:
         )
 
 
-def _joined(units: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def _joined(units: Iterable[Sensitivity]) -> tuple[tuple[int, int], ...]:
     """Units as bands: those that touch are one."""
     bands: list[tuple[int, int]] = []
-    for start, end in sorted(units):
+    for start, end in sorted((unit.start, unit.end) for unit in units):
         if bands and bands[-1][1] == start:
             bands[-1] = (bands[-1][0], end)
         else:
@@ -226,9 +254,9 @@ def measure_context(
     decoder: Decoder,
     maps: Maps | None,
     examples: Sequence[Example],
-    candidates: Sequence[Candidate],
+    tried: Sequence[Candidate | Unit],
 ) -> Measured:
-    """How far the receiver is from its own prefill with every candidate, on one context: the mean of its examples."""
+    """How far the receiver is from its own prefill with all that is tried on one context: the mean of its examples."""
     depth, receiver = decoder.num_layers, decoder.model
     context = capture(sender, examples[0].context, layers=range(depth))
 
@@ -240,9 +268,9 @@ def measure_context(
         held = filled(source).layers[layer]
         return held.keys, held.values
 
-    mixtures = [each.sources(depth) for each in candidates]
-    own = candidates.index(own_prefill(depth))
-    totals = torch.zeros(2, len(candidates), dtype=torch.float64)
+    mixtures = [each.sources(depth) for each in tried]
+    own = tried.index(own_prefill(depth))
+    totals = torch.zeros(2, len(tried), dtype=torch.float64)
     for example in examples:
         ids = torch.cat((example.suffix, example.answer[:, :JUDGED][:, :-1]), dim=1)
         states = replay(decoder, context.tokens.shape[1], ids, mixtures, keys_values)[:, example.suffix.shape[1] - 1 :]
