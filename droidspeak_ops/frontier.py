@@ -23,6 +23,8 @@ from .plan import Plan
 Rest = Literal["reuse", "project", "fitted"]
 """What becomes of the layers outside a plan's bands; the last is what the maps say."""
 
+_NEGLIGIBLE = 1e-4  # nats: what is less is as good as none, so that no mean of logarithms is of rounding
+
 
 @dataclass(frozen=True)
 class Point:
@@ -102,11 +104,13 @@ class Frontier:
         """Mean divergence from full prefill, in nats, on the contexts that plans are chosen by or on the held-out ones."""
         return self._estimate(point.kl, held_out)
 
-    def mean_kl(self, point: Point) -> float:
-        """Mean divergence on the contexts that plans are chosen by, without its interval: what plans are compared by.
+    def typical_kl(self, point: Point) -> float:
+        """The divergence on a typical one of the contexts that plans are chosen by, their geometric mean: what plans are
+        compared by.
 
-        Contexts are not equally hard: of a plan that was not tried on all of them it is scaled by what the other plans diverge
-        on all, over what they diverge where it was tried.
+        Contexts are not equally hard, and a plan gains on each a share of what there is to lose: most of an arithmetic mean is
+        of the few hardest, and of chance. Contexts on which a plan was not tried are taken to be as much harder or easier for
+        it as they are for the others.
         """
         return self._kl[point]
 
@@ -260,20 +264,22 @@ class Frontier:
 
     @cached_property
     def _kl(self) -> dict[Point, float]:
-        known = {point: self._known(point.kl, False) for point in self.points}
-        hardness = [
-            _mean(of_all) for of_all in zip(*(kl for kl in known.values() if len(kl) == self._count), strict=True)
-        ]
+        logarithms = {
+            point: [math.log1p(max(0.0, kl) / _NEGLIGIBLE) for kl in self._known(point.kl, False)]
+            for point in self.points
+        }
+        everywhere = [each for each in logarithms.values() if len(each) == self._count and any(each)]
+        hardness = [_mean(of_all) for of_all in zip(*everywhere, strict=True)]
 
-        def compared(point: Point) -> float:
+        def typical(point: Point) -> float:
             there = [hard for hard, kl in zip(hardness, point.kl, strict=False) if kl is not None]
-            scale = _mean(hardness) / _mean(there) if there != hardness and any(there) else 1.0
-            return scale * _mean(known[point])
+            harder = _mean(hardness) - _mean(there) if there != hardness else 0.0
+            return _NEGLIGIBLE * math.expm1(_mean(logarithms[point]) + harder)
 
-        return {point: compared(point) for point in self.points}
+        return {point: typical(point) for point in self.points}
 
     def _root_kl(self, point: Point) -> float:
-        return math.sqrt(max(0.0, self._kl[point]))  # rounding makes some of nearly nothing negative
+        return math.sqrt(max(0.0, self._kl[point]))  # what was tried on easy contexts may come out below nothing
 
     @cached_property
     def _loss_by_root_kl(self) -> float:

@@ -70,8 +70,9 @@ def summary(frontier: Frontier) -> str:
         f"{len(frontier.points)} plans tried on {len(tokens)} contexts of {min(tokens)} to {max(tokens)} tokens, bands every "
         f"{frontier.granularity} layers; plans are chosen by {len(tokens) - frontier.held_out} of the contexts, for the loss "
         f"that their divergence lets expect, and judged on the others. Quality loss is the {_loss(frontier)}, KL the "
-        f"divergence of next-token distributions from full prefill's, in nats; in brackets 95 % bootstrap intervals. Times are "
-        f"predicted from measurements on {frontier.costs.machine}, for {frontier.mean_tokens} tokens."
+        f"divergence of next-token distributions from full prefill's, in nats: its mean over contexts, or, where it is called "
+        f"typical, the geometric mean, which plans are compared by; in brackets 95 % bootstrap intervals. Times are predicted "
+        f"from measurements on {frontier.costs.machine}, for {frontier.mean_tokens} tokens."
     )
 
 
@@ -126,7 +127,9 @@ def bands(frontier: Frontier) -> Figure:
     rests = [rest for rest in NAMES if any(True for _ in _bands(frontier, rest))]
     figure = Figure(figsize=(1 + 4.2 * len(rests), 4.2), layout="constrained")
     (panels,) = figure.subplots(1, len(rests), squeeze=False, sharey=True)
-    values = {rest: {each.plan.bands[0]: frontier.mean_kl(each) for each in _bands(frontier, rest)} for rest in rests}
+    values = {
+        rest: {each.plan.bands[0]: frontier.typical_kl(each) for each in _bands(frontier, rest)} for rest in rests
+    }
     every = [value for of_rest in values.values() for value in of_rest.values() if value > _SMALLEST]
     shown = None
     for axes, rest in zip(panels, rests, strict=True):
@@ -139,7 +142,7 @@ def bands(frontier: Frontier) -> Figure:
         axes.set_title(NAMES[rest], fontsize=10)
         axes.set_xlabel("end of the band")
     panels[0].set_ylabel("start of the band")
-    figure.colorbar(shown, ax=panels, label="KL from full prefill, nats", shrink=0.8)  # type: ignore[arg-type]
+    figure.colorbar(shown, ax=panels, label="typical KL from full prefill, nats", shrink=0.8)  # type: ignore[arg-type]
     return figure
 
 
@@ -155,7 +158,7 @@ def frontier_plot(frontier: Frontier) -> Figure:
                 _scatter(axes, frontier, some, marker=marker, color=COLOURS[rest], label=label, alpha=0.6)
     best = _shown(frontier, frontier.pareto())
     axes.plot(
-        [frontier.speedup(point) for point in best], [frontier.mean_kl(point) for point in best], color="black", lw=1
+        [frontier.speedup(point) for point in best], [frontier.typical_kl(point) for point in best], color="black", lw=1
     )
     for number, floor in enumerate(FLOORS):
         chosen = frontier.point(frontier.choose(max_quality_loss=floor))
@@ -176,7 +179,7 @@ def frontier_plot(frontier: Frontier) -> Figure:
     ticks = [1, 1.5, 2, 3, 5, 7, 10, 15, 20]
     axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
     axes.set_xlabel(f"faster than full prefill, to the first token ({frontier.mean_tokens} tokens, predicted)")
-    axes.set_ylabel("KL from full prefill, nats")
+    axes.set_ylabel("typical KL from full prefill, nats")
     axes.legend(fontsize=7, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -225,12 +228,12 @@ def _bands(frontier: Frontier, rest: Rest) -> list[Point]:
 
 
 def _shown(frontier: Frontier, points: Sequence[Point]) -> list[Point]:
-    return [point for point in points if frontier.mean_kl(point) > _SMALLEST]
+    return [point for point in points if frontier.typical_kl(point) > _SMALLEST]
 
 
 def _scatter(axes, frontier: Frontier, points: Sequence[Point], **style) -> None:  # type: ignore[no-untyped-def]
     shown = _shown(frontier, points)
-    axes.scatter([frontier.speedup(each) for each in shown], [frontier.mean_kl(each) for each in shown], **style)
+    axes.scatter([frontier.speedup(each) for each in shown], [frontier.typical_kl(each) for each in shown], **style)
 
 
 def _table(frontier: Frontier) -> str:

@@ -105,13 +105,24 @@ def test_held_out_contexts_do_not_choose() -> None:
     assert frontier.quality_loss(better_there, held_out=True).value == pytest.approx(0.0)
 
 
+def test_plans_are_compared_on_typical_contexts() -> None:
+    """One that is better on all but the hardest is the better one, however hard that is."""
+    one = dataclasses.replace(BAND, kl=(0.01, 0.01, 0.01, 9.0, 1.0, 1.0))
+    other = dataclasses.replace(WORSE, kl=(0.02, 0.02, 0.02, 8.0, 1.0, 1.0))
+    frontier = dataclasses.replace(FRONTIER, points=(one, other, ALL))
+    assert frontier.kl(one).value > frontier.kl(other).value
+    assert frontier.typical_kl(one) < frontier.typical_kl(other)
+    assert frontier.typical_kl(one) == pytest.approx((0.01**3 * 9) ** 0.25, rel=0.02)
+    assert frontier.typical_kl(ALL) == 0
+
+
 def test_plans_are_compared_on_contexts_as_hard() -> None:
     """One that was tried on the easier half only is not better for that."""
     hard = [dataclasses.replace(each, kl=tuple(f * each.kl[0] for f in (3, 3, 1, 1, 1, 1))) for each in FRONTIER.points]
     on_easy = dataclasses.replace(WORSE, plan=ds.Plan([(1, 8)]), kl=(None, None, 0.2, 0.2, 0.2, 0.2))
     frontier = dataclasses.replace(FRONTIER, points=(*hard, on_easy))
-    assert frontier.mean_kl(on_easy) == pytest.approx(0.4)
-    assert frontier.mean_kl(on_easy) == pytest.approx(frontier.mean_kl(hard[-1]))
+    assert frontier.typical_kl(on_easy) == pytest.approx(0.2 * 3**0.5, rel=0.01)
+    assert frontier.typical_kl(on_easy) == pytest.approx(frontier.typical_kl(hard[-1]), rel=0.01)
     assert frontier.kl(on_easy).value == pytest.approx(0.2)
 
 

@@ -106,7 +106,7 @@ def ways_of(plain: Frontier, ours: Frontier) -> Iterator[Way]:
     """
 
     def best(points: Sequence[Point]) -> Point:
-        return min(points, key=plain.mean_kl)
+        return min(points, key=plain.typical_kl)
 
     def layers(point: Point) -> int:
         return sum(end - start for start, end in point.plan.bands)
