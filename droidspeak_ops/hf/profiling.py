@@ -188,8 +188,8 @@ class Tried:
         whole = (0, self._depth)
         self.bands = [Candidate((), rest) for rest in self._rests]
         for rest in self._rests:
-            # One layer that is recomputed is projected; and where all layers are recomputed there is no rest.
-            shortest = 2 if rest == "project" else 1
+            # One layer that is recomputed is projected, as the rest is or worse; where all are recomputed there is no rest.
+            shortest = 1 if rest == "reuse" else 2
             tried = [band for band in bands if band != whole and band[1] - band[0] >= shortest]
             self.bands += [Candidate((band,), rest) for band in tried]
         self.bands.append(own_prefill(self._depth))
