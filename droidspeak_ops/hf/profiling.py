@@ -54,7 +54,7 @@ def profile(
     """Find what plans are worth for a pair of models (paper, section 4.1, where every band is an evaluation of its own).
 
     Of every context the receiver runs its layers once from each start, which gives the K/V of every band that starts there;
-    then only suffixes run, and what two plans share runs once. For 30 layers that is some 25 full prefills of a context
+    then only suffixes run, and what two plans share runs once. For 30 layers that is 24 to 25 full prefills of a context
     of 2,048 tokens, where evaluating 465 bands one by one takes as many prefills and more.
 
     A third of the contexts first shows which layers are the most sensitive: those whose reuse alone, all others recomputed,
