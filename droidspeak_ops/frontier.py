@@ -138,7 +138,7 @@ class Frontier:
         the logits that is twice as large changes twice as many of the likeliest tokens and makes four times the divergence,
         so losses are taken to be in proportion to its root; the factor is of all plans that were tried, or scored.
         """
-        return self._loss_by_root_kl * self._root_kl(point)
+        return self._loss_by_root_kl * math.sqrt(self._kl[point])
 
     def point(self, plan: Plan) -> Point:
         """What was measured of a plan.
@@ -274,12 +274,9 @@ class Frontier:
         def typical(point: Point) -> float:
             there = [hard for hard, kl in zip(hardness, point.kl, strict=False) if kl is not None]
             harder = _mean(hardness) - _mean(there) if there != hardness else 0.0
-            return _NEGLIGIBLE * math.expm1(_mean(logarithms[point]) + harder)
+            return _NEGLIGIBLE * max(0.0, math.expm1(_mean(logarithms[point]) + harder))
 
         return {point: typical(point) for point in self.points}
-
-    def _root_kl(self, point: Point) -> float:
-        return math.sqrt(max(0.0, self._kl[point]))  # what was tried on easy contexts may come out below nothing
 
     @cached_property
     def _loss_by_root_kl(self) -> float:
@@ -292,7 +289,7 @@ class Frontier:
             measured = point.agreement if self.scores is None else point.scores
             if measured is not None and None not in measured:
                 losses += 1 - _mean(self._known(measured, False)) / full
-                roots += self._root_kl(point)
+                roots += math.sqrt(self._kl[point])
         return max(0.0, losses / roots) if roots else 0.0
 
 

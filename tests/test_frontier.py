@@ -124,6 +124,8 @@ def test_plans_are_compared_on_contexts_as_hard() -> None:
     assert frontier.typical_kl(on_easy) == pytest.approx(0.2 * 3**0.5, rel=0.01)
     assert frontier.typical_kl(on_easy) == pytest.approx(frontier.typical_kl(hard[-1]), rel=0.01)
     assert frontier.kl(on_easy).value == pytest.approx(0.2)
+    nothing = dataclasses.replace(on_easy, kl=(0.0, 0.0, None, None, 0.0, 0.0))  # on the harder half
+    assert dataclasses.replace(frontier, points=(*hard, nothing)).typical_kl(nothing) == 0
 
 
 def test_losses_are_expected_by_the_root_of_the_divergence() -> None:
