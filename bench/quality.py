@@ -32,7 +32,7 @@ def divergence(own: torch.Tensor, found: torch.Tensor) -> float:
 
 def mean_and_interval(name: str, values: Sequence[float]) -> Row:
     """The mean, and where 95 % of the means of bootstrap samples lie."""
-    return _named(name, bootstrap.mean(torch.tensor(values, dtype=torch.float64)))
+    return _named(name, bootstrap.mean(values))
 
 
 def ratio_and_interval(name: str, values: Sequence[float], base: Sequence[float]) -> Row:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,10 +17,15 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    @property
+    def arms(self) -> tuple[float, float]:
+        """How far the interval reaches below and above the value, as error bars are drawn."""
+        return self.value - self.low, self.high - self.value
 
-def mean(data: torch.Tensor) -> Estimate:
-    """Of values ``[N]``, one of each context."""
-    return of_means(data[:, None], lambda means: means[..., 0])
+
+def mean(values: Sequence[float]) -> Estimate:
+    """Of values, one of each context."""
+    return of_means(torch.tensor(values, dtype=torch.float64)[:, None], lambda means: means[..., 0])
 
 
 def of_means(data: torch.Tensor, statistic: Callable[[torch.Tensor], torch.Tensor], seed: int = 0) -> Estimate:

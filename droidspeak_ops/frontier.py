@@ -251,7 +251,7 @@ class Frontier:
         )
 
     def _estimate(self, values: Sequence[float | None], held_out: bool) -> Estimate:
-        return bootstrap.mean(torch.tensor(self._known(values, held_out), dtype=torch.float64))
+        return bootstrap.mean(self._known(values, held_out))
 
     @property
     def _count(self) -> int:

@@ -8,7 +8,6 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 from . import bootstrap
@@ -104,12 +103,12 @@ def sensitivity(frontier: Frontier) -> Figure:
     """What reusing one layer alone does, or as many as the granularity says (the paper's figure 7)."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
-    estimates = [bootstrap.mean(torch.tensor(each.kl, dtype=torch.float64)) for each in frontier.sensitivity]
+    estimates = [bootstrap.mean(each.kl) for each in frontier.sensitivity]
     axes.bar(
         [each.start for each in frontier.sensitivity],
         [each.value for each in estimates],
         [each.end - each.start for each in frontier.sensitivity],
-        yerr=([each.value - each.low for each in estimates], [each.high - each.value for each in estimates]),
+        yerr=list(zip(*(each.arms for each in estimates), strict=True)),
         align="edge",
         color=COLOURS["reuse"],
         edgecolor="white",
@@ -198,11 +197,10 @@ def quality(frontier: Frontier) -> Figure:
         for held_out, offset, colour in ((False, -0.12, "#9ecae1"), (True, 0.12, "#08519c")):
             estimates = [measure(point, held_out=held_out) for point in best]
             values = [each.value for each in estimates]
-            below = [each.value - each.low for each in estimates]
-            above = [each.high - each.value for each in estimates]
+            arms = list(zip(*(each.arms for each in estimates), strict=True))
             rows = [number + offset for number in range(len(best))]
             name = "held out" if held_out else "chosen by"
-            axes.errorbar(values, rows, xerr=(below, above), fmt="o", color=colour, ms=4, label=name)
+            axes.errorbar(values, rows, xerr=arms, fmt="o", color=colour, ms=4, label=name)
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.axvline(0, color="black", lw=0.6)

@@ -225,7 +225,7 @@ def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
     generator = torch.Generator().manual_seed(0)
     held = 0
     for _ in range(100):
-        value, low, high = bootstrap.mean(torch.randn(40, generator=generator))
+        value, low, high = bootstrap.mean(torch.randn(40, generator=generator).tolist())
         assert low <= value <= high
         held += low <= 0.0 <= high
     assert 85 <= held <= 100

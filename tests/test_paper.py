@@ -1,6 +1,7 @@
 """The comparison with the paper on tiny models: its ways, what stands beside them, and what is written."""
 
 import json
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
     assert names.count("contiguous band") == names.count("selected tokens") == names.count("ours in the same time") == 2
     assert names[-4:-2] == ["best at 5 times", "best at 2.6 times"]
     assert all(row["of_band"] == "1" for row in rows if row["way"] == "contiguous band")
-    plain, ours = (ds.Frontier.load(tmp_path / "lora" / which / "frontier.json") for which in paper.PROFILES)
+    plain, ours = paper.frontiers_of("lora", Namespace(folder=tmp_path))
     assert plain.maps is None and ours.maps == maps.digest()
     ways = list(paper.ways_of(plain, ours))
     bands = {way.band: way.point for way in ways if way.name == "contiguous band"}
@@ -106,7 +107,6 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
 
 
 def test_what_a_choice_loses() -> None:
-
     def point(start: int, kl: list[float]) -> Point:
         lost = tuple(1 - value for value in kl)
         return Point(ds.Plan([(start, 4)]), "reuse", False, Work(3 - start, 1, 1, LAYERS - 4 + start), tuple(kl), lost)

@@ -26,22 +26,22 @@ def measure_choice(frontier: Frontier, speeds: Sequence[float], tokens: int) -> 
         tokens: of the context, for its time.
     """
     frontier = replace(frontier, points=tuple(point for point in frontier.points if None not in point.kl))
+    deals = [(order[-frontier.held_out :], _dealt(frontier, order)) for order in _orders(frontier)]
     rows: list[Row] = []
     for speed in speeds:
         limit = frontier.full_prefill_seconds(tokens) / speed
-        in_time = [place for place, each in enumerate(frontier.points) if frontier.seconds(each, tokens) <= limit]
+        in_time = [point for point in frontier.points if frontier.seconds(point, tokens) <= limit]
         if not in_time:
             continue
         beyond: list[list[float]] = [[] for _ in frontier.contexts]
         kl_of_chosen, kl_of_best = 0.0, 0.0
-        for order in _orders(frontier):
-            dealt, held = _dealt(frontier, order), order[-frontier.held_out :]
+        for held, dealt in deals:
             chosen = frontier.point(best_within(dealt, limit, tokens).plan)
-            best = min((frontier.points[place] for place in in_time), key=lambda each, held=held: _sum(each.kl, held))
+            best = min(in_time, key=lambda point, held=held: _kl(point, held))
             for context in held:
-                beyond[context].append(100 * (_sum(best.agreement, [context]) - _sum(chosen.agreement, [context])))
-            kl_of_chosen += _sum(chosen.kl, held)
-            kl_of_best += _sum(best.kl, held)
+                beyond[context].append(100 * (best.agreement[context] - chosen.agreement[context]))
+            kl_of_chosen += _kl(chosen, held)
+            kl_of_best += _kl(best, held)
         means = [sum(each) / len(each) for each in beyond if each]
         points = mean_and_interval("points", means)
         of_best = kl_of_chosen / kl_of_best
@@ -74,5 +74,6 @@ def _dealt(frontier: Frontier, order: Sequence[int]) -> Frontier:
     return replace(frontier, points=tuple(map(turned, frontier.points)), contexts=contexts)
 
 
-def _sum(values: Sequence[float | None], places: Sequence[int]) -> float:
-    return sum(value for place in places if (value := values[place]) is not None)
+def _kl(point: Point, contexts: Sequence[int]) -> float:
+    """Summed over some contexts."""
+    return sum(point.kl[context] for context in contexts)

@@ -205,7 +205,8 @@ class Tried:
 
     def bands_and_sets(self, pilot: Sequence[Measured]) -> list[Candidate]:
         """With sets of the units whose reuse alone does the most harm on some contexts."""
-        units = sorted(self.sensitivity(pilot), key=lambda unit: -sum(unit.kl))
+        by_harm = sorted(self.sensitivity(pilot), key=lambda unit: -sum(unit.kl))
+        units = [(unit.start, unit.end) for unit in by_harm]
         sets = {_joined(units[:size]): None for size in SET_SIZES if size < len(units)}
         scattered = [bands for bands in sets if len(bands) > 1]
         return self.bands + [Candidate(bands, rest) for rest in self._rests for bands in scattered]
@@ -238,10 +239,10 @@ class Tried:
         )
 
 
-def _joined(units: Iterable[Sensitivity]) -> tuple[tuple[int, int], ...]:
+def _joined(units: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Units as bands: those that touch are one."""
     bands: list[tuple[int, int]] = []
-    for start, end in sorted((unit.start, unit.end) for unit in units):
+    for start, end in sorted(units):
         if bands and bands[-1][1] == start:
             bands[-1] = (bands[-1][0], end)
         else:
