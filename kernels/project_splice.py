@@ -214,27 +214,29 @@ def _project_splice_kernel(
             b_sin = tl.load(sin_ptrs, mask=m_rotated, other=0.0).to(tl.float32)
             y1, y2 = rotate(y1, y2, b_cos, b_sin, coses[0].dtype.element_ty, DTYPE)
 
-    # A slot is a row of the cache, counted through its blocks; tokens with a slot outside the cache are not stored.
+    # A slot is a row of the cache, counted through its blocks; tokens with a slot outside the cache are not stored. The
+    # branches yield scalars: of a tensor of offsets the compiler forgets that its columns are contiguous.
     slot = tl.load(slot_mapping_ptr + o_m)
     m_slot = m_m & (slot >= 0) & (slot < num_slots)
-    block = slot // block_size
-    row = slot % block_size
     if is_v:
-        cache_ptr = _of_layer(v_caches, layer, NUM_LAYERS)
-        o_cache = block * stride_vcache_b + row * stride_vcache_s
+        out_ptr = _of_layer(v_caches, layer, NUM_LAYERS)
+        stride_b = stride_vcache_b
         stride_h = stride_vcache_h
+        stride_s = stride_vcache_s
     else:
-        cache_ptr = _of_layer(k_caches, layer, NUM_LAYERS)
-        o_cache = block * stride_kcache_b + row * stride_kcache_s
+        out_ptr = _of_layer(k_caches, layer, NUM_LAYERS)
+        stride_b = stride_kcache_b
         stride_h = stride_kcache_h
+        stride_s = stride_kcache_s
+    o_cache = (slot // block_size) * stride_b + (slot % block_size) * stride_s
     if Q_TILES > 0:
         if is_q:
             q_ptr = _of_layer(qs, layer, NUM_LAYERS)
             _store_pairs(q_ptr, o_m * stride_q_t, o_head, stride_q_h, o_col1, o_col2, y1, y2, m_m, m_n, "float")
         else:
-            _store_pairs(cache_ptr, o_cache, o_head, stride_h, o_col1, o_col2, y1, y2, m_slot, m_n, STORAGE)
+            _store_pairs(out_ptr, o_cache, o_head, stride_h, o_col1, o_col2, y1, y2, m_slot, m_n, STORAGE)
     else:
-        _store_pairs(cache_ptr, o_cache, o_head, stride_h, o_col1, o_col2, y1, y2, m_slot, m_n, STORAGE)
+        _store_pairs(out_ptr, o_cache, o_head, stride_h, o_col1, o_col2, y1, y2, m_slot, m_n, STORAGE)
 
 
 @dataclass(frozen=True)
