@@ -8,7 +8,8 @@ What is timed: input norm, both projections, bias, norm of K, RoPE of K and the 
 - `transformers`: the model's own modules, eager, and a copy into a preallocated cache. Q is neither projected nor rotated.
 - `compile`: ``torch.compile`` of that.
 - `unfused`: this project's row norm, linear layers, row norm of heads, and its splice, which rotates and stores.
-- `liger`: the same with Liger's RMS norm and RoPE, and a copy. Its RoPE rotates a Q along with K: here of a single head.
+- `concatenated`, `concatenated folded`: the same with one product for K and V; the second scales the product by 1/rms.
+- `liger`: as `unfused`, with Liger's RMS norm and RoPE, and a copy. Its RoPE rotates a Q along with K: here of a single head.
 - `ours`, `ours folded`: `kv_project` with the two orders of the input norm.
 - `ours x8 single`, `ours x8 grouped`: 8 layers, folded, in 8 calls and in one; at 1,024 tokens alone.
 
@@ -93,26 +94,30 @@ def skipped(provider: str, device: str) -> str | None:
     return "skipped: Liger needs a GPU" if device == "cpu" else None
 
 
+def verified(
+    problem: Problem, provider: Provider, wanted: Sequence[torch.Tensor]
+) -> tuple[Callable[[], None] | None, str]:
+    """What is to be timed, or None if it does not run or gives something else than `wanted`; and what the check found."""
+    for output in problem.outputs:
+        output.fill_(float("nan"))
+    try:
+        run = provider(problem)
+        run()
+        found = errors(problem.outputs, wanted)
+    except Exception as error:  # one provider's compiler or memory must not end the others' run
+        return None, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    check = f"max {found[0]:.1e}, RMS {found[1]:.1e}"
+    return (run, check) if within(found, problem.dtype) else (None, f"refused: {check}")
+
+
 def measure(model: str, problem: Problem, providers: dict[str, Provider], rounds: int) -> Iterator[Row]:
     """Check each provider, then time it."""
     wanted, target = expected(problem), known_target(problem.device)
     for name, provider in providers.items():
-        check, time = skipped(name, problem.device), None
+        run, check = None, skipped(name, problem.device)
         if check is None:
-            for output in problem.outputs:
-                output.fill_(float("nan"))
-            try:
-                run = provider(problem)
-                run()
-            except Exception as error:  # one provider's compiler or memory must not end the others' run
-                check = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            else:
-                found = errors(problem.outputs, wanted)
-                check = f"max {found[0]:.1e}, RMS {found[1]:.1e}"
-                if within(found, problem.dtype):
-                    time = milliseconds(run, problem.device, rounds)
-                else:
-                    check = f"refused: {check}"
+            run, check = verified(problem, provider, wanted)
+        time = None if run is None else milliseconds(run, problem.device, rounds)
         percent = None
         if time is not None and target is not None:
             floor = time_floor(target, problem.flops, problem.bytes_moved, half=problem.dtype != torch.float32)
@@ -124,6 +129,7 @@ def bench(models: Sequence[str], tokens: Sequence[int], names: Sequence[str], de
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     rows: list[Row] = []
     for model, count in track([(model, count) for model in models for count in tokens], description="models x tokens"):
+        torch.compiler.reset()  # else there are more versions of one function than it allows
         found: list[Row] = []
         for layers, providers in ((1, PROVIDERS), (GROUP, GROUPED)):
             chosen = {name: provider for name, provider in providers.items() if name in names}

@@ -1,4 +1,5 @@
-"""Ways from the hidden states of a layer to its K and V in the cache, for ``bench/projection.py``, and what they must give.
+"""Ways from the hidden states of a layer to its K and V in the cache, and what they must give: for ``bench/projection.py`` and
+``bench/gpu.py``.
 
 A provider makes what needs no hidden states (folded weights, 1/rms), and returns what is timed.
 """
@@ -89,7 +90,7 @@ def eager(problem: Problem) -> Callable[[], None]:
 
 
 def compiled(problem: Problem) -> Callable[[], None]:
-    torch.compiler.reset()  # each problem is compiled for its own shapes
+    """Compiled once for all problems of one shape and size; who has many of them resets the compiler between."""
     return torch.compile(eager(problem), fullgraph=True, dynamic=False)
 
 
@@ -109,6 +110,77 @@ def unfused(problem: Problem) -> Callable[[], None]:
         k, v = (each[None].transpose(1, 2) for each in (k, v))
         caches = layer["k_cache"], layer["v_cache"], layer["slot_mapping"]
         ds.ops.kv_splice(k, v, *caches, cos=layer["cos"], sin=layer["sin"])
+
+    return run
+
+
+def concatenated(problem: Problem) -> Callable[[], None]:
+    """Row norm, one product with K's and V's weights together, and a splice that rotates and stores."""
+    layer, order = problem.layer(), problem.shape.norm_order
+    project = _project_concatenated(problem, layer)
+
+    def run() -> None:
+        project(ds.ops.row_norm(layer["x"], layer["norm_weight"], EPS, norm_order=order))
+
+    return run
+
+
+def concatenated_folded(problem: Problem) -> Callable[[], None]:
+    """The same without a pass over the hidden states: weights that are folded, and 1/rms on the product, in place."""
+    layer = _folded(problem.layer())
+    project = _project_concatenated(problem, layer, scale=layer["rstd"][:, None])
+
+    def run() -> None:
+        project(layer["x"])
+
+    return run
+
+
+def _project_concatenated(
+    problem: Problem, layer: dict[str, Any], scale: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], None]:
+    """From rows to the cache, the product with the rows of both weights scaled by `scale` before its bias."""
+    shape = problem.shape
+    weight = torch.cat((layer["k_weight"], layer["v_weight"]))
+    bias = None if layer["k_bias"] is None else torch.cat((layer["k_bias"], layer["v_bias"]))
+
+    def project(rows: torch.Tensor) -> None:
+        if scale is None:
+            both = F.linear(rows, weight, bias)
+        else:
+            both = F.linear(rows, weight).mul_(scale)
+            if bias is not None:
+                both.add_(bias)
+        k, v = both.chunk(2, dim=-1)
+        if shape.head_norm == "all":
+            k = ds.ops.row_norm(k, layer["k_norm_weight"], EPS, norm_order=shape.norm_order)
+        k, v = (each.unflatten(-1, (-1, shape.head_dim)) for each in (k, v))
+        if shape.head_norm == "each":
+            k = ds.ops.row_norm(k, layer["k_norm_weight"], EPS, norm_order=shape.norm_order)
+        k, v = (each[None].transpose(1, 2) for each in (k, v))
+        caches = layer["k_cache"], layer["v_cache"], layer["slot_mapping"]
+        ds.ops.kv_splice(k, v, *caches, cos=layer["cos"], sin=layer["sin"])
+
+    return project
+
+
+def cublas(problem: Problem) -> Callable[[], None]:
+    """The product alone, with both weights together."""
+    layer = problem.layer()
+    weight = torch.cat((layer["k_weight"], layer["v_weight"]))
+    out = layer["x"].new_empty(problem.tokens, weight.shape[0])
+    return partial(torch.mm, layer["x"], weight.T, out=out)
+
+
+def cublas_two(problem: Problem) -> Callable[[], None]:
+    """The products alone, one for each weight."""
+    layer = problem.layer()
+    weights = [layer[f"{name}_weight"] for name in "kv"]
+    outs = [layer["x"].new_empty(problem.tokens, weight.shape[0]) for weight in weights]
+
+    def run() -> None:
+        for weight, out in zip(weights, outs, strict=True):
+            torch.mm(layer["x"], weight.T, out=out)
 
     return run
 
@@ -235,8 +307,13 @@ PROVIDERS: dict[str, Provider] = {
     "transformers": eager,
     "compile": compiled,
     "unfused": unfused,
+    "concatenated": concatenated,
+    "concatenated folded": concatenated_folded,
     "liger": liger,
     "ours": ours,
     "ours folded": ours_folded,
 }
 GROUPED: dict[str, Provider] = {"ours x8 single": ours_single, "ours x8 grouped": ours_grouped}
+
+# No providers: products without norm, RoPE and store, for the rate that the library's own reaches.
+PRODUCTS: dict[str, Provider] = {"cublas": cublas, "cublas two": cublas_two}

@@ -5,6 +5,9 @@
 Public less operator is the checks of shapes; operator less reference is torch's dispatch and the checks of slots and memory.
 On a GPU the launcher takes the reference's place: what it does on the host up to Triton's own launch, which is stubbed, is
 timed by itself, with the check of memory that comes before.
+
+Of partial prefill: a model of 30 layers with next to no work in them, given as it is or read once (`ds.Receiver`). The
+operators do nothing there, as on a GPU the host only launches them.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 
 import droidspeak_ops as ds
 from droidspeak_ops import library, reference, tuning
+from droidspeak_ops import projection as checked
 from droidspeak_ops.proof.shapes import Shape, projection
 
 OPS = torch.ops.droidspeak_ops
@@ -39,7 +43,7 @@ def kv_project(norm: str) -> Calls:
 
     def row_norm(*values: Any) -> torch.Tensor:
         out = torch.empty_like(tensors[0])
-        OPS.row_norm(*values, out)
+        OPS.row_norm([values[0]], [values[1]], *values[2:], [out])
         return out
 
     return {
@@ -77,13 +81,26 @@ def rms_rstd() -> Calls:
     x, out = torch.randn(1, 16), torch.empty(1)
     return {
         "public": partial(ds.ops.rms_rstd, x, EPS),
-        "operator": partial(OPS.rms_rstd, x, EPS, out),
+        "operator": partial(OPS.rms_rstd, [x], EPS, [out]),
         "reference": partial(reference.rms_rstd_ref, x, EPS),
     }
 
 
 def _arguments(layers: int) -> dict[str, Any]:
     return projection(Shape(16, 1, 1, 8, 8), 1, dtype=torch.float32, device="cpu", layers=layers)
+
+
+PLANS = [ds.Plan(), ds.Plan(project="rest"), ds.Plan([(15, 25)])]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=30, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
 
 
 CASES = {
@@ -111,3 +128,24 @@ def test_launcher(benchmark: Any, layers: int, monkeypatch: pytest.MonkeyPatch) 
 def test_overhead(benchmark: Any, case: str, level: str) -> None:
     benchmark.group = case
     benchmark(CASES[case]()[level])
+
+
+@pytest.mark.parametrize("read", ["each time", "once"])
+@pytest.mark.parametrize("norm", ["hf", "folded"])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_partial_prefill(
+    benchmark: Any, model: Any, plan: ds.Plan, norm: str, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ds.capture(model, torch.zeros((1, 4), dtype=torch.int64), layers=range(30))
+    receiver = ds.Receiver(model) if read == "once" else model
+    for module in (ds.ops, checked):
+        monkeypatch.setattr(module, "ops", Launched())
+    benchmark.group = f"partial_prefill {plan}, {norm}"
+    benchmark(partial(ds.partial_prefill, receiver, context, plan, norm=norm))
+
+
+class Launched:
+    """The operators' namespace where none does anything."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args: None

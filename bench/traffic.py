@@ -23,7 +23,8 @@ from rich.table import Table
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from droidspeak_ops.kernels.project_splice import project_splice, project_splice_config
+from droidspeak_ops.kernels.project_splice import project_splice
+from droidspeak_ops.kernels.project_splice_config import Size, project_splice_config
 from droidspeak_ops.kernels.row_norm import rms_rstd, row_norm
 from droidspeak_ops.proof import traffic
 from droidspeak_ops.proof.shapes import SHAPES, Shape
@@ -40,7 +41,7 @@ class Row(NamedTuple):
 
 
 @torch.no_grad()
-def compare(shape: Shape, tokens: int, target: str = "sm_90") -> Iterator[Row]:
+def compare(shape: Shape, tokens: int, target: str = "sm_80") -> Iterator[Row]:
     """transformers, then the kernels with either norm; their K and V are compared on the way."""
     config = LlamaConfig(
         hidden_size=shape.hidden_size, num_attention_heads=shape.num_q_heads, num_key_value_heads=shape.num_kv_heads,
@@ -66,7 +67,9 @@ def compare(shape: Shape, tokens: int, target: str = "sm_90") -> Iterator[Row]:
     yield Row("transformers", theirs.loaded_by_products, theirs.total - theirs.loaded_by_products)
 
     half = shape.head_dim // 2
-    launch = project_splice_config(target, dtype, shape.num_kv_heads, shape.head_dim, False)
+    heads = {"num_q_heads": 0, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "rotary_dim": 2 * half}
+    size = Size(dtype, num_layers=1, num_tokens=tokens, **heads, has_head_norm=False, aligned=True)
+    launch = project_splice_config(target, size)
     tiles = 2 * ceil(shape.num_kv_heads * half / launch.block_n) * ceil(tokens / launch.block_m)
     products = tiles * (launch.block_m + 2 * launch.block_n) * shape.hidden_size * dtype.itemsize
     normed, rstd = torch.empty_like(x[0]), torch.empty(tokens)
@@ -78,9 +81,9 @@ def compare(shape: Shape, tokens: int, target: str = "sm_90") -> Iterator[Row]:
 
         def fused(folded: bool = folded, caches: list = caches, weights: list = weights) -> None:
             if folded:
-                rms_rstd(x[0], norm.variance_epsilon, rstd)
+                rms_rstd([x[0]], norm.variance_epsilon, [rstd])
             else:
-                row_norm(x[0], norm.weight, "llama", norm.variance_epsilon, normed)
+                row_norm([x[0]], [norm.weight], "llama", norm.variance_epsilon, [normed])
             project_splice(
                 [x[0] if folded else normed], [rstd] if folded else [],
                 [], weights[:1], weights[1:], [], [], [], [], [], "llama", 0.0,
@@ -99,7 +102,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS[:2])
     options = parser.parse_args()
-    table = Table(title=f"MB for K/V of one layer, {options.tokens:,} tokens, bfloat16, tiles of sm_90")
+    table = Table(title=f"MB for K/V of one layer, {options.tokens:,} tokens, bfloat16, tiles of sm_80")
     for column in ("model", "way"):
         table.add_column(column)
     for column in ("products' reads", "all else", "of transformers"):

@@ -1,7 +1,9 @@
 """Search launch configurations of `project_splice` on a GPU, and write those that beat the kernel's own choice.
 
     python bench/tune.py tuned.json && DROIDSPEAK_TUNED=tuned.json python ...
+    python bench/tune.py tuned.json --models Llama-3-8B --dtypes bfloat16 --candidates 25 --seconds 60
 
+Candidates are compiled in parallel, by processes that launch each once, and timed one by one, those near the default first.
 A configuration counts only if it compiles and gives what the default gives, and is written only if it is faster by 3 %. The
 file holds for the GPU and the Triton that it was made with; :mod:`droidspeak_ops.tuning` reads it.
 """
@@ -9,9 +11,16 @@ file holds for the GPU and the Triton that it was made with; :mod:`droidspeak_op
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import json
+import math
+import multiprocessing
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +31,27 @@ from rich.progress import track
 from rich.table import Table
 
 from droidspeak_ops import tuning
-from droidspeak_ops.kernels.project_splice import (
+from droidspeak_ops.kernels.project_splice import project_splice
+from droidspeak_ops.kernels.project_splice_config import (
     ProjectSpliceConfig,
+    Size,
+    can_use_tma,
     pairs_per_head,
-    project_splice,
     project_splice_config,
+    size_of,
 )
-from droidspeak_ops.proof.shapes import SHAPES, projection
+from droidspeak_ops.proof.shapes import SHAPES, Shape, projection
 
 GAIN = 0.03
-DTYPES = (torch.bfloat16, torch.float16)
-TILES = ((64, 128, 256), (32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4))  # in the order of the configuration's fields
+DTYPES = ("bfloat16", "float16")
+# By field of the configuration. Switches are tried both ways, and other fields stay as the default has them.
+TILES = {
+    "block_m": (64, 128, 256),
+    "block_n": (32, 64, 128),
+    "block_k": (32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+}
 
 # Milliseconds of a configuration; None if it does not compile or gives something else than the default.
 Timer = Callable[[ProjectSpliceConfig], float | None]
@@ -48,48 +67,122 @@ class Choice:
 
 
 def candidates(
-    head_dim: int, has_head_norm: bool, dtype: torch.dtype, shared_limit: int, warp_size: int
+    default: ProjectSpliceConfig, size: Size, shared_limit: int, warp_size: int
 ) -> Iterator[ProjectSpliceConfig]:
     """Configurations that the kernel's rules and the GPU allow.
 
     Args:
-        head_dim: columns per head.
-        has_head_norm: whether a tile must hold whole heads.
-        dtype: of the hidden states and weights.
+        default: the kernel's own choice.
+        size: of the projection.
         shared_limit: bytes of shared memory that a program may have.
         warp_size: threads of a warp.
     """
-    pairs = pairs_per_head(head_dim, has_head_norm)
-    for sizes in itertools.product(*TILES):
-        config = ProjectSpliceConfig(*sizes)
+    pairs = pairs_per_head(size.head_dim, size.has_head_norm)
+    names = [field.name for field in fields(default)]
+    for values in itertools.product(*(_values(name, getattr(default, name)) for name in names)):
+        config = replace(default, **dict(zip(names, values, strict=True)))
         # A tile of x and one of the weights for each stage; some targets keep one stage fewer in shared memory.
-        stage = (config.block_m + 2 * config.block_n) * config.block_k * dtype.itemsize
+        stage = (config.block_m + 2 * config.block_n) * config.block_k * size.dtype.itemsize
         accumulators = 2 * config.block_m * config.block_n // (config.num_warps * warp_size)  # registers of a thread
         fits = stage * (config.num_stages - 1) <= shared_limit and accumulators <= 128  # of 255
-        if fits and not (has_head_norm and config.block_n % pairs):
+        whole_heads = config.block_n % pairs == 0
+        if config.tma:
+            works = can_use_tma(size) and whole_heads
+        else:
+            works = not config.persistent and (whole_heads or not size.has_head_norm)
+        if fits and works:
             yield config
 
 
+def _values(name: str, default: Any) -> tuple[Any, ...]:
+    return TILES.get(name, (False, True) if isinstance(default, bool) else (default,))
+
+
+def nearest(default: ProjectSpliceConfig, configs: Iterable[ProjectSpliceConfig]) -> list[ProjectSpliceConfig]:
+    """All but the default, by how many doublings and other changes they are from it."""
+
+    def distance(config: ProjectSpliceConfig) -> float:
+        total = 0.0
+        for field in fields(default):
+            one, other = getattr(config, field.name), getattr(default, field.name)
+            is_size = isinstance(one, int) and not isinstance(one, bool) and min(one, other) > 0
+            total += abs(math.log2(one / other)) if is_size else one != other
+        return total
+
+    return sorted((config for config in configs if config != default), key=distance)
+
+
+def selected(
+    wanted: str | None, default: ProjectSpliceConfig, allowed: Iterable[ProjectSpliceConfig]
+) -> list[ProjectSpliceConfig]:
+    """Which configurations to try: all that are allowed, so many of the nearest, or those of a list.
+
+    Args:
+        wanted: None, a number, or a JSON list of changes to the default, or the path of a file with one.
+        default: the kernel's own choice.
+        allowed: what :func:`candidates` gives.
+    """
+    if wanted is None or wanted.isdigit():
+        return nearest(default, allowed)[: None if wanted is None else int(wanted)]
+    text = wanted if wanted.lstrip().startswith("[") else Path(wanted).read_text(encoding="utf-8")
+    return [replace(default, **changes) for changes in json.loads(text)]
+
+
+# --- compiling in parallel ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _arguments(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    return projection(shape, tokens, dtype=dtype, device=device)
+
+
+def launches(shape: Shape, tokens: int, dtype: torch.dtype, device: str, config: ProjectSpliceConfig) -> bool:
+    """Launch a configuration once, by which it gets into Triton's cache on disk; whether that works.
+
+    One that accesses memory out of bounds ends with it what else its process would launch: better there than where the time
+    is taken.
+    """
+    try:
+        project_splice(**_arguments(shape, tokens, dtype, device), config=config)
+        if device != "cpu":
+            torch.cuda.synchronize()
+    except Exception:  # out of shared memory, ptxas, a pass of the compiler: Triton's errors have no common base
+        return False
+    return True
+
+
+def compiled(jobs: Sequence[Callable[[], bool]], processes: int, deadline: float = math.inf) -> list[bool]:
+    """Which jobs, run by so many processes until a time of ``time.monotonic()``, say that they work."""
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    futures = [pool.submit(job) for job in jobs]
+    wait(futures, timeout=None if deadline == math.inf else max(deadline - time.monotonic(), 0))
+    pool.shutdown(cancel_futures=True)
+    return [not future.cancelled() and future.exception() is None and future.result() for future in futures]
+
+
+# --- timing ---------------------------------------------------------------------------------------------------------------
+
+
 def choose(
-    default: ProjectSpliceConfig, others: Iterable[ProjectSpliceConfig], time: Timer, gain: float = GAIN
+    default: ProjectSpliceConfig, others: Iterable[ProjectSpliceConfig], timed: Timer, gain: float = GAIN
 ) -> Choice:
     """The fastest configuration, but the default unless another is faster by `gain`, twice.
 
     Raises:
         RuntimeError: the default itself does not run.
     """
-    default_time = time(default)
+    default_time = timed(default)
     if default_time is None:
         raise RuntimeError(f"{default}: the default does not run here")
     best, best_time = default, default_time
     for config in others:
-        found = time(config)
+        found = timed(config)
         if found is not None and found < best_time:
             best, best_time = config, found
     if best_time > (1 - gain) * default_time:
         return Choice(default, default_time, default_time)
     # The winner of many is partly luck, so it has to win again, right before the default.
-    again, default_again = time(best), time(default)
+    again, default_again = timed(best), timed(default)
     if again is None or default_again is None or again > (1 - gain) * default_again:
         return Choice(default, default_time, default_time)
     return Choice(best, again, default_again)
@@ -103,7 +196,7 @@ def timer(arguments: dict[str, Any], default: ProjectSpliceConfig) -> Timer:
     project_splice(**arguments, config=default)
     wanted = [output.clone() for output in outputs]
 
-    def time(config: ProjectSpliceConfig) -> float | None:
+    def timed(config: ProjectSpliceConfig) -> float | None:
         def run() -> None:
             project_splice(**arguments, config=config)
 
@@ -115,33 +208,72 @@ def timer(arguments: dict[str, Any], default: ProjectSpliceConfig) -> Timer:
             return None
         return do_bench(run, return_mode="median") if within(errors(outputs, wanted), outputs[0].dtype) else None
 
-    return time
+    return timed
 
 
-def tune(models: Sequence[str], dtypes: Sequence[torch.dtype], tokens: int) -> Iterator[tuple[dict[str, Any], Choice]]:
-    """For each shape and dtype the key by which a configuration is looked up, and the choice."""
+def tune(
+    models: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    tokens: int,
+    *,
+    wanted: str | None = None,
+    processes: int = 1,
+    seconds: float = math.inf,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Iterator[tuple[dict[str, Any], Choice]]:
+    """For each shape and dtype the key by which a configuration is looked up, and the choice.
+
+    Args:
+        models: names of :data:`SHAPES`.
+        dtypes: of hidden states and weights.
+        tokens: of the context.
+        wanted: which candidates, as :func:`selected` takes them.
+        processes: that compile.
+        seconds: for everything; what has not been timed by then is left out. At most half of it goes to compiling.
+        report: is given each time as it is taken.
+    """
     from triton.runtime import driver
 
     device = torch.cuda.current_device()
     shared_limit = driver.active.utils.get_device_properties(device)["max_shared_mem"]
     warp_size = driver.active.get_current_target().warp_size
-    for model, dtype in itertools.product(models, dtypes):
+    began, keys, defaults, others = time.monotonic(), [], [], []
+    problems = list(itertools.product(models, dtypes))
+    for model, dtype in problems:
         shape = SHAPES[model]
+        size = size_of(**projection(shape, tokens, dtype=dtype))
         key = {
+            "dtype": str(dtype),
             "hidden_size": shape.hidden_size,
             "num_kv_heads": shape.num_kv_heads,
             "head_dim": shape.head_dim,
-            "has_head_norm": shape.head_norm == "each",
+            "has_head_norm": size.has_head_norm,
         }
-        default = project_splice_config(
-            tuning.target(device), dtype, shape.num_kv_heads, shape.head_dim, key["has_head_norm"]
-        )
-        allowed = list(candidates(shape.head_dim, key["has_head_norm"], dtype, shared_limit, warp_size))
-        time = timer(projection(shape, tokens, dtype=dtype, device="cuda"), default)
-        yield (
-            {"dtype": str(dtype), **key},
-            choose(default, track(allowed, description=f"{model} {dtype}"), time),
-        )
+        keys.append(key)
+        defaults.append(project_splice_config(tuning.target(device), size))
+        others.append(selected(wanted, defaults[-1], candidates(defaults[-1], size, shared_limit, warp_size)))
+
+    jobs = [
+        functools.partial(launches, SHAPES[model], tokens, dtype, "cuda", config)
+        for (model, dtype), configs in zip(problems, others, strict=True)
+        for config in configs
+    ]
+    works = iter(compiled(jobs, processes, began + seconds / 2))
+    ready = [[config for config in configs if next(works)] for configs in others]
+    began_timing = time.monotonic()
+    each = (began + seconds - began_timing) / len(problems)
+    for number, (model, dtype) in enumerate(problems):
+        deadline = began_timing + each * (number + 1)
+        measure = timer(projection(SHAPES[model], tokens, dtype=dtype, device="cuda"), defaults[number])
+
+        def timed(config: ProjectSpliceConfig, model=model, dtype=dtype, measure=measure) -> float | None:
+            found = measure(config)
+            report({"model": model, "dtype": str(dtype), "tokens": tokens, **asdict(config), "milliseconds": found})
+            return found
+
+        in_time = itertools.takewhile(lambda _, deadline=deadline: time.monotonic() < deadline, ready[number])
+        shown = track(in_time, description=f"{model} {dtype}", total=len(ready[number]))
+        yield keys[number], choose(defaults[number], shown, timed)
 
 
 def write(path: Path, device: str, found: Iterable[tuple[dict[str, Any], Choice]]) -> Table:
@@ -174,13 +306,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="JSON file to write")
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="MODEL")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--candidates", help="how many, or a JSON list of changes to the default, or a file of one")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 12), help="that compile")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for everything; all are tried by default")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("Nothing was tuned: a GPU is needed.")
         return
     torch.manual_seed(0)
-    found = tune(args.models, DTYPES, args.tokens)
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    found = tune(
+        args.models, dtypes, args.tokens,
+        wanted=args.candidates, processes=args.processes, seconds=args.seconds,
+    )  # fmt: skip
     Console(width=140).print(write(args.output, torch.cuda.get_device_name(), found))
 
 

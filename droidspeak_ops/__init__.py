@@ -21,6 +21,7 @@ from .plan import Plan
 if TYPE_CHECKING:
     from .hf import (
         MixedCache,
+        Receiver,
         UnsupportedModelError,
         capture,
         capture_batch,
@@ -39,6 +40,7 @@ __all__ = [
     "Maps",
     "MixedCache",
     "Plan",
+    "Receiver",
     "ReuseError",
     "SharedContext",
     "UnsupportedModelError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -35,6 +35,9 @@ class SharedContext:
     hidden_states: Mapping[int, torch.Tensor | KV]
     rotations: Sequence[Rotation | None]
     sender: Fingerprint
+    _rstds: dict[tuple[int, float], tuple[int | None, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @property
     def num_layers(self) -> int:
@@ -65,6 +68,29 @@ class SharedContext:
         self.check_hidden([layer])
         states = self.hidden_states[layer]
         return states if isinstance(states, torch.Tensor) else decode_rows(states, getattr(torch, self.sender.dtype))
+
+    def rstd(self, layer: int, eps: float) -> torch.Tensor:
+        """1/rms of the hidden states that enter one layer, float32 ``[B, T]``: for ``norm="folded"``, computed at first use.
+
+        It is remembered for as long as the hidden states are not written to. While a CUDA graph is captured it is computed in
+        the graph, which may be replayed over other contents.
+
+        Args:
+            layer: which.
+            eps: added to the mean square.
+
+        Raises:
+            ReuseError: the hidden states were not captured.
+        """
+        if is_capturing(self.tokens.device):
+            return ops.rms_rstd(self.hidden(layer), eps)
+        self.check_hidden([layer])
+        held = self.hidden_states[layer]
+        version = version_of(held if isinstance(held, torch.Tensor) else held.keys)
+        known = self._rstds.get((layer, eps))
+        if known is None or known[0] != version:
+            known = self._rstds[layer, eps] = version, ops.rms_rstd(self.hidden(layer), eps)
+        return known[1]
 
     def unrotated(self, layer: int, which: slice = slice(None)) -> torch.Tensor:
         """K of one layer as it was before RoPE and V, side by side: ``[B, N, 2 * K * D]``.
@@ -122,6 +148,16 @@ class SharedContext:
             ReuseError: the prompt is another one, or has no suffix; the message says where they part.
         """
         check_continues(self.tokens, prompt_ids)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on a device goes into a CUDA graph: what it makes then holds no values yet, and is not to be remembered."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often a tensor has been written to, but for writes through ``.data``; None if it counts none (inference mode)."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def last(rows: torch.Tensor, count: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ They mutate their outputs and return nothing, so the fake implementation does no
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,9 @@ from .checks import check_positions, check_separate, check_slot_range
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _SCHEMAS = (
-    "rms_rstd(Tensor x, float eps, Tensor(a!) out) -> ()",
-    "row_norm(Tensor x, Tensor? weight, str norm_order, float eps, Tensor(a!) out) -> ()",
     # A list holds a tensor for each layer, or is empty.
+    "rms_rstd(Tensor[] x, float eps, Tensor(a!)[] out) -> ()",
+    "row_norm(Tensor[] x, Tensor[] weight, str norm_order, float eps, Tensor(a!)[] out) -> ()",
     "kv_project(Tensor[] x, Tensor[] rstd, Tensor[] q_weight, Tensor[] k_weight, Tensor[] v_weight, Tensor[] q_bias, "
     "Tensor[] k_bias, Tensor[] v_bias, Tensor[] q_norm_weight, Tensor[] k_norm_weight, str norm_order, "
     "float head_norm_eps, Tensor[] cos, Tensor[] sin, Tensor? positions, Tensor slot_mapping, "
@@ -34,13 +35,17 @@ _SCHEMAS = (
 
 
 @torch.no_grad()
-def _rms_rstd_cpu(x: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    out.copy_(reference.rms_rstd_ref(x, eps))
+def _rms_rstd_cpu(x: Sequence[torch.Tensor], eps: float, out: Sequence[torch.Tensor]) -> None:
+    for layer, rows in enumerate(x):
+        out[layer].copy_(reference.rms_rstd_ref(rows, eps))
 
 
 @torch.no_grad()
-def _row_norm_cpu(x: torch.Tensor, weight: torch.Tensor | None, norm_order: str, eps: float, out: torch.Tensor) -> None:
-    out.copy_(reference.row_norm_ref(x, weight, norm_order, eps))
+def _row_norm_cpu(
+    x: Sequence[torch.Tensor], weight: Sequence[torch.Tensor], norm_order: str, eps: float, out: Sequence[torch.Tensor]
+) -> None:
+    for layer, rows in enumerate(x):
+        out[layer].copy_(reference.row_norm_ref(rows, weight[layer] if weight else None, norm_order, eps))
 
 
 @torch.no_grad()
@@ -62,34 +67,47 @@ def _kv_splice_cpu(*args: Any) -> None:
 # Triton is imported at the first launch, so that a machine without a GPU never pays for it.
 
 
-def _rms_rstd_gpu(x: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+def _rms_rstd_gpu(x: Sequence[torch.Tensor], eps: float, out: Sequence[torch.Tensor]) -> None:
     from .kernels.row_norm import rms_rstd
 
-    rms_rstd(x, eps, out)
+    with _device_of(x[0]):
+        rms_rstd(x, eps, out)
 
 
-def _row_norm_gpu(x: torch.Tensor, weight: torch.Tensor | None, norm_order: str, eps: float, out: torch.Tensor) -> None:
+def _row_norm_gpu(
+    x: Sequence[torch.Tensor], weight: Sequence[torch.Tensor], norm_order: str, eps: float, out: Sequence[torch.Tensor]
+) -> None:
     from .kernels.row_norm import row_norm
 
-    row_norm(x, weight, norm_order, eps, out)
+    with _device_of(x[0]):
+        row_norm(x, weight, norm_order, eps, out)
 
 
 def _kv_project_gpu(*args: Any) -> None:
     from .kernels.project_splice import project_splice
+    from .kernels.project_splice_config import size_of
 
     _check_projection_memory(args[0], *args[16:])
-    x, k_norm_weight, k_cache = args[0][0], args[9], args[17][0]
-    _, num_kv_heads, _, head_dim = k_cache.shape
-    has_head_norm = bool(k_norm_weight) and k_norm_weight[0].shape[0] == head_dim
-    config = tuning.config(x.device.index, x.dtype, x.shape[1], num_kv_heads, head_dim, has_head_norm=has_head_norm)
-    project_splice(*args, config)  # type: ignore[call-arg]  # args are all but the last
+    x, q_weight, k_weight, v_weight, k_norm_weight, cos, q, k_cache = (args[i] for i in (0, 2, 3, 4, 9, 12, 16, 17))
+    size = size_of(x, q_weight, k_weight, v_weight, k_norm_weight, cos, q, k_cache)
+    with _device_of(x[0]):
+        project_splice(*args, tuning.config(x[0].device.index, x[0].shape[1], size))  # type: ignore[call-arg]
 
 
 def _kv_splice_gpu(*args: Any) -> None:
     from .kernels.kv_splice import kv_splice
 
     _check_splice_memory(*args)
-    kv_splice(*args)
+    with _device_of(args[0]):
+        kv_splice(*args)
+
+
+def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The tensor's GPU as the current one, which is where Triton launches."""
+    index = tensor.device.index
+    if index is None or index == torch.cuda.current_device():  # None where kernels are interpreted
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _check_projection_memory(

@@ -65,7 +65,7 @@ def rms_rstd(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
     """
     check_rows("hidden_states", hidden_states)
     out = torch.empty(hidden_states.shape[:-1], dtype=torch.float32, device=hidden_states.device)
-    ops.rms_rstd(rows(hidden_states), eps, out.view(-1))
+    ops.rms_rstd([rows(hidden_states)], eps, [out.view(-1)])
     return out
 
 
@@ -89,7 +89,7 @@ def row_norm(
     check("weight", weight, (hidden_states.shape[-1],), hidden_states, hidden_states.dtype)
     check_norm_weight("weight", weight, norm_order)
     out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
-    ops.row_norm(rows(hidden_states), weight, norm_order, eps, out.view(-1, out.shape[-1]))
+    ops.row_norm([rows(hidden_states)], _listed(weight), norm_order, eps, [out.view(-1, out.shape[-1])])
     return out
 
 

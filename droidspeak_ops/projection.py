@@ -104,8 +104,7 @@ def project(
         if norm_weights:
             check("norm_weight", norm_weights[0], (hidden_size,), like, dtype)
         normed = [torch.empty((num_tokens, hidden_size), dtype=dtype, device=like.device) for _ in x]
-        for layer, out in enumerate(normed):
-            ops.row_norm(x[layer], norm_weights[layer] if norm_weights else None, norm_order, norm_eps, out)
+        ops.row_norm(x, norm_weights, norm_order, norm_eps, normed)
         x = normed
     elif rstds:
         rstds = [rstd.reshape(-1) for rstd in rstds]
@@ -113,8 +112,7 @@ def project(
             check("rstd", rstd, (num_tokens,), like, torch.float32)
     elif norm == "folded":
         rstds = [torch.empty(num_tokens, dtype=torch.float32, device=like.device) for _ in x]
-        for layer, out in enumerate(rstds):
-            ops.rms_rstd(x[layer], norm_eps, out)
+        ops.rms_rstd(x, norm_eps, rstds)
     ops.kv_project(
         x, rstds, q_weights, k_weights, v_weights, q_biases, k_biases, v_biases, q_norm_weights, k_norm_weights,
         norm_order, head_norm_eps, coses, sines, positions, slot_mapping, qs, k_caches, v_caches,

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .kernels.project_splice import ProjectSpliceConfig
+    from .kernels.project_splice_config import ProjectSpliceConfig, Size
 
 
-@functools.cache
-def config(
-    device: int, dtype: torch.dtype, hidden_size: int, num_kv_heads: int, head_dim: int, *, has_head_norm: bool
-) -> ProjectSpliceConfig:
-    """The launch configuration of ``project_splice``, the same for any number of tokens."""
-    from .kernels.project_splice import project_splice_config
+def config(device: int, hidden_size: int, size: Size) -> ProjectSpliceConfig:
+    """The launch configuration of ``project_splice``."""
+    from .kernels.project_splice_config import project_splice_config
 
-    found = _tuned(device).get((str(dtype), hidden_size, num_kv_heads, head_dim, has_head_norm))
-    return found or project_splice_config(target(device), dtype, num_kv_heads, head_dim, has_head_norm)
+    if tuned := _tuned(device):
+        key = (str(size.dtype), hidden_size, size.num_kv_heads, size.head_dim, size.has_head_norm)
+        if found := tuned.get(key):
+            return found
+    return project_splice_config(target(device), size)
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def load(path: Path, device: str) -> dict[tuple[Any, ...], ProjectSpliceConfig]:
     Raises:
         ValueError: the file is not what :func:`save` writes.
     """
-    from .kernels.project_splice import ProjectSpliceConfig
+    from .kernels.project_splice_config import ProjectSpliceConfig
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

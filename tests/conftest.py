@@ -12,6 +12,11 @@ if not HAS_GPU:
     from interpreter import correct_interpreter
 
     correct_interpreter()
+else:
+    # References are computed on the GPU too, so they must be as exact as the tolerances suppose.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 _support = support_table.SupportTable()
 _THREADS = torch.get_num_threads()

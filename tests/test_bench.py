@@ -3,7 +3,8 @@
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from providers import ours
 import droidspeak_ops as ds
 from droidspeak_ops import tuning
 from droidspeak_ops.hf.cache import HEADROOM
-from droidspeak_ops.kernels.project_splice import ProjectSpliceConfig
+from droidspeak_ops.kernels.project_splice_config import ProjectSpliceConfig, Size, size_of
 from droidspeak_ops.proof.shapes import SHAPES, projection
 
 EAGER = [name for name in bench.PROVIDERS if name not in ("compile", "liger")]
@@ -95,14 +96,59 @@ def test_without_a_gpu_nothing_is_timed(tmp_path: Path, capsys: pytest.CaptureFi
     assert not list(tmp_path.iterdir())
 
 
+def size(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Size:
+    shape = replace(SHAPES["Llama-3-8B"], **changes)
+    return size_of(**projection(shape, 4096, dtype=dtype))
+
+
+def allowed(*, shared: int = 227 << 10, **changes: Any) -> set[ProjectSpliceConfig]:
+    return set(tune.candidates(DEFAULT, size(**changes), shared, 32))
+
+
 def test_candidates_follow_the_rules_of_the_kernel() -> None:
-    free = set(tune.candidates(128, False, torch.bfloat16, 227 << 10, 32))
+    free = allowed()
     assert DEFAULT in free
-    assert all(config.num_stages < 4 for config in tune.candidates(128, False, torch.bfloat16, 64 << 10, 32)
-               if config.block_k == 128)  # fmt: skip
-    wide = set(tune.candidates(256, True, torch.bfloat16, 227 << 10, 32))
+    assert all(config.num_stages < 4 for config in allowed(shared=64 << 10) if config.block_k == 128)
+    wide = allowed(head_dim=256, rotary_dim=256, head_norm="each")
     assert wide and {config.block_n for config in wide} == {128}
     assert wide < free
+    assert {(config.tma, config.persistent) for config in free} == {(False, False), (True, False), (True, True)}
+    assert all(config.block_n % 64 == 0 for config in free if config.tma)
+    assert not any(config.tma for config in allowed(rotary_dim=64))
+
+
+def test_candidates_of_a_configuration_with_other_fields() -> None:
+    @dataclass(frozen=True)
+    class Config(ProjectSpliceConfig):
+        swizzled: bool = False
+        order: str = "rows"
+
+    default = Config(**vars(DEFAULT))
+    found = list(tune.candidates(default, size(), 227 << 10, 32))
+    assert len(found) == 2 * len(allowed())
+    assert {(config.swizzled, config.order) for config in found} == {(False, "rows"), (True, "rows")}
+    assert replace(default, swizzled=True) in tune.nearest(default, found)[:8]
+
+
+def test_candidates_that_are_asked_for(tmp_path: Path) -> None:
+    free = allowed()
+    near = tune.selected("7", DEFAULT, free)
+    assert len(near) == 7 and DEFAULT not in near
+    assert all(sum(vars(config)[name] != vars(DEFAULT)[name] for name in vars(config)) == 1 for config in near[:5])
+    assert set(tune.selected(None, DEFAULT, free)) == free - {DEFAULT}
+    changes = [{"block_m": 64}, {"num_warps": 4, "num_stages": 2}]
+    wanted = [replace(DEFAULT, **change) for change in changes]
+    path = tmp_path / "candidates.json"
+    path.write_text(json.dumps(changes))
+    assert tune.selected(json.dumps(changes), DEFAULT, free) == tune.selected(str(path), DEFAULT, free) == wanted
+
+
+def test_candidates_are_compiled_in_processes(device: torch.device) -> None:
+    shape = replace(SHAPES["Llama-3-8B"], hidden_size=32, num_kv_heads=1, head_dim=32, rotary_dim=32)
+    small = ProjectSpliceConfig(16, 16, 16, 1, 1)
+    configs = [replace(small, block_n=17), small]  # the first does not compile
+    jobs = [partial(tune.launches, shape, 20, torch.float16, str(device), config) for config in configs]
+    assert [job() for job in jobs] == tune.compiled(jobs, processes=1) == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+# Not `kernels` alone: without the package from PyPI, the folder of that name in the repository's root would be found.
+pytest.importorskip("kernels._rust")
 from kernels._rust import Build
 from kernels.validate import AllValidator, default_metadata_validators
 from kernels.variants import get_variants_local

@@ -9,11 +9,13 @@ from cases import Projection, covering, poisoned, projection
 from compare import assert_bitwise_equal, assert_close, errors
 
 from droidspeak_ops import reference
-from droidspeak_ops.kernels.project_splice import (
+from droidspeak_ops.kernels.project_splice import project_splice
+from droidspeak_ops.kernels.project_splice_config import (
     ProjectSpliceConfig,
+    can_use_tma,
     pairs_per_head,
-    project_splice,
     project_splice_config,
+    size_of,
 )
 from droidspeak_ops.kernels.row_norm import rms_rstd, row_norm
 
@@ -24,9 +26,12 @@ SMALL = ProjectSpliceConfig(block_m=32, block_n=32, block_k=16, num_warps=4, num
 
 def small(case: Projection) -> ProjectSpliceConfig:
     """A small tile, wide enough for a whole head where that is normed."""
-    norm, head_dim = case.arguments["k_norm_weight"], case.arguments["k_cache"][0].shape[-1]
-    per_head = bool(norm) and norm[0].shape[0] == head_dim  # with one head, either
-    return dataclasses.replace(SMALL, block_n=max(32, pairs_per_head(head_dim, True))) if per_head else SMALL
+    size = size_of(**case.arguments)  # with one head, a norm over each is one over all
+    return (
+        dataclasses.replace(SMALL, block_n=max(32, pairs_per_head(size.head_dim, True)))
+        if size.has_head_norm
+        else SMALL
+    )
 
 
 def launch(case: Projection, config: ProjectSpliceConfig | None = None) -> None:
@@ -78,6 +83,31 @@ def test_project_splice_in_every_pair_of_variants(options: dict, device: torch.d
     check(projection(**options, rotary_dim={"full": None, "partial": partial, "none": 0}[rotary], device=device))
 
 
+TMA_AXES = {
+    **AXES,
+    "dtype": DTYPES[1:],
+    "head_dim": [64, 128, 256],
+    "rotary": ["full", "none"],
+    "hidden": [32, 72],
+    "persistent": [True, False],
+    "tile": [(64, 128), (128, 128)],
+}
+
+
+@pytest.mark.parametrize(
+    "options", list(covering(TMA_AXES)), ids=lambda options: "-".join(str(v) for v in options.values())
+)
+def test_project_splice_by_tma_in_every_pair_of_variants(options: dict, device: torch.device) -> None:
+    rotary, persistent, (block_m, block_n) = (options.pop(name) for name in ("rotary", "persistent", "tile"))
+    if options["q_heads"]:
+        options["layers"] = 1
+    case = projection(**options, rotary_dim=None if rotary == "full" else 0, device=device)
+    size = size_of(**case.arguments)
+    assert can_use_tma(size)
+    persistent &= size.num_q_heads == 0 and size.num_layers == 1
+    check(case, ProjectSpliceConfig(block_m, block_n, 64, 8, 3, tma=True, persistent=persistent))
+
+
 @pytest.mark.parametrize(("dtype", "head_dim"), list(itertools.product(DTYPES, AXES["head_dim"])))
 @pytest.mark.parametrize(("q_heads", "head_norm"), [(0, None), (4, None), (0, "each"), (4, "each"), (4, "all")])
 def test_project_splice_of_each_width(
@@ -99,9 +129,9 @@ def test_project_splice_rotary(rotary_dim: int, device: torch.device) -> None:
 def test_project_splice_shipped_configurations(
     target: str, q_heads: int, head_norm: str | None, dtype: torch.dtype, device: torch.device
 ) -> None:
-    config = project_splice_config(target, dtype, 3, 64, head_norm is not None)
-    check(projection(tokens=130, hidden=128, kv_heads=3, q_heads=q_heads, head_norm=head_norm, dtype=dtype,
-                     scattered=True, device=device), config)  # fmt: skip
+    case = projection(tokens=130, hidden=128, kv_heads=3, q_heads=q_heads, head_norm=head_norm, dtype=dtype,
+                      scattered=True, device=device)  # fmt: skip
+    check(case, project_splice_config(target, size_of(**case.arguments)))
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.float8_e4m3fn])
@@ -152,6 +182,30 @@ def test_project_splice_rows_do_not_depend_on_the_batch(
         assert_bitwise_equal(together[kept], single)
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("head_dim", "kv_heads", "head_norm"), [
+    (128, 8, None), (128, 8, "each"), (128, 1, "each"), (64, 8, None), (64, 3, "each"), (256, 2, "each"), (256, 1, None),
+])  # fmt: skip
+def test_project_splice_rows_do_not_depend_on_the_configuration(
+    target: str, dtype: torch.dtype, head_dim: int, kv_heads: int, head_norm: str | None, device: torch.device
+) -> None:
+    """Which tile a number of tokens and of layers gets must not show in the result: it may then depend on them."""
+    case = projection(tokens=70, hidden=192, dtype=dtype, head_dim=head_dim, kv_heads=kv_heads, head_norm=head_norm,
+                      device=device)  # fmt: skip
+    size = size_of(**case.arguments)
+    sizes = [
+        size._replace(num_tokens=tokens, num_layers=layers) for tokens in (1, 1024, 4096, 32768) for layers in (1, 8)
+    ]
+    first, *others = dict.fromkeys(project_splice_config(target, each) for each in sizes)
+    launch(case, first)
+    for config in others:
+        again = case.with_new_outputs()
+        launch(again, config)
+        for one, other in zip(case.outputs, again.outputs, strict=True):
+            assert_bitwise_equal(one, other)
+
+
 @pytest.mark.parametrize("layers", [2, 8])
 def test_layers_in_one_launch_are_layers_one_by_one(layers: int, device: torch.device) -> None:
     case = projection(tokens=40, layers=layers, q_heads=2, head_norm="each", dtype=torch.bfloat16, bias=True,
@@ -195,7 +249,7 @@ def test_each_order_of_a_norm_is_nearest_to_its_own_reference(dtype: torch.dtype
     assert not torch.equal(expected["llama"], expected["olmo"])
     for order in ORDERS:
         out = poisoned(x.shape, dtype, device)
-        row_norm(x, weights[order], order, 1e-6, out)
+        row_norm([x], [weights[order]], order, 1e-6, [out])
         assert_nearest(out, order, expected)
 
     for head_norm in ("each", "all"):
@@ -218,7 +272,7 @@ def test_each_norm_of_the_input_is_nearest_to_its_own_reference(dtype: torch.dty
     case = projection(tokens=40, dtype=dtype, device=device)
     x, weight = case.arguments["x"][0], (1 + torch.rand(48, device=device)).to(dtype)
     normed = poisoned(x.shape, dtype, device)
-    row_norm(x, weight, "llama", 1e-6, normed)
+    row_norm([x], [weight], "llama", 1e-6, [normed])
     fold = {name: [case.arguments[name][0] * weight] for name in ("k_weight", "v_weight")}
     changes = {
         "hf": {"x": [normed]},
@@ -254,7 +308,7 @@ def test_row_norm(dtype: torch.dtype, norm_order: str, tokens: int, hidden: int,
     x = (torch.randn(tokens, hidden + 8, device=device) * 3).to(dtype)[:, :hidden]
     weight = None if norm_order == "none" else torch.randn(hidden, device=device).to(dtype)
     out = poisoned((tokens, hidden), dtype, device)
-    row_norm(x, weight, norm_order, 1e-5, out)
+    row_norm([x], [] if weight is None else [weight], norm_order, 1e-5, [out])
     assert_close(out, reference.row_norm_ref(x, weight, norm_order, 1e-5))
 
 
@@ -262,13 +316,29 @@ def test_row_norm(dtype: torch.dtype, norm_order: str, tokens: int, hidden: int,
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 576), (7, 100), (0, 64), (520, 16)])
 def test_rms_rstd(dtype: torch.dtype, tokens: int, hidden: int, device: torch.device) -> None:
     x, rstd = torch.randn(tokens, hidden, device=device).to(dtype), poisoned((tokens,), torch.float32, device)
-    rms_rstd(x, 1e-5, rstd)
+    rms_rstd([x], 1e-5, [rstd])
     assert_close(rstd, reference.rms_rstd_ref(x, 1e-5))
 
 
 def test_row_norm_does_not_depend_on_the_batch(device: torch.device) -> None:
     x, weight = torch.randn(600, 48, device=device).half(), torch.randn(48, device=device).half()
     out, alone = poisoned((600, 48), torch.float16, device), poisoned((5, 48), torch.float16, device)
-    row_norm(x, weight, "llama", 1e-6, out)
-    row_norm(x[300:305], weight, "llama", 1e-6, alone)
+    row_norm([x], [weight], "llama", 1e-6, [out])
+    row_norm([x[300:305]], [weight], "llama", 1e-6, [alone])
     assert_bitwise_equal(out[300:305], alone)
+
+
+@pytest.mark.parametrize("layers", [3, 8])
+def test_norms_of_layers_in_one_launch_are_those_one_by_one(layers: int, device: torch.device) -> None:
+    xs = [torch.randn(9, 80, device=device).half() for _ in range(layers)]
+    weights = [torch.randn(80, device=device).half() for _ in range(layers)]
+    outs = [poisoned(x.shape, x.dtype, device) for x in xs]
+    rstds = [poisoned((9,), torch.float32, device) for _ in xs]
+    row_norm(xs, weights, "gemma", 1e-6, outs)
+    rms_rstd(xs, 1e-6, rstds)
+    for x, weight, out, rstd in zip(xs, weights, outs, rstds, strict=True):
+        alone, rstd_alone = torch.empty_like(out), torch.empty_like(rstd)
+        row_norm([x], [weight], "gemma", 1e-6, [alone])
+        rms_rstd([x], 1e-6, [rstd_alone])
+        assert_bitwise_equal(out, alone)
+        assert_bitwise_equal(rstd, rstd_alone)

@@ -31,8 +31,8 @@ def test_opcheck_kv_project(options) -> None:
 
 def test_opcheck_others() -> None:
     x, weight = torch.randn(5, 16), torch.randn(16)
-    torch.library.opcheck(OPS.rms_rstd.default, (x, 1e-6, torch.empty(5)))
-    torch.library.opcheck(OPS.row_norm.default, (x, weight, "gemma", 1e-6, torch.empty(5, 16)))
+    torch.library.opcheck(OPS.rms_rstd.default, ([x], 1e-6, [torch.empty(5)]))
+    torch.library.opcheck(OPS.row_norm.default, ([x], [weight], "gemma", 1e-6, [torch.empty(5, 16)]))
     k, v, caches = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), torch.zeros(2, 1, 2, 8, 16)
     slots, nothing = torch.arange(5), (None,) * 4
     torch.library.opcheck(OPS.kv_splice.default, (k, v, *nothing, slots, False, caches[0], caches[1], None, None))
@@ -128,8 +128,8 @@ def test_launches_neither_allocate_nor_ask_for_a_value(monkeypatch: pytest.Monke
     with Calls() as calls:
         library._kv_project_gpu(*case.arguments.values())
         library._kv_splice_gpu(k, k, None, None, None, None, slots, False, *outputs)
-        library._row_norm_gpu(x, None, "none", 1e-6, torch.Tensor.detach(x))
-        library._rms_rstd_gpu(x, 1e-6, scales[0, 0, 0, :5])
+        library._row_norm_gpu([x], [], "none", 1e-6, [torch.Tensor.detach(x)])
+        library._rms_rstd_gpu([x], 1e-6, [scales[0, 0, 0, :5]])
     assert calls.others == []
     assert set(launched) == {"_project_splice_kernel", "_head_norm_kernel", "_kv_splice_kernel", "_row_norm_kernel"}
 
@@ -139,7 +139,6 @@ def test_gpu_implementations_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatc
     if torch.cuda.is_available():
         pytest.skip("tests/test_gpu.py runs them")
     monkeypatch.setattr(tuning, "target", lambda device: "sm_90")
-    tuning.config.cache_clear()
     case = projection(tokens=9, layers=2, q_heads=4, head_norm="all", layout="NHD", positions=True)
     other = case.with_new_outputs()
     library._kv_project_gpu(*case.arguments.values())
@@ -148,12 +147,12 @@ def test_gpu_implementations_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatc
         assert_close(one.nan_to_num(), another.nan_to_num())
     x, weight = torch.randn(5, 16), torch.randn(16)
     for name, arguments, shape in (
-        ("rms_rstd", (x, 1e-6), (5,)),
-        ("row_norm", (x, weight, "gemma", 1e-6), (5, 16)),
+        ("rms_rstd", ([x], 1e-6), (5,)),
+        ("row_norm", ([x], [weight], "gemma", 1e-6), (5, 16)),
     ):
         outputs = [poisoned(shape, torch.float32, "cpu") for _ in range(2)]
-        getattr(library, f"_{name}_gpu")(*arguments, outputs[0])
-        getattr(OPS, name)(*arguments, outputs[1])
+        getattr(library, f"_{name}_gpu")(*arguments, outputs[:1])
+        getattr(OPS, name)(*arguments, outputs[1:])
         assert_close(*outputs)
     k, v, codes = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), torch.zeros(2, 2, 1, 2, 8, 16, dtype=torch.int8)
     scales = torch.zeros(2, 2, 1, 2, 8)

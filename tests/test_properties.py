@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from droidspeak_ops import ops, reference
 from droidspeak_ops.checks import _overlap
 from droidspeak_ops.kernels.kv_splice import kv_splice
-from droidspeak_ops.kernels.project_splice import ProjectSpliceConfig, project_splice
+from droidspeak_ops.kernels.project_splice import project_splice
+from droidspeak_ops.kernels.project_splice_config import ProjectSpliceConfig
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 searched = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -171,7 +172,7 @@ def test_views_overlap_when_they_share_an_element(data: st.DataObject) -> None:
         step *= data.draw(st.integers(1, 3))
         strides.insert(0, step)
         step *= size
-    memory = torch.zeros(1000)
+    memory = torch.zeros(1500)
     offsets = [data.draw(st.integers(0, 60)) for _ in range(2)]
     one, other = (torch.as_strided(memory, shape, tuple(strides), offset) for offset in offsets)
     touched = []

@@ -5,12 +5,13 @@ from .batch import capture_batch, partial_prefill_batch
 from .cache import MixedCache
 from .fitting import fit
 from .profiling import profile
-from .receiver import partial_prefill
+from .receiver import Receiver, partial_prefill
 from .sender import capture
 from .timing import measure_costs
 
 __all__ = [
     "MixedCache",
+    "Receiver",
     "UnsupportedModelError",
     "capture",
     "capture_batch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,8 +13,8 @@ from ..context import SharedContext
 from ..maps import Maps
 from ..plan import Plan
 from .cache import MixedCache, rows_held, uninitialized_layer
-from .decoder import Decoder
-from .receiver import partial_prefill
+from .project import Norm
+from .receiver import Receiver, partial_prefill
 from .sender import capture
 
 
@@ -54,13 +54,13 @@ def capture_batch(
 
 
 def partial_prefill_batch(
-    receiver: PreTrainedModel,
+    receiver: PreTrainedModel | Receiver,
     contexts: Sequence[SharedContext],
     plans: Plan | Sequence[Plan],
     *,
     maps: Maps | None = None,
     tokenizer: Any = None,
-    norm: Literal["hf", "folded"] = "hf",
+    norm: Norm = "hf",
 ) -> MixedCache:
     """:func:`partial_prefill` of several contexts into one cache, in which shorter ones are padded on the left.
 
@@ -85,7 +85,8 @@ def partial_prefill_batch(
         raise ValueError(
             f"plans: got {len(plans)} for {len(contexts)} contexts; at least one context, a plan each, are needed"
         )
-    decoder = Decoder(receiver)
+    receiver = receiver if isinstance(receiver, Receiver) else Receiver(receiver)
+    decoder = receiver.decoder()
     sizes = [context.tokens.shape for context in contexts]
     batch, width = sum(rows for rows, _ in sizes), max(length for _, length in sizes)
     tokens = contexts[0].tokens.new_zeros((batch, width))
@@ -93,7 +94,7 @@ def partial_prefill_batch(
 
     def layer(window: int | None) -> Any:
         shape = (batch, decoder.num_kv_heads, rows_held(width, window), decoder.head_dim)
-        return uninitialized_layer(shape, window, width, decoder.model.dtype, decoder.model.device)
+        return uninitialized_layer(shape, window, width, decoder.dtype, decoder.device)
 
     together = MixedCache([layer(window) for window in decoder.windows], tokens, mask, decoder.model)
     row = 0

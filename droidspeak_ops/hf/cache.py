@@ -35,23 +35,27 @@ class MixedLayer(DynamicLayer):
     def shared(cls, keys: torch.Tensor, values: torch.Tensor) -> MixedLayer:
         """A layer over K and V ``[B, K, T, D]`` that belong to others."""
         layer = cls()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
+        layer._start_with(keys, values)
         return layer
 
     @classmethod
     def uninitialized(cls, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> MixedLayer:
         """A layer of T tokens ``[B, K, T, D]`` whose `keys` and `values` are to be written by the caller."""
         batch, heads, tokens, head_dim = shape
-        empty = torch.empty((batch, heads, 0, head_dim), dtype=dtype, device=device)
         layer = cls()
-        layer.lazy_initialization(empty, empty)
-        layer._grow(tokens)
+        layer._buffers = keys, values = (
+            torch.empty((batch, heads, tokens + HEADROOM, head_dim), dtype=dtype, device=device),
+            torch.empty((batch, heads, tokens + HEADROOM, head_dim), dtype=dtype, device=device),
+        )
+        layer._start_with(keys[:, :, :tokens], values[:, :, :tokens])
         return layer
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self._start_with(key_states[:, :, :0], value_states[:, :, :0])
+
+    def _start_with(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys, values
         self.is_initialized = True
 
     def update(
@@ -110,6 +114,12 @@ class MixedSlidingLayer(DynamicSlidingWindowLayer):
         layer.keys, layer.values = keys, values
         layer.cumulative_length = tokens
         return layer
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        # Not the inherited one, which copies numbers to the device and waits for it.
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

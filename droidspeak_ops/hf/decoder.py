@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,14 +11,17 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from ..context import Rotation
+from ..context import Rotation, is_capturing
 from ..fingerprint import Fingerprint, vocabulary_digest, weights_digest
 from .adapters import UnsupportedModelError, decoder_model, effective_weights
-from .families import LayerWeights, check_class, family_of, read_layer
+from .families import LayerWeights, Sizes, check_class, family_of, read_layer
+from .project import Norm, Prepared, prepare
 
 
 class Decoder:
     """A loaded model, or one inside a PEFT model with its active adapters. Nothing in it is changed.
+
+    K/V projections, sizes and kinds of layers are those that the model had when this was made; layers run as they are.
 
     Raises:
         UnsupportedModelError: the model is of no known family, or a module is not what its family says.
@@ -34,13 +37,22 @@ class Decoder:
         self.rotary: Any = self.base.get_submodule("rotary_emb")
         check_class(f"{self.family.classes}RotaryEmbedding", "rotary_emb", self.rotary)
         config = self.config
-        self.layers = list(self.base.get_submodule("layers"))[: config.num_hidden_layers]
+        self.layers: list[Any] = list(self.base.get_submodule("layers"))[: config.num_hidden_layers]
         self.windows = [_window(index, layer) for index, layer in enumerate(DynamicCache(config=config).layers)]
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        hidden_size, num_heads = config.hidden_size, config.num_attention_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or hidden_size // num_heads
         self.num_kv_heads: int = config.num_key_value_heads
-        self._weights = [
-            read_layer(self.family, layer, index, config, self.head_dim) for index, layer in enumerate(self.layers)
-        ]
+        self.device: torch.device = self.model.device
+        self.dtype: torch.dtype = self.model.dtype
+        sizes = Sizes(hidden_size, num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.head_dim)
+        self._weights = [read_layer(self.family, layer, index, sizes) for index, layer in enumerate(self.layers)]
+        rotates = self.family.rotates
+        self.rotates: list[bool] = [rotates is None or bool(getattr(each.self_attn, rotates)) for each in self.layers]
+        """Whether a layer has RoPE."""
+        by_type = self.family.rotary_by_type
+        self.rotary_types: list[str | None] = list(config.layer_types) if by_type else [None] * self.num_layers
+        """What the rotary embedding is to be told of a layer."""
+        self._prepared: dict[tuple[int, Norm], Prepared] = {}
 
     @property
     def num_layers(self) -> int:
@@ -50,17 +62,24 @@ class Decoder:
         """What the K/V projection of one layer needs, read from the layer's own modules."""
         return self._weights[layer]
 
+    def prepared(self, layer: int, norm: Norm) -> Prepared:
+        """The same as the operator takes it, kept from when it is first asked for."""
+        known = self._prepared.get((layer, norm))
+        if known is None:
+            known = prepare(self._weights[layer], self.family.norm_order, norm)
+            if not is_capturing(self.device):
+                self._prepared[layer, norm] = known
+        return known
+
     def plainly_normed(self, layer: int) -> LayerWeights:
         """The same with a norm that only divides by the root mean square: for weights that have the norm's folded in."""
         weights = self._weights[layer]
-        if weights.norm_weight is None:
-            return weights
-        gain = torch.zeros_like if self.family.norm_order == "gemma" else torch.ones_like
-        return replace(weights, norm_weight=gain(weights.norm_weight))
+        return weights if weights.norm_weight is None else replace(weights, norm_weight=self._plain_norm_weight)
 
-    def rotates(self, layer: int) -> bool:
-        """Whether a layer has RoPE."""
-        return self.family.rotates is None or bool(getattr(self.layers[layer].self_attn, self.family.rotates))
+    @cached_property
+    def _plain_norm_weight(self) -> torch.Tensor:
+        one = 0.0 if self.family.norm_order == "gemma" else 1.0
+        return torch.full((self.config.hidden_size,), one, dtype=self.dtype, device=self.device)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """What enters layer 0."""
@@ -82,7 +101,14 @@ class Decoder:
 
     def fingerprint(self, tokenizer: Any = None, *, weights: bool) -> Fingerprint:
         """The identity of the model, and of `tokenizer` if one is given; with `weights` all of them are read the first time."""
-        config = self.config
+        return replace(
+            self._fingerprint,
+            weights=weights_digest(self.model, effective_weights(self.model)) if weights else None,
+            tokenizer=None if tokenizer is None else vocabulary_digest(tokenizer),
+        )
+
+    @cached_property
+    def _fingerprint(self) -> Fingerprint:
         names = (
             "model_type",
             "num_hidden_layers",
@@ -93,64 +119,76 @@ class Decoder:
         )
         return Fingerprint(
             architecture={
-                **{name: getattr(config, name) for name in names},
+                **{name: getattr(self.config, name) for name in names},
                 "head_dim": self.head_dim,
                 "sliding_windows": self.windows,
-                "layers_with_rope": [layer for layer in range(self.num_layers) if self.rotates(layer)],
+                "layers_with_rope": [layer for layer, rotates in enumerate(self.rotates) if rotates],
             },
-            rope=dict(config.rope_parameters),
-            dtype=str(self.model.dtype).removeprefix("torch."),
-            weights=weights_digest(self.model, effective_weights(self.model)) if weights else None,
-            tokenizer=None if tokenizer is None else vocabulary_digest(tokenizer),
+            rope=dict(self.config.rope_parameters),
+            dtype=str(self.dtype).removeprefix("torch."),
         )
 
 
 class Pass:
-    """One pass over some tokens: what the layers share, each computed when first asked for."""
+    """One pass over some tokens: what the layers share, each computed when first asked for.
+
+    Nothing here waits for a GPU, as long as the model's RoPE is not one that looks at the positions.
+    """
 
     def __init__(self, decoder: Decoder, tokens: torch.Tensor) -> None:
         self._decoder = decoder
         # The functions that are given this read dtype, device and the first two sizes of it, and no values.
-        self._like = torch.empty((*tokens.shape, 0), dtype=decoder.model.dtype, device=tokens.device)
-        self._position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-        self._rotary, self._mask = cache(self._compute_rotary), cache(self._compute_mask)
-        self._halves = cache(self._compute_halves)
+        self._like = torch.empty((*tokens.shape, 0), dtype=decoder.dtype, device=tokens.device)
+        self._rotaries: dict[str | None, Rotation] = {}
+        self._halves: dict[str | None, Rotation] = {}
+        self._masks: dict[bool, Any] = {}
+
+    @cached_property
+    def _position_ids(self) -> torch.Tensor:
+        return torch.arange(self._like.shape[1], device=self._like.device).unsqueeze(0)
 
     def rotation(self, layer: int) -> Rotation | None:
         """cos and sin that a layer rotates K by, ``[T, R / 2]``; None where it has no RoPE."""
-        return self._halves(self._kind(layer)) if self._decoder.rotates(layer) else None
+        if not self._decoder.rotates[layer]:
+            return None
+        kind = self._decoder.rotary_types[layer]
+        if kind not in self._halves:
+            cos, sin = self._rotary(kind)
+            columns = cos.shape[-1] // (1 if self._decoder.family.half_rotary else 2)
+            self._halves[kind] = cos[0, :, :columns].contiguous(), sin[0, :, :columns].contiguous()
+        return self._halves[kind]
 
     def run(self, layer: int, hidden_states: torch.Tensor, cache: Any) -> torch.Tensor:
         """Run one layer of the model as it is, attention and MLP, appending its K/V to `cache`."""
+        # Without position_ids, which attention reads for nothing but to look for packed sequences, on the host.
         return self._decoder.layers[layer](
             hidden_states,
             attention_mask=self._mask(self._decoder.windows[layer] is not None),
-            position_ids=self._position_ids,
-            position_embeddings=self._rotary(self._kind(layer)),
+            position_embeddings=self._rotary(self._decoder.rotary_types[layer]),
             past_key_values=cache,
             use_cache=True,
         )
 
-    def _kind(self, layer: int) -> str | None:
-        return self._decoder.config.layer_types[layer] if self._decoder.family.rotary_by_type else None
+    def _rotary(self, kind: str | None) -> Rotation:
+        if kind not in self._rotaries:
+            named = [] if kind is None else [kind]
+            self._rotaries[kind] = self._decoder.rotary(self._like, self._position_ids, *named)
+        return self._rotaries[kind]
 
-    def _compute_rotary(self, kind: str | None) -> Rotation:
-        return self._decoder.rotary(self._like, self._position_ids, *([] if kind is None else [kind]))
-
-    def _compute_halves(self, kind: str | None) -> Rotation:
-        cos, sin = self._rotary(kind)
-        columns = cos.shape[-1] // (1 if self._decoder.family.half_rotary else 2)
-        return cos[0, :, :columns].contiguous(), sin[0, :, :columns].contiguous()
+    def _mask(self, sliding: bool) -> Any:
+        if sliding not in self._masks:
+            self._masks[sliding] = self._compute_mask(sliding)
+        return self._masks[sliding]
 
     def _compute_mask(self, sliding: bool) -> Any:
+        config, tokens = self._decoder.config, self._like.shape[1]
+        seen = [window for window in self._decoder.windows if window is not None] if sliding else []
+        # Then SDPA is told `is_causal`, as in the model's own prefill. While a CUDA graph is captured, transformers would
+        # make a mask, with which SDPA takes another kernel.
+        if config._attn_implementation == "sdpa" and all(tokens < window for window in seen):
+            return None
         create = create_sliding_window_causal_mask if sliding else create_causal_mask
-        return create(
-            config=self._decoder.config,
-            inputs_embeds=self._like,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=self._position_ids,
-        )
+        return create(config=config, inputs_embeds=self._like, attention_mask=None, past_key_values=None)
 
 
 def _window(index: int, layer: Any) -> int | None:

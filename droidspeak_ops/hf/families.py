@@ -7,7 +7,7 @@ a layer and ``k_proj`` and ``v_proj`` of that. Which layers have a sliding windo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -85,6 +85,15 @@ class LayerWeights:
     v_low_rank: tuple[LowRank, ...] = ()
 
 
+class Sizes(NamedTuple):
+    """The columns of what a layer's projections read and write."""
+
+    hidden: int
+    q: int
+    kv: int
+    head: int
+
+
 def family_of(config: Any, model: Any) -> Family:
     """The row of the table for a model with this configuration.
 
@@ -106,7 +115,7 @@ def check_class(needed: str, where: str, module: nn.Module) -> None:
         )
 
 
-def read_layer(family: Family, layer: nn.Module, index: int, config: Any, head_dim: int) -> LayerWeights:
+def read_layer(family: Family, layer: nn.Module, index: int, sizes: Sizes) -> LayerWeights:
     """Read one decoder layer.
 
     Raises:
@@ -120,7 +129,6 @@ def read_layer(family: Family, layer: nn.Module, index: int, config: Any, head_d
     if not attention.is_causal:
         raise UnsupportedModelError(f"{where_attention}: attends to tokens that follow; causal attention is needed")
 
-    hidden_size: int = config.hidden_size
     norm_weight, norm_eps = None, 0.0
     has_input_norm = hasattr(layer, "input_layernorm")
     if has_input_norm != family.has_input_norm:
@@ -128,14 +136,15 @@ def read_layer(family: Family, layer: nn.Module, index: int, config: Any, head_d
             f"{where} input_layernorm: {'not ' if has_input_norm else ''}expected in this family"
         )
     if has_input_norm:
-        norm_weight, norm_eps = _read_norm(family, layer, "input_layernorm", where, hidden_size)
+        norm_weight, norm_eps = _read_norm(family, layer, "input_layernorm", where, sizes.hidden)
 
-    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     if family.fused:
-        qkv = read_linear(attention, "qkv_proj", where_attention, (q_size + 2 * kv_size, hidden_size))
-        k, v = qkv.rows(q_size, q_size + kv_size), qkv.rows(q_size + kv_size, q_size + 2 * kv_size)
+        of_k, of_v = sizes.q, sizes.q + sizes.kv
+        qkv = read_linear(attention, "qkv_proj", where_attention, (of_v + sizes.kv, sizes.hidden))
+        k, v = qkv.rows(of_k, of_v), qkv.rows(of_v, of_v + sizes.kv)
     else:
-        k, v = (read_linear(attention, name, where_attention, (kv_size, hidden_size)) for name in ("k_proj", "v_proj"))
+        shape = sizes.kv, sizes.hidden
+        k, v = (read_linear(attention, name, where_attention, shape) for name in ("k_proj", "v_proj"))
 
     has_k_norm = any("norm" in name for name, _ in attention.named_children())
     if has_k_norm != (family.k_norm is not None):
@@ -144,7 +153,7 @@ def read_layer(family: Family, layer: nn.Module, index: int, config: Any, head_d
         )
     k_norm_weight, k_norm_eps = None, 0.0
     if family.k_norm is not None:
-        columns = head_dim if family.k_norm == "each" else kv_size
+        columns = sizes.head if family.k_norm == "each" else sizes.kv
         k_norm_weight, k_norm_eps = _read_norm(family, attention, "k_norm", where_attention, columns)
     return LayerWeights(
         norm_weight, norm_eps, k.weight, v.weight, k.bias, v.bias, k_norm_weight, k_norm_eps, k.low_rank, v.low_rank

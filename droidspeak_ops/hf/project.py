@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,60 @@ from ..checks import NormOrder
 from ..context import Rotation
 from .families import LayerWeights
 
+Norm = Literal["hf", "folded"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The weights of a layer as the operator takes them: what can be done to them before any token is known has been done.
+
+    Args:
+        weights: of the layer.
+        norm: how the input is normalised, if `weights` have a norm.
+        k_weight, v_weight: ``[K * D, C + r]``, with the norm's weight folded in for ``"folded"``.
+        down: ``[r, C]`` of all adapters together, or None: rows are lengthened by their products with it.
+    """
+
+    weights: LayerWeights
+    norm: Norm
+    k_weight: torch.Tensor
+    v_weight: torch.Tensor
+    down: torch.Tensor | None = None
+
+    @property
+    def folded(self) -> bool:
+        """Whether the operator needs 1/rms of the rows."""
+        return self.norm == "folded" and self.weights.norm_weight is not None
+
+    @cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """What layers have in common that are projected together."""
+        steps = (self.weights.norm_weight, self.weights.k_bias, self.weights.k_norm_weight, self.down)
+        return (self.norm, self.k_weight.shape, self.k_weight.stride(), *(step is None for step in steps))
+
+
+def prepare(weights: LayerWeights, norm_order: NormOrder, norm: Norm) -> Prepared:
+    """The weights of a layer for ``norm``: the norm's weight folded if asked for, adapters beside the projections.
+
+    For ``"hf"`` without adapters nothing is copied.
+    """
+    k_weight, v_weight, gain = weights.k_weight, weights.v_weight, weights.norm_weight
+    folds = norm == "folded" and gain is not None
+    if folds:
+        k_weight, v_weight = (ops.fold_norm_weight(w, gain, norm_order=norm_order) for w in (k_weight, v_weight))  # type: ignore[arg-type]
+    adapters = (*weights.k_low_rank, *weights.v_low_rank)
+    if not adapters:
+        return Prepared(weights, norm, k_weight, v_weight)
+    dtype = k_weight.dtype
+    down = torch.cat([each.down for each in adapters]).to(dtype)
+    if folds:
+        down = ops.fold_norm_weight(down, gain, norm_order=norm_order)  # type: ignore[arg-type]
+    columns = [each.up.to(dtype) for each in adapters]
+    of_k = len(weights.k_low_rank)
+    k_weight = torch.cat([k_weight, *columns[:of_k], *map(torch.zeros_like, columns[of_k:])], dim=1)
+    v_weight = torch.cat([v_weight, *map(torch.zeros_like, columns[:of_k]), *columns[of_k:]], dim=1)
+    return Prepared(weights, norm, k_weight, v_weight, down)
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -21,49 +76,52 @@ class Projection:
 
     Args:
         hidden_states: ``[B, N, C]``.
-        weights: of the layer.
+        prepared: the weights.
         rotation: cos and sin ``[N, R / 2]`` of the N tokens, or None.
         keys, values: ``[B, K, N, D]``, written in place.
+        rstd: float32 ``[B, N]``, 1/rms of the hidden states, where it is known and `prepared` are folded.
     """
 
     hidden_states: torch.Tensor
-    weights: LayerWeights
+    prepared: Prepared
     rotation: Rotation | None
     keys: torch.Tensor
     values: torch.Tensor
+    rstd: torch.Tensor | None = None
 
 
-def project(layers: Sequence[Projection], norm_order: NormOrder, norm: Literal["hf", "folded"]) -> None:
+def project(layers: Sequence[Projection], norm_order: NormOrder) -> None:
     """Project all `layers`, those that are alike together."""
     alike = defaultdict(list)
     for layer in layers:
         alike[_kind(layer)].append(layer)
     for group in alike.values():
-        _project_alike(group, norm_order, norm)
+        _project_alike(group, norm_order)
 
 
 def _kind(layer: Projection) -> tuple[Any, ...]:
     """What layers have in common that are projected together: sizes, and which steps there are."""
-    weights = layer.weights
-    steps = (layer.rotation, weights.norm_weight, weights.k_bias, weights.k_norm_weight)
-    rank = sum(len(each.down) for each in (*weights.k_low_rank, *weights.v_low_rank))
-    sizes = (layer.hidden_states.shape, layer.keys.shape, layer.keys.stride(), weights.k_weight.stride(), rank)
-    return (*sizes, *(step is None for step in steps))
+    steps = (layer.rotation is None, layer.rstd is None)
+    return (layer.hidden_states.shape, layer.keys.shape, layer.keys.stride(), *steps, layer.prepared.kind)
 
 
-def _project_alike(layers: list[Projection], norm_order: NormOrder, norm: Literal["hf", "folded"]) -> None:
-    weights = [layer.weights for layer in layers]
+def _project_alike(layers: list[Projection], norm_order: NormOrder) -> None:
+    prepared = [layer.prepared for layer in layers]
+    weights = [each.weights for each in prepared]
     first = weights[0]
-    inputs = [_inputs(layer.hidden_states, layer.weights, norm_order, norm) for layer in layers]
+    norm: Literal["hf", "folded", "none"] = "none" if first.norm_weight is None else prepared[0].norm
+    if prepared[0].down is not None:
+        layers = [_lengthened(layer, norm_order) for layer in layers]
+        norm = "folded" if norm == "folded" else "none"
     batch, _, tokens, _ = layers[0].keys.shape
     device = layers[0].keys.device
     rotations = [layer.rotation for layer in layers if layer.rotation is not None]
     ops.kv_project_layers(
-        [each.hidden_states for each in inputs], [each.k_weight for each in inputs], [each.v_weight for each in inputs],
-        [layer.keys for layer in layers], [layer.values for layer in layers], torch.arange(batch * tokens, device=device),
-        norm=inputs[0].norm, norm_order=norm_order, norm_eps=first.norm_eps,
-        norm_weights=[each.norm_weight for each in inputs if each.norm_weight is not None],
-        rstds=[each.rstd for each in inputs if each.rstd is not None],
+        [layer.hidden_states for layer in layers], [each.k_weight for each in prepared],
+        [each.v_weight for each in prepared], [layer.keys for layer in layers], [layer.values for layer in layers],
+        torch.arange(batch * tokens, device=device), norm=norm, norm_order=norm_order, norm_eps=first.norm_eps,
+        norm_weights=[each.norm_weight for each in weights if norm == "hf" and each.norm_weight is not None],
+        rstds=[layer.rstd for layer in layers if layer.rstd is not None],
         k_biases=[each.k_bias for each in weights if each.k_bias is not None],
         v_biases=[each.v_bias for each in weights if each.v_bias is not None],
         k_norm_weights=[each.k_norm_weight for each in weights if each.k_norm_weight is not None],
@@ -72,41 +130,13 @@ def _project_alike(layers: list[Projection], norm_order: NormOrder, norm: Litera
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    hidden_states: torch.Tensor
-    k_weight: torch.Tensor
-    v_weight: torch.Tensor
-    norm: Literal["hf", "folded", "none"]
-    norm_weight: torch.Tensor | None = None
-    rstd: torch.Tensor | None = None
-
-
-def _inputs(
-    states: torch.Tensor, weights: LayerWeights, norm_order: NormOrder, norm: Literal["hf", "folded"]
-) -> _Inputs:
-    """What the operator is given for one layer: adapters beside the projections, the norm's weight folded if asked for."""
-    k_weight, v_weight, gain = weights.k_weight, weights.v_weight, weights.norm_weight
-    adapters = (*weights.k_low_rank, *weights.v_low_rank)
-    if gain is None:
-        norm_given: dict[str, Any] = {"norm": "none"}
-    elif norm == "folded":
-        k_weight, v_weight = (ops.fold_norm_weight(w, gain, norm_order=norm_order) for w in (k_weight, v_weight))
-        norm_given = {"norm": "folded"}
-    elif adapters:
-        states = ops.row_norm(states, gain, weights.norm_eps, norm_order=norm_order)
-        norm_given = {"norm": "none"}
-    else:
-        norm_given = {"norm": "hf", "norm_weight": gain}
-    if not adapters:
-        return _Inputs(states, k_weight, v_weight, **norm_given)
-
-    down = torch.cat([each.down for each in adapters]).to(states.dtype)
-    if gain is not None and norm == "folded":
-        down = ops.fold_norm_weight(down, gain, norm_order=norm_order)
-        norm_given["rstd"] = ops.rms_rstd(states, weights.norm_eps)
-    columns = [each.up.to(states.dtype) for each in adapters]
-    of_k = len(weights.k_low_rank)
-    k_weight = torch.cat([k_weight, *columns[:of_k], *map(torch.zeros_like, columns[of_k:])], dim=1)
-    v_weight = torch.cat([v_weight, *map(torch.zeros_like, columns[:of_k]), *columns[of_k:]], dim=1)
-    return _Inputs(torch.cat([states, states @ down.T], dim=-1), k_weight, v_weight, **norm_given)
+def _lengthened(layer: Projection, norm_order: NormOrder) -> Projection:
+    """With rows that hold what the adapters make of them beside the hidden states, normalised unless that is folded."""
+    prepared, states, rstd = layer.prepared, layer.hidden_states, layer.rstd
+    weights = prepared.weights
+    if prepared.folded and rstd is None:
+        rstd = ops.rms_rstd(states, weights.norm_eps)
+    elif not prepared.folded and weights.norm_weight is not None:
+        states = ops.row_norm(states, weights.norm_weight, weights.norm_eps, norm_order=norm_order)
+    assert prepared.down is not None
+    return replace(layer, hidden_states=torch.cat([states, states @ prepared.down.T], dim=-1), rstd=rstd)

@@ -3,34 +3,119 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .. import ops
-from ..context import SharedContext, last
+from ..context import SharedContext
 from ..fingerprint import ReuseError
-from ..kv import splice
-from ..maps import LayerMap, Maps, sinks_among
+from ..kv import KV
+from ..maps import Maps
 from ..plan import Plan
-from .cache import MixedCache, MixedLayer, MixedSlidingLayer, empty_layer, rows_held, shared_layer, uninitialized_layer
+from .cache import MixedCache, rows_held
 from .decoder import Decoder
-from .families import LayerWeights
-from .project import Projection, project
+from .filling import Filling
+from .project import Norm, project
+from .reading import Reading
+
+
+class Receiver:
+    """A model that is read once and then serves many prefills: what :func:`partial_prefill` takes in place of the model.
+
+    It keeps what each call would otherwise find out or make again: the layers' weights, the model's identity, and once they
+    are first needed, weights with the norm's folded in (``norm="folded"``) and weights with LoRA adapters beside them. The last
+    two are copies: for each layer that is projected, memory of the size of its K and V projections.
+
+    The model must not change meanwhile. Every use checks, without a look at values, that modules, the K/V projections' weights
+    and their adapters are those that were read: what was replaced, moved to another device or dtype, written to, merged,
+    switched or disabled is refused with :class:`ReuseError`. An adapter that is switched back is as it was, so a model with
+    several adapters has a receiver for each. Not seen are writes through ``.data``, writes in inference mode to weights made in
+    it, and changes of the model's configuration.
+
+    Args:
+        model: a causal language model of a supported family, or a PEFT model around one.
+
+    Raises:
+        UnsupportedModelError: the model's family is not supported.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._decoder = Decoder(model)
+        self._reading = Reading(model, self._decoder)
+
+    def decoder(self) -> Decoder:
+        """What was read of the model.
+
+        Raises:
+            ReuseError: the model is not what it was.
+        """
+        self._reading.check()
+        return self._decoder
+
+    @torch.no_grad()
+    def warm_up(
+        self,
+        plans: Sequence[Plan] | None = None,
+        *,
+        tokens: Sequence[int] = (256,),
+        norm: Norm = "hf",
+        quantized: torch.dtype | None = None,
+    ) -> None:
+        """Prefill contexts of zeros, so that the first request does not wait for kernels to compile and weights to be folded.
+
+        A GPU's kernels differ by plan: by how many layers they project together, and whether any are spliced.
+
+        Args:
+            plans: those to come; None for all ways to project layers.
+            tokens: lengths of contexts. One will do for kernels; a longer one also makes room in torch's memory pool.
+            norm: of projections.
+            quantized: the dtype of contexts in 8 bits, whose reused layers are spliced; None for contexts in full.
+
+        Raises:
+            ReuseError: the model is not what it was.
+            ValueError: a plan names layers that the model does not have.
+        """
+        depth = self._decoder.num_layers
+        if plans is None:
+            plans = [Plan(project=range(count)) for count in (1, 2, 4, 8) if count < depth] + [Plan(project="rest")]
+        for length in tokens:
+            context = self._context_of_zeros(length)
+            if quantized is not None:
+                context = context.quantized(quantized)
+            for plan in plans:
+                partial_prefill(self, context, plan, norm=norm)
+
+    def _context_of_zeros(self, tokens: int) -> SharedContext:
+        """A context in which all layers share one memory, since nothing writes to it."""
+        decoder = self._decoder
+        ids = torch.zeros((1, tokens), dtype=torch.int64, device=decoder.device)
+        over, states = decoder.over(ids), torch.zeros_like(decoder.embed(ids))
+        rows = torch.zeros(
+            (1, decoder.num_kv_heads, tokens, decoder.head_dim), dtype=decoder.dtype, device=decoder.device
+        )
+        held = [rows[:, :, : rows_held(tokens, window)] for window in decoder.windows]
+        return SharedContext(
+            tokens=ids,
+            keys_values=[KV(each, each) for each in held],
+            hidden_states=dict.fromkeys(range(1, decoder.num_layers), states),
+            rotations=[over.rotation(layer) for layer in range(decoder.num_layers)],
+            sender=decoder.fingerprint(weights=False),
+        )
 
 
 @torch.no_grad()
 def partial_prefill(
-    receiver: PreTrainedModel,
+    receiver: PreTrainedModel | Receiver,
     context: SharedContext,
     plan: Plan,
     *,
     prompt_ids: torch.Tensor | None = None,
     maps: Maps | None = None,
     tokenizer: Any = None,
-    norm: Literal["hf", "folded"] = "hf",
+    norm: Norm = "hf",
 ) -> MixedCache:
     """Fill the receiver's KV cache of a context: bands are recomputed, projected layers projected, the rest reused.
 
@@ -38,7 +123,8 @@ def partial_prefill(
     pass: ``receiver.generate(prompt_ids, past_key_values=cache)`` with the context's tokens at the head of `prompt_ids`.
 
     Args:
-        receiver: a model of the sender's architecture; not changed.
+        receiver: a model of the sender's architecture, not changed; or a :class:`Receiver` of it, for more than a few prefills:
+            on a GPU reading the model takes the host longer than filling the cache.
         context: what :func:`capture` made.
         plan: which layers to recompute and project.
         prompt_ids: ``[B, N]``, the prompt that is to follow; checked to continue the context.
@@ -49,6 +135,18 @@ def partial_prefill(
         norm: ``"hf"`` for transformers' rounding order, in which recomputing all layers is bitwise the receiver's own
             prefill on the CPU in float32; ``"folded"`` for one rounding fewer (see :func:`droidspeak_ops.ops.kv_project`).
 
+    On a GPU nothing waits for the device, unless `prompt_ids` or `maps` are given, whose checks read values, the model's RoPE
+    depends on the length (``"dynamic"``, ``"longrope"``), or a layer with experts runs. So it can be captured in a CUDA graph,
+    if attention is SDPA; call it once beforehand, as kernels compile at their first launch::
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            cache = ds.partial_prefill(receiver, context, plan)
+
+    ``graph.replay()`` fills this `cache` from this `context` again: write another context of as many tokens into its tensors
+    (tokens, K, V, hidden states) before it, and run suffixes over ``copy.deepcopy(cache)``, as a replay does not take back what
+    was appended. No check runs in a replay, of the receiver or of what was written.
+
     Returns:
         A transformers cache of T tokens. Reused layers share the context's tensors until something is appended.
 
@@ -58,15 +156,14 @@ def partial_prefill(
         UnsupportedModelError: the receiver's family is not supported.
         ValueError: the plan names layers that the receiver does not have, or `norm` is none of the two.
     """
-    decoder = Decoder(receiver)
+    decoder = decoder_of(receiver)
     roles = plan.roles(decoder.num_layers)
     if norm not in ("hf", "folded"):
         raise ValueError(f"norm: got {norm!r}; 'hf' or 'folded' is needed")
     ours = decoder.fingerprint(tokenizer, weights=maps is not None)
     context.sender.check_reuse_by(ours)
-    device = decoder.model.device
-    if context.tokens.device != device:
-        raise ReuseError(f"context: on {context.tokens.device}; {device}, the receiver's device, is needed")
+    if context.tokens.device != decoder.device:
+        raise ReuseError(f"context: on {context.tokens.device}; {decoder.device}, the receiver's device, is needed")
     if maps is not None:
         maps.check_pair(context.sender, ours)
         mapped = maps.roles(plan, context.hidden_layers)
@@ -86,105 +183,36 @@ def partial_prefill(
     if prompt_ids is not None:
         context.check_prompt(prompt_ids)
 
-    filling = _Filling(decoder, context, rotates_on=context.sender.rope != ours.rope)
+    filling = Filling(decoder, context, norm, rerotates=context.sender.rope != ours.rope)
     norm_order = decoder.family.norm_order
     for start, end in plan.bands:
         hidden_states = filling.hidden(start)
         if maps is not None and start in maps.corrections:
             hidden_states = maps.corrections[start].corrected(hidden_states)
         for layer in range(start, end - 1):
-            hidden_states = filling.over.run(layer, hidden_states, filling.cache)
-        # Nothing reads the output of a band's last layer.
-        project([filling.projection(end - 1, hidden_states, decoder.weights(end - 1))], norm_order, norm)
+            hidden_states = filling.run(layer, hidden_states)
+        project([filling.band_end(end - 1, hidden_states)], norm_order)
     projections = []
     for layer, role in enumerate(roles):
         if role == "reuse":
             filling.reuse(layer)
         elif role == "project":
-            projections.append(filling.projection(layer, filling.hidden(layer), decoder.weights(layer)))
+            projections.append(filling.projected(layer))
         elif role != "recompute":
             assert maps is not None
-            projections.append(filling.fitted(layer, maps.layers[layer, role], of_kv=role == "fitted_kv"))
-    project(projections, norm_order, norm)
+            fill = filling.fitted if role == "fitted" else filling.fitted_kv
+            projections.append(fill(layer, maps.layers[layer, role]))
+    project(projections, norm_order)
     for layer, role in enumerate(roles):
         if role in ("fitted", "fitted_kv"):
             filling.reuse_sinks(layer)
     return filling.cache
 
 
-class _Filling:
-    """A receiver's cache of one context, and how each of its layers is filled."""
+def decoder_of(receiver: PreTrainedModel | Receiver) -> Decoder:
+    """What is read of a model now, or was when its :class:`Receiver` was made.
 
-    def __init__(self, decoder: Decoder, context: SharedContext, *, rotates_on: bool) -> None:
-        self._decoder, self._context, self._rotates_on = decoder, context, rotates_on
-        self.over = decoder.over(context.tokens)
-        self._batch, self._tokens = context.tokens.shape
-        self._layers = [empty_layer(window) for window in decoder.windows]
-        self.cache = MixedCache(self._layers, context.tokens, None, decoder.model)
-
-    def hidden(self, layer: int) -> torch.Tensor:
-        """What enters a layer: the sender's hidden states, or the receiver's own embeddings."""
-        return self._decoder.embed(self._context.tokens) if layer == 0 else self._context.hidden(layer)
-
-    def reuse(self, layer: int) -> None:
-        """Share the sender's K and V; in 8 bits, or rotated by another RoPE, they are decoded and rotated on."""
-        kv, further = self._context.kv(layer), self._rotation_on(layer)
-        if kv.k_scale is None and not further:
-            self._layers[layer] = shared_layer(kv.keys, kv.values, self._decoder.windows[layer], self._tokens)
-        else:
-            target = self._uninitialized(layer)
-            splice(kv, target.keys, target.values, **further)
-
-    def reuse_sinks(self, layer: int) -> None:
-        """Reuse the sender's K and V of the first tokens of a layer that is filled already."""
-        target = self._layers[layer]
-        rows = target.keys.shape[2]
-        count = sinks_among(rows, self._tokens)
-        if not count:
-            return
-        kv, further = self._context.kv(layer).at(slice(count)), self._rotation_on(layer)
-        keys, values = target.keys[:, :, :count], target.values[:, :, :count]
-        if kv.k_scale is None and not further:
-            keys.copy_(kv.keys)  # a few rows of each layer, for which an operator's call would cost more than the work
-            values.copy_(kv.values)
-        else:
-            of_sinks = {
-                name: half.view(self._batch, rows, -1)[:, :count].flatten(0, 1) for name, half in further.items()
-            }
-            splice(kv, keys, values, **of_sinks)
-
-    def projection(self, layer: int, hidden_states: torch.Tensor, weights: LayerWeights) -> Projection:
-        """To compute K and V of a layer, of the tokens that count, from the hidden states that enter it."""
-        target, rotation = self._uninitialized(layer), self.over.rotation(layer)
-        rows = target.keys.shape[2]
-        return Projection(
-            hidden_states.narrow(1, hidden_states.shape[1] - rows, rows),
-            weights,
-            None if rotation is None else (last(rotation[0], rows), last(rotation[1], rows)),
-            target.keys,
-            target.values,
-        )
-
-    def fitted(self, layer: int, fitted: LayerMap, *, of_kv: bool) -> Projection:
-        """To compute K and V of a layer with fitted weights, from its hidden states or from the sender's K and V."""
-        if of_kv:
-            weights = LayerWeights(norm_weight=None, norm_eps=0.0, k_norm_weight=None, k_norm_eps=0.0, **vars(fitted))
-            return self.projection(layer, self._context.unrotated(layer), weights)
-        weights = replace(self._decoder.plainly_normed(layer), **vars(fitted), k_low_rank=(), v_low_rank=())
-        return self.projection(layer, self.hidden(layer), weights)
-
-    def _uninitialized(self, layer: int) -> MixedLayer | MixedSlidingLayer:
-        window, decoder = self._decoder.windows[layer], self._decoder
-        shape = (self._batch, decoder.num_kv_heads, rows_held(self._tokens, window), decoder.head_dim)
-        made = uninitialized_layer(shape, window, self._tokens, decoder.model.dtype, decoder.model.device)
-        self._layers[layer] = made
-        return made
-
-    def _rotation_on(self, layer: int) -> dict[str, torch.Tensor]:
-        """By what the sender's K of a layer is to be rotated on, for each of its rows."""
-        applied, rotation = self._context.rotations[layer], self.over.rotation(layer)
-        if not self._rotates_on or applied is None or rotation is None:
-            return {}
-        rows = self._context.kv(layer).keys.shape[2]
-        cos, sin = (last(half, rows) for half in ops.rotation_between(*applied, *rotation))
-        return {"cos": cos.repeat(self._batch, 1), "sin": sin.repeat(self._batch, 1)}
+    Raises:
+        ReuseError: the model is not what it was then.
+    """
+    return receiver.decoder() if isinstance(receiver, Receiver) else Decoder(receiver)

@@ -7,6 +7,7 @@ the same constants, the same specialisation of strides and alignments, the same 
 from __future__ import annotations
 
 import multiprocessing
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch.utils._pytree import tree_leaves
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .machine_code import Code, read_amdgcn, read_cubin
 from .shapes import SHAPES, Shape, projection
@@ -83,17 +85,16 @@ def num_cases(targets: Sequence[str]) -> int:
 def _compile_case(target: str, index: int) -> list[Compiled]:
     case = CASES[index]
     floors: list[dict[int, float]] = []
-    for tokens in FLOOR_TOKENS:
+    shipped: dict[str, tuple[str, Launch, dict[int, float]]] = {}
+    for tokens in reversed(FLOOR_TOKENS):
         launches = caught(partial(case.launch, target, tokens))
         floors = floors or [{} for _ in launches]
         for floor, launch in zip(floors, launches, strict=True):
             floor[tokens] = round(_time_floor(target, launch), 3)
-    compiled: list[Compiled] = []
-    for each in zip(launches, floors, strict=True):
-        result = _compile(case.config, target, *each)
-        if result not in compiled:  # a norm over all heads is a launch a layer
-            compiled.append(result)
-    return compiled
+            # Fewer tokens may be launched in another configuration.
+            config = case.config if tokens == FLOOR_TOKENS[-1] else f"{case.config}, {tokens} tokens"
+            shipped.setdefault(f"{launch.kernel.__name__} {launch.options}", (config, launch, floor))
+    return [_compile(config, target, launch, floor) for config, launch, floor in shipped.values()]
 
 
 def caught(launch: Callable[[], None]) -> list[Launch]:
@@ -103,6 +104,9 @@ def caught(launch: Callable[[], None]) -> list[Launch]:
     launches: list[Launch] = []
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        inside = [leaf for argument in arguments if isinstance(argument, tuple) for leaf in tree_leaves(argument)]
+        if any(isinstance(leaf, TensorDescriptor) for leaf in inside):
+            raise ValueError("a tensor descriptor inside a tuple: Triton 3.6 compiles the kernel, and cannot launch it")
         launches.append(Launch(kernel, arguments, options))
 
     with mock.patch.object(JITFunction, "run", run):
@@ -143,15 +147,29 @@ def _compile(config: str, target: str, launch: Launch, floor_us: dict[int, float
 
 
 def _time_floor(target: str, launch: Launch) -> float:
-    tensors = {id(leaf): leaf for leaf in tree_leaves(launch.arguments) if isinstance(leaf, torch.Tensor)}
-    flops, x = 0, launch.arguments[0]
-    written: list[torch.Tensor] = []  # a second time: what is an input and an output is one argument
-    if launch.kernel.__name__ == "_project_splice_kernel":
-        weights = [weight for weights in launch.arguments[2:5] for weight in weights if weight is not None]
-        flops, x = sum(2 * x[0].shape[0] * weight.numel() for weight in weights), x[0]
-    if launch.kernel.__name__ == "_head_norm_kernel":
-        written = [x]
-    return time_floor(target, flops, minimum(tensors.values(), written), half=x.dtype != torch.float32)
+    tensors: dict[int, tuple[str, torch.Tensor]] = {}  # a tensor may come as a pointer and in a descriptor
+    for name, argument in zip(launch.kernel.arg_names, launch.arguments, strict=False):
+        tensors.update(_tensors(name, argument))
+    _, x = next(iter(tensors.values()))
+    weights = [tensor for name, tensor in tensors.values() if re.fullmatch(r"[qkv](\d|_weights?)", name)]
+    flops = sum(2 * x.shape[0] * weight.numel() for weight in weights)
+    # Once more what is an input and an output in one.
+    written = [x] if launch.kernel.__name__ == "_head_norm_kernel" else []
+    return time_floor(
+        target, flops, minimum((tensor for _, tensor in tensors.values()), written), half=x.dtype != torch.float32
+    )
+
+
+def _tensors(name: str, argument: Any) -> Iterator[tuple[int, tuple[str, torch.Tensor]]]:
+    """The tensors of an argument with their names: of the parameter, or of the field of a named tuple; of a tensor
+    descriptor, what it describes. Each with an identity."""
+    if isinstance(argument, torch.Tensor):
+        yield id(argument), (name, argument)
+    elif isinstance(argument, TensorDescriptor):
+        yield id(argument.base), (name, argument.base.as_strided(argument.shape, argument.strides))
+    elif isinstance(argument, tuple):
+        for field, value in zip(getattr(argument, "_fields", [name] * len(argument)), argument, strict=True):
+            yield from _tensors(field, value)
 
 
 # --- what is compiled ----------------------------------------------------------------------------------------------
@@ -161,15 +179,13 @@ def _project_splice(
     shape: Shape, dtype: torch.dtype, options: dict[str, Any], target: str, tokens: int,
     *, change: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:  # fmt: skip
-    from ..kernels.project_splice import project_splice, project_splice_config
+    from ..kernels.project_splice import project_splice
+    from ..kernels.project_splice_config import project_splice_config, size_of
 
     arguments = projection(shape, tokens, dtype=dtype, **options)
     if change is not None:
         change(arguments)
-    config = project_splice_config(
-        target, dtype, shape.num_kv_heads, shape.head_dim, has_head_norm=shape.head_norm == "each"
-    )
-    project_splice(**arguments, config=config)
+    project_splice(**arguments, config=project_splice_config(target, size_of(**arguments)))
 
 
 def _row_norm(shape: Shape, store_rows: bool, target: str, tokens: int) -> None:
@@ -177,9 +193,9 @@ def _row_norm(shape: Shape, store_rows: bool, target: str, tokens: int) -> None:
 
     x, weight = _empty(tokens, shape.hidden_size), _empty(shape.hidden_size)
     if store_rows:
-        row_norm(x, weight, shape.norm_order, 1e-6, torch.empty_like(x))
+        row_norm([x], [weight], shape.norm_order, 1e-6, [torch.empty_like(x)])
     else:
-        rms_rstd(x, 1e-6, _empty(tokens, dtype=torch.float32))
+        rms_rstd([x], 1e-6, [_empty(tokens, dtype=torch.float32)])
 
 
 def _kv_splice(

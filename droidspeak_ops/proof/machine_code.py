@@ -13,7 +13,8 @@ _LABEL = re.compile(r"^\s*(\.L\w+):")
 _INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Za-z][\w.]*)(.*)")
 _BRANCH = re.compile(r"^(?:BRA|s_c?branch)")
 _ASYNC_COPY = re.compile(r"^(?:LDGSTS|UBLKCP|UTMALDG)")
-_LOAD = re.compile(r"^(?:LDG|LDGSTS|global_load|buffer_load)[._]")
+_BULK_COPY = re.compile(r"^(?:UBLKCP|UTMALDG)")
+_LOAD = re.compile(r"^(?:LDG|LDGSTS|UBLKCP|UTMALDG|global_load|buffer_load)[._]")
 _STORE = re.compile(r"^(?:STG|global_store|buffer_store)[._]")
 
 
@@ -26,7 +27,8 @@ class Code:
         spills: what does not fit in registers: local loads and stores, or AMD's count of spilled registers.
         matrix_instructions: in all the code.
         loop_instructions, loop_matrix_instructions, loop_async_copies: of that loop.
-        load_bits: narrowest global load of that loop; without one, widest of the kernel.
+        load_bits: narrowest global load of that loop; without one, widest of the kernel. A copy by TMA, whose rows are of 16
+            bytes or more, is one of 128.
         store_bits: widest global store.
     """
 
@@ -100,6 +102,8 @@ def _bits(name: str, operands: str) -> int:
     if name[0].islower():
         dwords = re.search(r"_dword(?:x(\d))?|_b(\d+)", name)
         return 16 if dwords is None else int(dwords[2]) if dwords[2] else 32 * int(dwords[1] or 1)
+    if _BULK_COPY.match(name):
+        return 128
     for suffix in name.split(".")[1:]:
         if suffix in ("64", "128", "256"):
             return int(suffix)

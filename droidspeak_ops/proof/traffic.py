@@ -36,8 +36,8 @@ def of_kernels(run: Callable[[], Any]) -> Traffic:
     traffic = Traffic()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        loaded = load(self, pointers, mask, *rest)
+    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        loaded = load(self, pointers, mask, *rest, **named)
         traffic.loaded += int(mask.data.sum()) * loaded.data.itemsize
         return loaded
 

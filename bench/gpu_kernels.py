@@ -1,0 +1,249 @@
+"""What the GPU can do at most and what kernels make of it: the steps `ceilings` and `micro` of ``bench/gpu.py``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import projection
+import torch
+import triton
+import triton.language as tl
+from gpu_rows import Run, Step, host_microseconds, median, replayed, summary, written
+from providers import GROUPED, PRODUCTS, PROVIDERS, Problem, expected
+
+import droidspeak_ops as ds
+from droidspeak_ops.proof.shapes import SHAPES, Shape
+from droidspeak_ops.proof.targets import TARGETS
+
+CASES = (("Llama-3-8B", 8192), ("Llama-3-8B", 32768), ("Llama-3-8B", 1024), ("Qwen3-8B", 8192))
+DRY_CASES = (("Llama-3-8B", 32), ("Qwen3-8B", 16))
+FIRST = ("ours folded", "ours", "concatenated", "concatenated folded")
+LATER = ("compile", "transformers", "unfused", "liger")
+ROTATED_BYTES = 120e6  # of input sets that take turns: more than twice the L2 cache of an H100
+HOST_TOKENS = 8192  # beyond, the host is no longer what a call waits for
+EPS = 1e-6
+
+
+# --- ceilings -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _empty_kernel(x_ptr):
+    pass
+
+
+@triton.jit
+def _read_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """Each program reads all of x, past L1, from a place of its own."""
+    pid = tl.program_id(0)
+    o = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, size, BLOCK):
+        total += tl.load(x_ptr + (start + pid * BLOCK) % size + o, cache_modifier=".cg")
+    tl.store(out_ptr + pid * BLOCK + o, total)
+
+
+def ceilings(step: Step) -> None:
+    """Rates that no kernel beats on this GPU, measured, and what a launch costs."""
+    device, size = step.device, 128 if step.dry else 8192
+    with step.guarded("matmul"):
+        a, b = (torch.randn(size, size, dtype=step.dtype, device=device) for _ in range(2))
+        ms = median(partial(torch.mm, a, b, out=torch.empty_like(a)), rounds=20, warm_up=10)
+        step.add("matmul", size=size, ms=ms, tflops=2 * size**3 / ms / 1e9)
+    with step.guarded("copy"):
+        source = torch.empty(2**16 if step.dry else 4 * 10**9, dtype=torch.uint8, device=device).fill_(7)
+        ms = median(partial(torch.empty_like(source).copy_, source), rounds=20, warm_up=3)
+        step.add("copy", bytes=2 * source.nbytes, ms=ms, tb_per_s=2 * source.nbytes / ms / 1e9)
+    if step.dry:
+        step.add("l2 read", not_run="needs a GPU")
+        step.add("launch", not_run="needs a GPU")
+        return
+    with step.guarded("l2 read"):
+        x = torch.randn(4 * 2**20, device=device)
+        programs = 4 * torch.cuda.get_device_properties(0).multi_processor_count
+        out = torch.empty(programs * 4096, device=device)
+        ms = median(lambda: _read_kernel[(programs,)](x, out, x.numel(), BLOCK=4096, num_warps=8), rounds=10, warm_up=3)
+        step.add("l2 read", bytes=programs * x.nbytes, ms=ms, tb_per_s=programs * x.nbytes / ms / 1e9)
+    with step.guarded("launch"):
+        x = torch.zeros(1, device=device)
+
+        def launch() -> None:
+            _empty_kernel[(1,)](x)
+
+        in_graph = replayed([launch], launches=200) * 1e3
+        torch_us = host_microseconds(lambda: x.add_(1), calls=500)
+        step.add("launch", triton_host_us=host_microseconds(launch, 500), torch_host_us=torch_us, in_graph_us=in_graph)
+
+
+# --- micro ----------------------------------------------------------------------------------------------------------------
+
+
+def micro(step: Step) -> None:
+    """Each provider on each case, those that matter most first."""
+    torch.manual_seed(0)
+    if not step.dry:
+        _warm_clocks()
+    cases = [Case(step, model, tokens) for model, tokens in (DRY_CASES if step.dry else CASES)]
+    for case in cases:
+        for name in PRODUCTS:
+            case.measure(name, PRODUCTS[name])
+        for name in FIRST:
+            case.measure(name, PROVIDERS[name])
+    grouped = [case for case in cases if case.tokens == (DRY_CASES[0][1] if step.dry else projection.GROUP_TOKENS)]
+    for case in grouped:
+        of_layers = Case(step, case.model, case.tokens, projection.GROUP, cublas_ms=case.cublas_ms)
+        for name in GROUPED:
+            of_layers.measure(name, GROUPED[name])
+        del of_layers
+    streaming(step)
+    for name in LATER:
+        for case in cases:
+            if step.dry and name == "compile":
+                step.add("provider", model=case.model, tokens=case.tokens, provider=name, check="skipped: takes long")
+            else:
+                case.measure(name, PROVIDERS[name])
+
+
+def _warm_clocks(seconds: float = 1.0) -> None:
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for _ in range(10):
+            a @ a
+        torch.cuda.synchronize()
+
+
+class Case:
+    """A model's layer at one context length: several sets of tensors that take turns, and what the first must give."""
+
+    def __init__(
+        self, step: Step, model: str, tokens: int, layers: int = 1, cublas_ms: tuple[float, float] | None = None
+    ) -> None:
+        self.step, self.model, self.tokens, self.layers = step, model, tokens, layers
+        self.cublas_ms = cublas_ms  # cold and replayed, of one layer
+        first = Problem(_shape(model, step.dry), tokens, step.dtype, step.device, layers)
+        sets = min(max(round(ROTATED_BYTES / first.bytes_moved + 0.5), 2), 8)
+        self.problems = [first, *(replace(first) for _ in range(0 if step.dry else sets - 1))]
+        self.wanted = [output.float() for output in expected(first)]  # rounding to float32 is far below the tolerances
+
+    def measure(self, name: str, provider: Callable[[Problem], Run]) -> None:
+        """Check a provider, unless it is a product alone, and add its row."""
+        step, is_product = self.step, name in PRODUCTS
+        row: dict[str, Any] = {"model": self.model, "tokens": self.tokens, "provider": name}
+        if reason := projection.skipped(name, step.device):
+            step.add("provider", **row, check=reason)
+            return
+        with step.guarded("provider", **row):
+            if is_product:
+                run, check = provider(self.problems[0]), "product alone"
+            else:
+                run, check = projection.verified(self.problems[0], provider, self.wanted)
+            if run is None:
+                step.add("provider", **row, check=check)
+                return
+            cold = projection.milliseconds(run, step.device, rounds=3) / self.layers
+            warm: float | None = None
+            if not step.dry:
+                try:
+                    others = [provider(problem) for problem in self.problems[1:]]
+                    warm = replayed([run, *others]) / self.layers
+                except Exception as error:  # the other time is still good
+                    check = f"{check}; not replayed: {summary(error)[:200]}"
+            host = host_microseconds(run, 3 if step.dry else 50) if self.tokens <= HOST_TOKENS else None
+            if name == "cublas":
+                self.cublas_ms = (cold, warm or cold)
+            step.add(
+                "provider", **row, cold_ms=cold, replay_ms=warm, host_us=host, **self._rates(cold, warm), check=check
+            )
+
+    def _rates(self, cold: float, warm: float | None) -> dict[str, float | None]:
+        """Rates by the time without the host's where there is one."""
+        ms, flops = warm or cold, self.problems[0].flops / self.layers
+        of_cublas = None if self.cublas_ms is None else 100 * self.cublas_ms[warm is not None] / ms
+        floor = _floor_ms(self.step, flops, self.problems[0].bytes_moved / self.layers)
+        return {
+            "tflops": flops / ms / 1e9,
+            "percent_of_cublas": of_cublas,
+            "percent_of_floor": None if floor is None else 100 * floor / ms,
+            "floor_ms": floor,
+        }
+
+
+def _shape(model: str, dry: bool) -> Shape:
+    return replace(SHAPES[model], hidden_size=64, num_kv_heads=2) if dry else SHAPES[model]
+
+
+def _floor_ms(step: Step, flops: float, bytes_moved: float) -> float | None:
+    """By the ceilings that were measured, or by the vendor's peaks where that step did not get so far."""
+    tflops = written(step.folder, "ceilings", "matmul").get("tflops")
+    bandwidth = written(step.folder, "ceilings", "copy").get("tb_per_s")
+    target = projection.known_target(step.device)
+    if target is not None:
+        tflops, bandwidth = tflops or TARGETS[target].half_tflops, bandwidth or TARGETS[target].bandwidth
+    return None if tflops is None or bandwidth is None else max(flops / tflops, bytes_moved / bandwidth) / 1e9
+
+
+def streaming(step: Step) -> None:
+    """Kernels that only move rows, against the rate of a copy: bytes are each input read and each output written once."""
+    shape = _shape("Llama-3-8B", step.dry)
+    copy_rate = written(step.folder, "ceilings", "copy").get("tb_per_s")
+    for tokens in (16,) if step.dry else (8192, 1024, 32768):
+        for name, make in STREAMING.items():
+            with step.guarded("streaming", kernel=name, tokens=tokens):
+                run, moved = make(shape, tokens, step.dtype, step.device)
+                cold, warm = projection.milliseconds(run, step.device, rounds=3), None
+                if not step.dry:
+                    sets = min(max(round(ROTATED_BYTES / moved + 0.5), 2), 16)
+                    others = [make(shape, tokens, step.dtype, step.device)[0] for _ in range(sets - 1)]
+                    warm = replayed([run, *others])
+                rate = moved / (warm or cold) / 1e9
+                percent = None if copy_rate is None else 100 * rate / copy_rate
+                step.add(
+                    "streaming", kernel=name, tokens=tokens, cold_ms=cold, replay_ms=warm, bytes=moved, tb_per_s=rate,
+                    percent_of_copy=percent,
+                )  # fmt: skip
+
+
+Streaming = Callable[[Shape, int, torch.dtype, str], tuple[Run, int]]
+
+
+def _row_norm(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> tuple[Run, int]:
+    x = torch.randn(tokens, shape.hidden_size, dtype=dtype, device=device)
+    weight = torch.randn_like(x[0])
+    return lambda: ds.ops.row_norm(x, weight, EPS), 2 * x.nbytes + weight.nbytes
+
+
+def _rms_rstd(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> tuple[Run, int]:
+    x = torch.randn(tokens, shape.hidden_size, dtype=dtype, device=device)
+    return lambda: ds.ops.rms_rstd(x, EPS), x.nbytes + 4 * tokens
+
+
+def _splice(*, rotates: bool = False, code: torch.dtype | None = None) -> Streaming:
+    def make(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> tuple[Run, int]:
+        size = (1, shape.num_kv_heads, tokens, shape.head_dim)
+        source = [torch.randn(size, dtype=dtype, device=device) for _ in "kv"]
+        caches = [torch.empty(size, dtype=code or dtype, device=device) for _ in "kv"]
+        slots = torch.arange(tokens, device=device)
+        options: dict[str, torch.Tensor] = {}
+        if rotates:
+            angles = torch.randn(tokens, shape.rotary_dim // 2, device=device)
+            options = {"cos": angles.cos(), "sin": angles.sin()}
+        if code is not None:
+            options = {f"{name}_cache_scale": torch.empty(size[:3], device=device) for name in "kv"}
+        moved = sum(tensor.nbytes for tensor in (*source, *caches, slots, *options.values()))
+        return lambda: ds.ops.kv_splice(*source, *caches, slots, **options), moved
+
+    return make
+
+
+STREAMING: dict[str, Streaming] = {
+    "row_norm": _row_norm,
+    "rms_rstd": _rms_rstd,
+    "kv_splice": _splice(),
+    "kv_splice, rotated": _splice(rotates=True),
+    "kv_splice, int8": _splice(code=torch.int8),
+}

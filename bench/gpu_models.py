@@ -1,0 +1,301 @@
+"""A whole model of a real shape with random weights: the steps `ttft`, `graph` and `trace` of ``bench/gpu.py``.
+
+One model is sender and receiver. Its times are real, and what it says means nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from gpu_checks import counters
+from gpu_rows import Step, host_microseconds, median, milliseconds
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import droidspeak_ops as ds
+from droidspeak_ops.context import SharedContext
+from droidspeak_ops.hf.decoder import Decoder
+
+SUFFIX_TOKENS = 32
+DECODED_TOKENS = 32
+TRACED_KERNELS = 15
+LLAMA = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+}
+DRY_LLAMA = {
+    **LLAMA,
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def llama(step: Step, layers: int) -> Any:
+    """Llama-3.1-8B but for the number of layers."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(step.dtype)
+    try:
+        with torch.device(step.device):
+            config = LlamaConfig(**(DRY_LLAMA if step.dry else LLAMA), num_hidden_layers=layers)
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def captured(model: Any, tokens: int) -> tuple[SharedContext, torch.Tensor]:
+    """A context of random tokens with all hidden states, and the prompt that goes on behind it.
+
+    Without the digest of all weights, for which 16 GB would be copied from the GPU.
+    """
+    ids = torch.randint(model.config.vocab_size, (1, tokens + SUFFIX_TOKENS), device=model.device)
+    with mock.patch("droidspeak_ops.hf.decoder.weights_digest", return_value="not read"):
+        return ds.capture(model, ids[:, :tokens], layers=range(model.config.num_hidden_layers)), ids
+
+
+def band(depth: int, length: int) -> ds.Plan:
+    return ds.Plan([(depth // 2, min(depth // 2 + length, depth))])
+
+
+# --- ttft -----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ttft(step: Step) -> None:
+    """Plans against full prefill, the longest context first."""
+    model = llama(step, 6 if step.dry else 32)
+    receiver = ds.Receiver(model)
+    step.add(
+        "model", parameters=sum(each.numel() for each in model.parameters()), layers=model.config.num_hidden_layers
+    )
+    for tokens in (64, 32) if step.dry else (32768, 8192, 16384):
+        with step.guarded("plan", tokens=tokens):
+            _first_tokens(step, model, receiver, tokens)
+        if not step.dry:
+            torch.cuda.empty_cache()
+
+
+def _first_tokens(step: Step, model: Any, receiver: ds.Receiver, tokens: int) -> None:
+    depth, rounds = model.config.num_hidden_layers, 3
+    context, ids = captured(model, tokens)
+    suffix = ids[:, tokens:]
+
+    def full() -> None:
+        model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+
+    def over(cache: Any) -> None:
+        model(suffix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    full()
+    # The suffix over transformers' own cache, which moves the context's K/V once to append to them, as ours does.
+    over(_dynamic(model, context))
+    suffix_ms = statistics.median(milliseconds(partial(over, _dynamic(model, context))) for _ in range(rounds))
+    layer_ms = _one_layer(model, context, rounds)
+    projection_ms = {norm: _one_projection(model, context, norm, rounds) for norm in ("hf", "folded")}
+    step.add(
+        "parts", tokens=tokens, suffix_ms=suffix_ms, layer_ms=layer_ms, projection_hf_ms=projection_ms["hf"],
+        projection_folded_ms=projection_ms["folded"],
+    )  # fmt: skip
+
+    plans = (
+        ("all reused", ds.Plan(), "hf"),
+        ("all projected", ds.Plan(project="rest"), "hf"),
+        ("all projected, folded", ds.Plan(project="rest"), "folded"),
+        ("band of 5", band(depth, 5), "hf"),
+        ("band of 10", band(depth, 10), "hf"),
+    )
+    for name, plan, norm in plans:
+        with step.guarded("plan", tokens=tokens, plan=name):
+            fill = partial(ds.partial_prefill, receiver, context, plan, norm=norm)
+            unread = partial(ds.partial_prefill, model, context, plan, norm=norm)
+
+            def first_token(fill: Callable[[], Any] = fill) -> None:
+                over(fill())
+
+            first_token()
+            held = _allocated(reset=True)
+            first_token()
+            peak = _allocated()
+            pairs = [(milliseconds(full), milliseconds(first_token)) for _ in range(rounds)]
+            full_ms, plan_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
+            fill_ms = median(fill, rounds)
+            host_ms, unread_ms = (host_microseconds(each, calls=1) / 1e3 for each in (fill, unread))
+            projected = plan.roles(depth).count("project") + len(plan.bands)
+            parts = suffix_ms + plan.layers_run() * layer_ms + projected * projection_ms[norm]
+            step.add(
+                "plan", tokens=tokens, plan=name, layers_run=plan.layers_run(), full_ms=full_ms, plan_ms=plan_ms,
+                speedup=statistics.median(one / other for one, other in pairs), parts_ms=parts, of_parts=plan_ms / parts,
+                fill_ms=fill_ms, fill_host_ms=host_ms, fill_host_unread_ms=unread_ms, peak_gib=peak, held_gib=held,
+            )  # fmt: skip
+
+
+def _dynamic(model: Any, context: SharedContext) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    for layer in range(model.config.num_hidden_layers):
+        cache.update(*context.kv(layer)[:2], layer)
+    return cache
+
+
+def _one_layer(model: Any, context: SharedContext, rounds: int) -> float:
+    """Milliseconds of a decoder layer over the context."""
+    decoder = Decoder(model)
+    over, middle = decoder.over(context.tokens), decoder.num_layers // 2
+    hidden = context.hidden(middle)
+    return median(lambda: over.run(middle, hidden, DynamicCache(config=model.config)), rounds)
+
+
+def _one_projection(model: Any, context: SharedContext, norm: str, rounds: int) -> float:
+    """Milliseconds of a layer's K and V by the operator alone, its weights folded beforehand."""
+    decoder, calls = Decoder(model), []
+    over = decoder.over(context.tokens)
+    slots = torch.arange(context.tokens.shape[1], device=model.device)
+    for layer in range(min(8, decoder.num_layers)):
+        weights, (cos, sin) = decoder.weights(layer), over.rotation(layer)
+        given: dict[str, Any] = {"norm": norm, "norm_eps": weights.norm_eps, "cos": cos, "sin": sin}
+        projections = [weights.k_weight, weights.v_weight]
+        if norm == "folded":
+            projections = [ds.ops.fold_norm_weight(weight, weights.norm_weight) for weight in projections]
+        else:
+            given["norm_weight"] = weights.norm_weight
+        caches = [torch.empty_like(half) for half in context.kv(layer)[:2]]
+        calls.append(partial(ds.ops.kv_project, context.hidden(layer), *projections, *caches, slots, **given))
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return median(run, rounds) / len(calls)
+
+
+def _allocated(*, reset: bool = False) -> float | None:
+    """GiB: what is held now, from where the peak then counts; or that peak."""
+    if not torch.cuda.is_available():
+        return None
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**30
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+# --- graph ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def graph(step: Step) -> None:
+    """Decoding over three caches, and partial prefill in a CUDA graph."""
+    model = llama(step, 6 if step.dry else 8)
+    context, ids = captured(model, 64 if step.dry else 8192)
+    plans = {"all projected": ds.Plan(project="rest"), "band of 5": band(model.config.num_hidden_layers, 5)}
+    with step.guarded("decode"):
+        _decode(step, model, context, ids, plans["all projected"])
+    for name, plan in plans.items():
+        if step.dry:
+            step.add("graph", plan=name, not_run="needs a GPU")
+            continue
+        with step.guarded("graph", plan=name):
+            _in_graph(step, model, context, name, plan)
+
+
+def _in_graph(step: Step, model: Any, context: SharedContext, name: str, plan: ds.Plan) -> None:
+    fill = partial(ds.partial_prefill, ds.Receiver(model), context, plan)
+    wanted = _rows(fill())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache = fill()
+    shared = {half.data_ptr() for layer in range(len(wanted) // 2) for half in context.kv(layer)[:2]}
+    for rows in _rows(cache):
+        if rows.data_ptr() not in shared:
+            rows.fill_(float("nan"))
+    graph.replay()
+    same = all(torch.equal(one, other) for one, other in zip(_rows(cache), wanted, strict=True))
+    step.add("graph", plan=name, bitwise=same, eager_ms=median(fill, 5), replay_ms=median(graph.replay, 5))
+
+
+def _rows(cache: Any) -> list[torch.Tensor]:
+    return [half for layer in cache.layers for half in (layer.keys, layer.values)]
+
+
+def _decode(step: Step, model: Any, context: SharedContext, ids: torch.Tensor, plan: ds.Plan) -> None:
+    """Milliseconds a token over our cache, over transformers' and over its cache of fixed capacity, and which tokens."""
+    tokens = context.tokens.shape[1]
+    filled = ds.partial_prefill(model, context, plan)
+
+    def dynamic() -> Any:
+        cache = DynamicCache(config=model.config)
+        for index, layer in enumerate(filled.layers):
+            cache.update(layer.keys, layer.values, index)
+        return cache
+
+    makers = {
+        "MixedCache": lambda: copy.deepcopy(filled),
+        "DynamicCache": dynamic,
+        "to_static": lambda: filled.to_static(tokens + 2 * DECODED_TOKENS),
+    }
+    chosen: dict[str, list[int]] = {}
+
+    def decode(cache: Any, found: list[torch.Tensor]) -> None:
+        token = ids[:, tokens : tokens + 1]
+        for _ in range(DECODED_TOKENS):
+            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            found.append(token)
+
+    for name, make in makers.items():
+        with step.guarded("decode", provider=name):
+            decode(make(), [])
+            found: list[torch.Tensor] = []
+            ms = milliseconds(partial(decode, make(), found)) / DECODED_TOKENS
+            chosen[name] = torch.cat(found, dim=1).flatten().tolist()
+            same = chosen[name] == chosen.get("MixedCache")
+            step.add("decode", provider=name, tokens=tokens, ms_per_token=ms, same_tokens=same)
+
+
+# --- trace ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def trace(step: Step) -> None:
+    """Where the time goes of one context that is projected and of its suffix, and what the counters say of the projection."""
+    began = time.monotonic()
+    with step.guarded("trace"):
+        _traced(step)
+    if not step.dry:
+        torch.cuda.empty_cache()
+    counters(step, step.seconds - (time.monotonic() - began) - 3)
+
+
+def _traced(step: Step) -> None:
+    model = llama(step, 6 if step.dry else 32)
+    context, ids = captured(model, 64 if step.dry else 8192)
+    receiver, tokens = ds.Receiver(model), context.tokens.shape[1]
+
+    def first_token() -> None:
+        cache = ds.partial_prefill(receiver, context, ds.Plan(project="rest"))
+        model(ids[:, tokens:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    median(first_token, rounds=1, warm_up=2)
+    activities = [ProfilerActivity.CPU] if step.dry else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities) as profiler:
+        total = milliseconds(first_token)
+    time_of = "self_cpu_time_total" if step.dry else "self_device_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, time_of))
+    if not step.dry:
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(getattr(event, time_of) for event in events) / 1e3
+    step.add("trace", tokens=tokens, ms=total, busy_ms=busy)
+    for event in events[:TRACED_KERNELS]:
+        step.add("kernel", kernel=event.key[:120], calls=event.count, ms=getattr(event, time_of) / 1e3)
+    profiler.export_chrome_trace(str(step.folder / "trace.json.gz"))

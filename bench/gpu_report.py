@@ -1,0 +1,266 @@
+"""What a run of ``bench/gpu.py`` found, as a CSV of all rows, one figure and a short table."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+
+
+def rows_of(result: Result, step: str, what: str) -> list[Row]:
+    """The rows of one kind that have values."""
+    found = result["steps"].get(step, {}).get("rows", [])
+    return [row for row in found if row["what"] == what and "error" not in row and "not_run" not in row]
+
+
+def write_csv(result: Result, path: Path) -> None:
+    """All rows of all steps; texts of several lines are in the JSON alone."""
+    rows = [
+        {"step": step, **{name: value for name, value in row.items() if not isinstance(value, list)}}
+        for step, state in result["steps"].items()
+        for row in state["rows"]
+    ]
+    where = {name: value for name, value in result.items() if name != "steps"}
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*names, *where])
+        writer.writeheader()
+        writer.writerows({**row, **where} for row in rows)
+
+
+def title(result: Result) -> str:
+    versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "triton", "transformers"))
+    commit = (result["commit"] or "unknown")[:10] + (" with changes" if result["changed_since_commit"] else "")
+    return f"{result['device']}, driver {result['driver']}, {versions}, commit {commit}, {result['date']}"
+
+
+# --- table ----------------------------------------------------------------------------------------------------------------
+
+
+def table(result: Result) -> list[str]:
+    """At most 60 lines of at most 160 characters."""
+    lines = [title(result)]
+    lines += [f"{name}: {state['status']}, {state['seconds']} s" for name, state in result["steps"].items()]
+    lines += _ceilings(result) + _tests(result) + _wrong(result) + _micro(result) + _streaming(result)
+    lines += _ttft(result) + _graph(result) + _tune(result) + _trace(result)
+    return [line[:160] for line in lines[:60]]
+
+
+def _ceilings(result: Result) -> list[str]:
+    parts = []
+    for what, unit, name in (
+        ("matmul", "TFLOP/s", "tflops"),
+        ("copy", "TB/s", "tb_per_s"),
+        ("l2 read", "TB/s", "tb_per_s"),
+    ):
+        parts += [f"{what} {row[name]:.3g} {unit}" for row in rows_of(result, "ceilings", what)]
+    for row in rows_of(result, "ceilings", "launch"):
+        parts.append(f"launch {row['triton_host_us']:.1f} us on the host, {row['in_graph_us']:.1f} us in a graph")
+    return ["CEILINGS  " + "; ".join(parts)] if parts else []
+
+
+def _tests(result: Result) -> list[str]:
+    lines = [
+        f"TESTS  {row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped; {row['state']}"
+        for row in rows_of(result, "tests", "counts")
+    ]
+    failures = [row for row in result["steps"].get("tests", {}).get("rows", []) if row["what"] == "failure"]
+    lines += [f"  {row['test']}: {row['error'].splitlines()[0] if row['error'] else ''}" for row in failures[:5]]
+    lines += [f"  and {len(failures) - 5} more"] if len(failures) > 5 else []
+    lines += [f"SANITIZER  {row['verdict']}" for row in rows_of(result, "tests", "sanitizer")]
+    return lines
+
+
+def _timed(result: Result) -> list[Row]:
+    return [row for row in rows_of(result, "micro", "provider") if row.get("cold_ms") is not None]
+
+
+def _micro(result: Result) -> list[str]:
+    rows = _timed(result)
+    cases = list(dict.fromkeys((row["model"], row["tokens"]) for row in rows))
+    cells = {(row["provider"], row["model"], row["tokens"]): row for row in rows}
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    lines = _grid(
+        "MICRO, us a layer: cold/graph, % of cublas, % of floor",
+        names,
+        [f"{model} {tokens}" for model, tokens in cases],
+        [[_micro_cell(cells.get((name, *case))) for case in cases] for name in names],
+    )
+    refused = [row for row in rows_of(result, "micro", "provider") if row["check"].startswith(("refused", "failed"))]
+    return lines + [f"  {row['provider']}, {row['model']} {row['tokens']}: {row['check']}" for row in refused[:5]]
+
+
+def _micro_cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    warm, of_cublas, of_floor = row["replay_ms"], row["percent_of_cublas"], row["percent_of_floor"]
+    times = "/".join("-" if ms is None else f"{1e3 * ms:.0f}" for ms in (row["cold_ms"], warm))
+    return times + "".join(" -" if percent is None else f" {percent:.0f}" for percent in (of_cublas, of_floor))
+
+
+def _streaming(result: Result) -> list[str]:
+    rows = rows_of(result, "micro", "streaming")
+    names, tokens = (list(dict.fromkeys(row[name] for row in rows)) for name in ("kernel", "tokens"))
+    cells = {(row["kernel"], row["tokens"]): row for row in rows}
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return "-"
+        percent = "-" if row["percent_of_copy"] is None else f"{row['percent_of_copy']:.0f}"
+        return f"{row['tb_per_s']:.2f} {percent}"
+
+    return _grid(
+        "STREAMING, TB/s and % of a copy",
+        names,
+        [str(count) for count in tokens],
+        [[cell(cells.get((name, count))) for count in tokens] for name in names],
+    )
+
+
+def _ttft(result: Result) -> list[str]:
+    rows = rows_of(result, "ttft", "plan")
+    names, tokens = (list(dict.fromkeys(row[name] for row in rows)) for name in ("plan", "tokens"))
+    cells = {(row["plan"], row["tokens"]): row for row in rows}
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return "-"
+        times = f"{row['full_ms']:.0f}/{row['plan_ms']:.1f} {row['speedup']:.1f}x"
+        return f"{times} {row['of_parts']:.2f} {row['fill_host_ms']:.1f}"
+
+    return _grid(
+        "FIRST TOKEN, ms: full/plan, speed-up, of its parts, host of the filling",
+        names,
+        [str(count) for count in tokens],
+        [[cell(cells.get((name, count))) for count in tokens] for name in names],
+    )
+
+
+def _graph(result: Result) -> list[str]:
+    lines = [
+        f"GRAPH  {row['plan']}: bitwise {row['bitwise']}, {row['eager_ms']:.2f} ms, replayed {row['replay_ms']:.2f} ms"
+        for row in rows_of(result, "graph", "graph")
+    ]
+    decoded = [f"{row['provider']} {row['ms_per_token']:.2f}" for row in rows_of(result, "graph", "decode")]
+    return lines + (["DECODE, ms a token  " + ", ".join(decoded)] if decoded else [])
+
+
+def _tune(result: Result) -> list[str]:
+    return [
+        f"TUNED  {row['model']}: {row['ms']:.4f} ms, by default {row['default_ms']:.4f} ms; {row['config']}"
+        for row in rows_of(result, "tune", "choice")
+    ]
+
+
+def _trace(result: Result) -> list[str]:
+    lines = [f"TRACE  {row['ms']:.1f} ms, busy {row['busy_ms']:.1f} ms" for row in rows_of(result, "trace", "trace")]
+    return lines + [
+        f"  {row['ms']:.2f} ms, {row['calls']} x {row['kernel'][:90]}" for row in rows_of(result, "trace", "kernel")[:3]
+    ]
+
+
+def _wrong(result: Result) -> list[str]:
+    lines = []
+    for step, state in result["steps"].items():
+        for row in state["rows"]:
+            if "error" in row and row["what"] != "failure":
+                which = " ".join(str(row[name]) for name in ("provider", "kernel", "plan", "tokens") if name in row)
+                lines.append(f"ERROR  {step} {row['what']} {which}: {' '.join(row['error'].split())}")
+    return lines[:6]
+
+
+def _grid(heading: str, names: Iterable[str], columns: Iterable[str], cells: Iterable[Iterable[str]]) -> list[str]:
+    lines = [f"  {name:<22}" + "".join(f"{cell:>27}" for cell in line) for name, line in zip(names, cells, strict=True)]
+    return [heading, " " * 24 + "".join(f"{column:>27}" for column in columns), *lines] if lines else []
+
+
+# --- figure ---------------------------------------------------------------------------------------------------------------
+
+
+def plot(result: Result, path: Path) -> None:
+    """Times of the kernels against a bare product and the floor, speed-ups by plan, and shares of a copy's rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(19, 5.5), layout="constrained")
+    figure.suptitle(title(result), fontsize=10)
+    micro, first, streaming = figure.subplots(1, 3, width_ratios=[2, 1.2, 1.2])
+
+    timed = _timed(result)
+    cases = list(dict.fromkeys((row["model"], row["tokens"]) for row in timed))
+    cublas = {
+        (row["model"], row["tokens"]): row["replay_ms"] or row["cold_ms"]
+        for row in timed
+        if row["provider"] == "cublas"
+    }
+    _bars(
+        micro, [f"{model}\n{tokens:,}" for model, tokens in cases],
+        {
+            name: [
+                next(
+                    ((row["replay_ms"] or row["cold_ms"]) / cublas[case] for row in timed
+                     if (row["provider"], row["model"], row["tokens"]) == (name, *case) and case in cublas), None,
+                )
+                for case in cases
+            ]
+            for name in dict.fromkeys(row["provider"] for row in timed)
+        },
+    )  # fmt: skip
+    for index, case in enumerate(cases):
+        floor = next(
+            (row["floor_ms"] for row in timed if (row["model"], row["tokens"]) == case and row["floor_ms"]), None
+        )
+        if floor and case in cublas:
+            micro.hlines(floor / cublas[case], index - 0.45, index + 0.45, color="black", linestyle="--", linewidth=1)
+    micro.set_title("K/V of a layer: time relative to the bare product\n(dashed: floor)", fontsize=10)
+
+    plans = rows_of(result, "ttft", "plan")
+    lengths = sorted({row["tokens"] for row in plans})
+    speedups = {(row["plan"], row["tokens"]): row["speedup"] for row in plans}
+    _bars(
+        first,
+        [f"{length:,}" for length in lengths],
+        {
+            name: [speedups.get((name, length)) for length in lengths]
+            for name in dict.fromkeys(row["plan"] for row in plans)
+        },
+    )
+    first.set_yscale("log")
+    first.set_title("Time to first token: speed-up over full prefill", fontsize=10)
+
+    moved = [row for row in rows_of(result, "micro", "streaming") if row["percent_of_copy"] is not None]
+    lengths = sorted({row["tokens"] for row in moved})
+    shares = {(row["kernel"], row["tokens"]): row["percent_of_copy"] for row in moved}
+    _bars(
+        streaming,
+        [f"{length:,}" for length in lengths],
+        {
+            name: [shares.get((name, length)) for length in lengths]
+            for name in dict.fromkeys(row["kernel"] for row in moved)
+        },
+    )
+    streaming.axhline(100, color="black", linestyle="--", linewidth=1)
+    streaming.set_title("Kernels that move rows: % of a copy's rate", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _bars(axes: Any, groups: list[str], values: dict[str, list[float | None]]) -> None:
+    width = 0.85 / max(len(values), 1)
+    for index, (name, heights) in enumerate(values.items()):
+        places = [group + (index - (len(values) - 1) / 2) * width for group in range(len(groups))]
+        known = [(place, height) for place, height in zip(places, heights, strict=True) if height is not None]
+        if known:
+            axes.bar(
+                *zip(*known, strict=True),
+                width=width,
+                label=name,
+                color=f"C{index % 10}",
+                alpha=1 - 0.5 * (index // 10),
+            )
+    axes.set_xticks(range(len(groups)), groups, fontsize=8)
+    axes.grid(axis="y", alpha=0.3)
+    if values:
+        axes.legend(fontsize=7, ncols=2)

@@ -1,0 +1,160 @@
+"""Launch configurations of `project_splice`: a pure function of sizes and target, so nothing is timed in a user's process.
+
+The reasons are what ahead-of-time compilation shows (no configuration spills registers on its target) and, on Hopper, what was
+measured on an H200 (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from .sizes import cdiv, next_power_of_2
+
+
+@dataclass(frozen=True)
+class ProjectSpliceConfig:
+    """A tile is `block_m` tokens by `block_n` pairs of columns, `block_k` of the hidden size deep.
+
+    With `tma` tiles come through TMA descriptors, which Hopper has. A `persistent` grid has one program for each
+    multiprocessor, and loads of its next tile overlap the epilogue of the last. `group_m` blocks of tokens go through all
+    columns before the next ones do.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    persistent: bool = False
+    group_m: int = 1
+
+
+# Descriptors are arguments of their own: for as many layers at the most.
+MAX_LAYERS = 8
+
+
+class Size(NamedTuple):
+    """What a launch configuration depends on.
+
+    Args:
+        has_head_norm: over each head, which a tile then holds whole.
+        aligned: whether TMA can describe x and the weights: their starts and rows at multiples of 16 bytes.
+    """
+
+    dtype: torch.dtype
+    num_layers: int
+    num_tokens: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    has_head_norm: bool
+    aligned: bool
+
+
+def size_of(
+    x: Sequence[torch.Tensor],
+    q_weight: Sequence[torch.Tensor],
+    k_weight: Sequence[torch.Tensor],
+    v_weight: Sequence[torch.Tensor],
+    k_norm_weight: Sequence[torch.Tensor],
+    cos: Sequence[torch.Tensor],
+    q: Sequence[torch.Tensor],
+    k_cache: Sequence[torch.Tensor],
+    **others: Any,
+) -> Size:
+    """Read the sizes of a projection off its arguments, which are those of `project_splice`."""
+    _, num_kv_heads, _, head_dim = k_cache[0].shape
+    return Size(
+        dtype=x[0].dtype,
+        num_layers=len(x),
+        num_tokens=x[0].shape[0],
+        num_q_heads=q[0].shape[1] if q else 0,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary_dim=2 * cos[0].shape[-1] if cos else 0,
+        has_head_norm=bool(k_norm_weight) and k_norm_weight[0].shape[0] == head_dim,
+        aligned=all(
+            matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+            for matrices in (x, q_weight, k_weight, v_weight)
+            for matrix in matrices
+        ),
+    )
+
+
+def project_splice_config(target: str, size: Size) -> ProjectSpliceConfig:
+    """Choose the launch configuration.
+
+    The tile may depend on the number of tokens, because the result does not: a row's sum is taken in the same order, 16
+    columns of the hidden size at a time, in every tile. A GPU test holds the configurations of a shape to it, bit by bit.
+
+    Args:
+        target: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``, ...
+        size: of the projection.
+    """
+    if target.startswith("sm_9") and can_use_tma(size):
+        return _hopper_config(size)
+    pairs = pairs_per_head(size.head_dim, size.has_head_norm)
+    if size.dtype == torch.float32:
+        # Exact float32 products use no matrix instructions on NVIDIA, so registers are the limit.
+        block_m, block_n, block_k, num_stages = 64, 32, 32, 2
+        few = ("sm_9", "sm_10", "gfx")
+        if size.has_head_norm:
+            few = ("sm_9", "gfx") if pairs <= 64 else ("gfx",)
+        num_warps = 4 if target.startswith(few) else 8
+    elif target.startswith("gfx"):
+        # 64 KiB of shared memory, and a larger tile of 8 warps is miscompiled (triton#11696). The masks of a partly
+        # filled tile take more scalar registers than are left, and so does a norm over heads of 128 rows.
+        block_n = 64 if size.num_kv_heads * pairs % 64 == 0 else 32
+        block_m, block_k, num_warps, num_stages = 64 if size.has_head_norm else 128, 32, 4, 2
+    elif target.startswith("sm_9"):
+        # Two warp groups halve the accumulator registers: about 120 a thread, so that two programs fit.
+        block_m, block_n, block_k, num_warps, num_stages = 128, 64, 64, 8, 3
+    elif target.startswith("sm_10"):
+        # Accumulators live in tensor memory; their epilogue wants 8 warps: 4 spill where RoPE is partial.
+        block_m, block_n, block_k, num_warps, num_stages = 128, 64, 64, 8, 3
+    else:
+        # With 4 warps there are not enough registers.
+        block_m, block_n, block_k, num_warps, num_stages = 128, 64, 32, 8, 3
+    if size.has_head_norm and pairs > block_n:
+        block_m, block_n = block_m * block_n // pairs, pairs
+    return ProjectSpliceConfig(block_m, block_n, block_k, num_warps, num_stages)
+
+
+def can_use_tma(size: Size) -> bool:
+    """Whether descriptors can load the matrices, and tiles hold whole heads in the order of the weight's rows."""
+    whole_heads = size.head_dim in (64, 128, 256) and size.rotary_dim in (0, size.head_dim)
+    arguments = size.num_layers <= (1 if size.num_q_heads else MAX_LAYERS)
+    return size.aligned and size.dtype != torch.float32 and whole_heads and arguments
+
+
+HOPPER_MULTIPROCESSORS = 132
+
+
+def _hopper_config(size: Size) -> ProjectSpliceConfig:
+    # Times are of Llama-3-8B on an H200. From memory to L2 a tile of 128 by 256 asks for 3/4 of what two of 128 by 128 do:
+    # 186 µs instead of 206 for 8,192 tokens. Deeper tiles, or fewer warps, halve the speed.
+    widest = 128 if size.num_kv_heads * size.head_dim % 256 == 0 else 64
+    columns = size.num_q_heads + 2 * size.num_kv_heads
+    tiles = size.num_layers * cdiv(size.num_tokens, 128) * cdiv(columns * size.head_dim, 2 * widest)
+    if 2 * tiles <= HOPPER_MULTIPROCESSORS:
+        # Half as large, they still are one wave: 28 µs instead of 44 for 1,024 tokens. Four stages leave room for one program
+        # on a multiprocessor, else two share one while others are idle: 35 µs.
+        if size.head_dim == 256:
+            return ProjectSpliceConfig(64, 128, 64, num_warps=4, num_stages=4, tma=True)
+        return ProjectSpliceConfig(128, 64, 64, num_warps=8, num_stages=4, tma=True)
+    if widest == 64 and size.head_dim < 256:
+        return ProjectSpliceConfig(256, 64, 64, num_warps=8, num_stages=4, tma=True)
+    # With several layers or Q more is chosen in the loop, whose registers then spill, and nothing is gained.
+    persistent = size.num_layers == 1 and size.num_q_heads == 0
+    return ProjectSpliceConfig(128, 128, 64, num_warps=8, num_stages=3, tma=True, persistent=persistent)
+
+
+def pairs_per_head(head_dim: int, has_head_norm: bool) -> int:
+    """Columns of a tile that one head takes: half its width, padded to a power of two where a tile must hold whole heads."""
+    return next_power_of_2(head_dim // 2) if has_head_norm else head_dim // 2

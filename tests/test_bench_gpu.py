@@ -1,0 +1,143 @@
+"""The bench of a whole GPU without one: its steps at tiny sizes, what it does when one fails, and what it shows."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import gpu
+import gpu_kernels
+import gpu_report
+import gpu_rows
+import pytest
+import torch
+
+
+def run(folder: Path, *options: str) -> dict[str, Any]:
+    gpu.main(["--dry", "--out", str(folder), "--commit", "abc", *options])
+    return json.loads((folder / "gpu.json").read_text())
+
+
+def test_all_steps_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(tmp_path)
+    assert {name: state["status"] for name, state in result["steps"].items()} == dict.fromkeys(gpu.STEPS, "done")
+    rows = {name: state["rows"] for name, state in result["steps"].items()}
+    assert not [row for of_step in rows.values() for row in of_step if "error" in row]
+    assert (result["commit"], result["torch"]) == ("abc", torch.__version__)
+
+    counts = next(row for row in rows["tests"] if row["what"] == "counts")
+    assert counts["passed"] > 0 and counts["failed"] == 0
+    checks = [row["check"] for row in rows["micro"] if row["what"] == "provider"]
+    assert len(checks) == 2 * 10 + 2 and all(check.startswith(("max ", "product", "skipped: ")) for check in checks)
+    plans = [row for row in rows["ttft"] if row["what"] == "plan"]
+    assert len(plans) == 2 * 5 and all(row["speedup"] > 0 and row["of_parts"] > 0 for row in plans)
+    decoded = [row for row in rows["graph"] if row["what"] == "decode"]
+    assert len(decoded) == 3 and all(row["same_tokens"] for row in decoded)
+    assert {"not_run": "needs a GPU", "what": "ncu"} in rows["trace"]
+
+    with (tmp_path / "gpu.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == sum(map(len, rows.values()))
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "trace.json.gz").stat().st_size > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.csv", "gpu.png", "gpu.log", "trace.json.gz"}
+    assert "FIRST TOKEN" in capsys.readouterr().out
+
+
+def test_a_step_out_of_time_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
+    monkeypatch.setitem(gpu.STEPS, "micro", ("gpu_kernels", 0.5))
+    steps = run(tmp_path, "--steps", "micro,ceilings")["steps"]
+    assert steps["micro"]["status"] == "killed: out of time"
+    assert steps["ceilings"]["status"] == "done" and steps["ceilings"]["rows"]
+
+
+def test_without_time_nothing_starts(tmp_path: Path) -> None:
+    steps = run(tmp_path, "--minutes", "0")["steps"]
+    assert {state["status"] for state in steps.values()} == {"skipped: no time was left"}
+
+
+def test_an_unknown_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--steps", "ceiling")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+def test_without_a_gpu_nothing_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.main(["--out", str(tmp_path)])
+    assert "a GPU is needed" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def dry_step(folder: Path) -> gpu_rows.Step:
+    return gpu_rows.Step(folder / "rows.jsonl", folder, 60, dry=True)
+
+
+def test_a_step_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(step: gpu_rows.Step) -> None:
+        step.add("matmul", tflops=1.0)
+        with step.guarded("copy"):
+            raise RuntimeError("no memory")
+        raise ValueError("no driver")
+
+    monkeypatch.setattr(gpu_kernels, "ceilings", failing)
+    step = dry_step(tmp_path)
+    with pytest.raises(SystemExit):
+        gpu.run_step("ceilings", step)
+    assert gpu_rows.read_rows(step.partial) == [
+        {"what": "matmul", "tflops": 1.0},
+        {"what": "copy", "error": "RuntimeError: no memory"},
+        {"what": "error", "error": "ValueError: no driver"},
+    ]
+
+
+def test_the_last_count_is_kept_and_a_cut_row_is_left_out(tmp_path: Path) -> None:
+    step = dry_step(tmp_path)
+    step.add("counts", passed=25)
+    step.add("plan", plan="all reused", tokens=8)
+    step.add("counts", passed=31)
+    with step.partial.open("a") as file:
+        file.write('{"what": "plan", "pl')
+    assert gpu_rows.read_rows(step.partial) == [
+        {"what": "plan", "plan": "all reused", "tokens": 8},
+        {"what": "counts", "passed": 31},
+    ]
+
+
+def wide_result() -> dict[str, Any]:
+    """More of everything than a run gives."""
+    provider = {"what": "provider", "cold_ms": 0.3, "replay_ms": 0.25, "percent_of_cublas": 80.0, "percent_of_floor": 70.0,
+                "floor_ms": 0.2, "check": "max 1e-3"}  # fmt: skip
+    cases = [("Llama-3-8B", 1024), ("Llama-3-8B", 8192), ("Llama-3-8B", 32768), ("Qwen3-8B", 8192)]
+    names = ["cublas", *(f"provider {index}" for index in range(14))]
+    plan = {"what": "plan", "full_ms": 1900.0, "plan_ms": 60.0, "speedup": 31.7, "of_parts": 1.04, "fill_host_ms": 5.5}
+    steps = {
+        "ceilings": [{"what": "launch", "triton_host_us": 5.0, "in_graph_us": 1.5}],
+        "tests": [{"what": "failure", "test": f"tests/test_{index}.py", "error": "it is\nwrong"} for index in range(40)],
+        "micro": [
+            *({**provider, "provider": name, "model": model, "tokens": count} for name in names for model, count in cases),
+            {"what": "provider", "provider": "liger", "model": "Qwen3-8B", "tokens": 8192, "check": "failed: out of memory"},
+            {"what": "streaming", "kernel": "row_norm", "tokens": 8192, "tb_per_s": 2.9, "percent_of_copy": 95.0},
+        ],
+        "ttft": [{**plan, "plan": f"plan {index}", "tokens": 8192} for index in range(6)],
+        "graph": [{"what": "graph", "plan": "all", "bitwise": True, "eager_ms": 3.0, "replay_ms": 2.0},
+                  {"what": "graph", "plan": "band", "error": "RuntimeError:\n capture"}],
+        "tune": [{"what": "choice", "model": "Qwen3-8B", "ms": 0.2, "default_ms": 0.3, "config": "block_m=64"}],
+        "trace": [{"what": "kernel", "kernel": "k" * 200, "calls": 2, "ms": 1.0}, {"what": "ncu", "text": ["a", "b"]}],
+    }  # fmt: skip
+    where = dict.fromkeys(("device", "driver", "torch", "triton", "transformers", "commit", "date"), "1")
+    states = {name: {"status": "done", "seconds": 1.0, "rows": rows} for name, rows in steps.items()}
+    return {**where, "changed_since_commit": True, "steps": states}
+
+
+def test_what_is_shown_is_short(tmp_path: Path) -> None:
+    result = wide_result()
+    lines = gpu_report.table(result)
+    assert len(lines) <= 60 and sum(map(len, lines)) < 10_000
+    text = "\n".join(lines)
+    for part in ("with changes", "and 35 more", "300/250 80 70", "2.90 95", "1900/60.0 31.7x 1.04 5.5", "bitwise True",
+                 "failed: out of memory", "ERROR  graph graph band: RuntimeError: capture"):  # fmt: skip
+        assert part in text
+    gpu_report.plot(result, tmp_path / "gpu.png")
+    gpu_report.plot({**result, "steps": {}}, tmp_path / "empty.png")
+    gpu_report.write_csv(result, tmp_path / "gpu.csv")
+    assert (tmp_path / "gpu.csv").stat().st_size > 0
