@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,7 +39,8 @@ def of_kernels(run: Callable[[], Any]) -> Traffic:
 
     def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         loaded = load(self, pointers, mask, *rest, **named)
-        traffic.loaded += int(mask.data.sum()) * loaded.data.itemsize
+        read = np.asarray(mask.data)  # a buffer for a descriptor in Triton 3.6
+        traffic.loaded += int(read.sum()) * loaded.data.itemsize
         return loaded
 
     def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
