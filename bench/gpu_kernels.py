@@ -12,7 +12,7 @@ import projection
 import torch
 import triton
 import triton.language as tl
-from gpu_rows import Run, Step, host_microseconds, median, replayed, summary, written
+from gpu_rows import Replay, Run, Step, host_microseconds, median, summary, written
 from providers import GROUPED, PRODUCTS, PROVIDERS, Problem, expected
 
 import droidspeak_ops as ds
@@ -74,7 +74,7 @@ def ceilings(step: Step) -> None:
         def launch() -> None:
             _empty_kernel[(1,)](x)
 
-        in_graph = replayed([launch], launches=200) * 1e3
+        in_graph = Replay.of([launch], launches=200).median() * 1e3
         torch_us = host_microseconds(lambda: x.add_(1), calls=500)
         step.add("launch", triton_host_us=host_microseconds(launch, 500), torch_host_us=torch_us, in_graph_us=in_graph)
 
@@ -95,7 +95,7 @@ def micro(step: Step) -> None:
             case.measure(name, PROVIDERS[name])
     grouped = [case for case in cases if case.tokens == (DRY_CASES[0][1] if step.dry else projection.GROUP_TOKENS)]
     for case in grouped:
-        of_layers = Case(step, case.model, case.tokens, projection.GROUP, cublas_ms=case.cublas_ms)
+        of_layers = Case(step, case.model, case.tokens, projection.GROUP, cublas=case.cublas)
         for name in GROUPED:
             of_layers.measure(name, GROUPED[name])
         del of_layers
@@ -120,11 +120,9 @@ def _warm_clocks(seconds: float = 1.0) -> None:
 class Case:
     """A model's layer at one context length: several sets of tensors that take turns, and what the first must give."""
 
-    def __init__(
-        self, step: Step, model: str, tokens: int, layers: int = 1, cublas_ms: tuple[float, float] | None = None
-    ) -> None:
+    def __init__(self, step: Step, model: str, tokens: int, layers: int = 1, cublas: Replay | None = None) -> None:
         self.step, self.model, self.tokens, self.layers = step, model, tokens, layers
-        self.cublas_ms = cublas_ms  # cold and replayed, of one layer
+        self.cublas = cublas  # of one layer
         first = Problem(_shape(model, step.dry), tokens, step.dtype, step.device, layers)
         sets = min(max(round(ROTATED_BYTES / first.bytes_moved + 0.5), 2), 8)
         self.problems = [first, *(replace(first) for _ in range(0 if step.dry else sets - 1))]
@@ -147,30 +145,26 @@ class Case:
                 return
             cold = projection.milliseconds(run, step.device, rounds=3) / self.layers
             warm: float | None = None
+            speed: float | None = None
             if not step.dry:
                 try:
-                    others = [provider(problem) for problem in self.problems[1:]]
-                    warm = replayed([run, *others]) / self.layers
+                    replay = Replay.of([run, *(provider(problem) for problem in self.problems[1:])])
+                    if name == "cublas":
+                        self.cublas = replay
+                    warm = replay.median()
+                    if self.cublas is not None:
+                        warm, speed = replay.against(self.cublas)
+                        warm, speed = warm / self.layers, 100 * speed * self.layers
                 except Exception as error:  # the other time is still good
                     check = f"{check}; not replayed: {summary(error)[:200]}"
             host = host_microseconds(run, 3 if step.dry else 50) if self.tokens <= HOST_TOKENS else None
-            if name == "cublas":
-                self.cublas_ms = (cold, warm or cold)
+            ms, flops = warm or cold, self.problems[0].flops / self.layers
+            floor = _floor_ms(self.step, flops, self.problems[0].bytes_moved / self.layers)
             step.add(
-                "provider", **row, cold_ms=cold, replay_ms=warm, host_us=host, **self._rates(cold, warm), check=check
-            )
-
-    def _rates(self, cold: float, warm: float | None) -> dict[str, float | None]:
-        """Rates by the time without the host's where there is one."""
-        ms, flops = warm or cold, self.problems[0].flops / self.layers
-        of_cublas = None if self.cublas_ms is None else 100 * self.cublas_ms[warm is not None] / ms
-        floor = _floor_ms(self.step, flops, self.problems[0].bytes_moved / self.layers)
-        return {
-            "tflops": flops / ms / 1e9,
-            "percent_of_cublas": of_cublas,
-            "percent_of_floor": None if floor is None else 100 * floor / ms,
-            "floor_ms": floor,
-        }
+                "provider", **row, cold_ms=cold, replay_ms=warm, host_us=host, tflops=flops / ms / 1e9,
+                percent_of_cublas=speed, percent_of_floor=None if floor is None else 100 * floor / ms, floor_ms=floor,
+                check=check,
+            )  # fmt: skip
 
 
 def _shape(model: str, dry: bool) -> Shape:
@@ -188,7 +182,10 @@ def _floor_ms(step: Step, flops: float, bytes_moved: float) -> float | None:
 
 
 def streaming(step: Step) -> None:
-    """Kernels that only move rows, against the rate of a copy: bytes are each input read and each output written once."""
+    """Kernels that only move rows, against copies: bytes are each input read and each output written once.
+
+    A copy of as many bytes is timed in turn with each; the rate of one of gigabytes is what no kernel beats.
+    """
     shape = _shape("Llama-3-8B", step.dry)
     copy_rate = written(step.folder, "ceilings", "copy").get("tb_per_s")
     for tokens in (16,) if step.dry else (8192, 1024, 32768):
@@ -196,16 +193,23 @@ def streaming(step: Step) -> None:
             with step.guarded("streaming", kernel=name, tokens=tokens):
                 run, moved = make(shape, tokens, step.dtype, step.device)
                 cold, warm = projection.milliseconds(run, step.device, rounds=3), None
+                of_same: float | None = None
                 if not step.dry:
                     sets = min(max(round(ROTATED_BYTES / moved + 0.5), 2), 16)
                     others = [make(shape, tokens, step.dtype, step.device)[0] for _ in range(sets - 1)]
-                    warm = replayed([run, *others])
+                    copies = Replay.of([_copy(moved // 2) for _ in range(sets)])
+                    warm, of_same = Replay.of([run, *others]).against(copies)
                 rate = moved / (warm or cold) / 1e9
-                percent = None if copy_rate is None else 100 * rate / copy_rate
                 step.add(
                     "streaming", kernel=name, tokens=tokens, cold_ms=cold, replay_ms=warm, bytes=moved, tb_per_s=rate,
-                    percent_of_copy=percent,
+                    percent_of_copy=None if copy_rate is None else 100 * rate / copy_rate,
+                    percent_of_same_copy=None if of_same is None else 100 * of_same,
                 )  # fmt: skip
+
+
+def _copy(size: int) -> Run:
+    source = torch.empty(size, dtype=torch.uint8, device="cuda").fill_(7)
+    return partial(torch.empty_like(source).copy_, source)
 
 
 Streaming = Callable[[Shape, int, torch.dtype, str], tuple[Run, int]]

@@ -110,11 +110,11 @@ def _streaming(result: Result) -> list[str]:
     def cell(row: Row | None) -> str:
         if row is None:
             return "-"
-        percent = "-" if row["percent_of_copy"] is None else f"{row['percent_of_copy']:.0f}"
-        return f"{row['tb_per_s']:.2f} {percent}"
+        shares = (row["percent_of_copy"], row["percent_of_same_copy"])
+        return f"{row['tb_per_s']:.2f}" + "".join(" -" if percent is None else f" {percent:.0f}" for percent in shares)
 
     return _grid(
-        "STREAMING, TB/s and % of a copy",
+        "STREAMING, TB/s, % of a copy of gigabytes, % of one of as many bytes",
         names,
         [str(count) for count in tokens],
         [[cell(cells.get((name, count))) for count in tokens] for name in names],
@@ -191,18 +191,13 @@ def plot(result: Result, path: Path) -> None:
 
     timed = _timed(result)
     cases = list(dict.fromkeys((row["model"], row["tokens"]) for row in timed))
-    cublas = {
-        (row["model"], row["tokens"]): row["replay_ms"] or row["cold_ms"]
-        for row in timed
-        if row["provider"] == "cublas"
-    }
     _bars(
         micro, [f"{model}\n{tokens:,}" for model, tokens in cases],
         {
             name: [
                 next(
-                    ((row["replay_ms"] or row["cold_ms"]) / cublas[case] for row in timed
-                     if (row["provider"], row["model"], row["tokens"]) == (name, *case) and case in cublas), None,
+                    (100 / row["percent_of_cublas"] for row in timed
+                     if (row["provider"], row["model"], row["tokens"]) == (name, *case) and row["percent_of_cublas"]), None,
                 )
                 for case in cases
             ]
@@ -210,11 +205,12 @@ def plot(result: Result, path: Path) -> None:
         },
     )  # fmt: skip
     for index, case in enumerate(cases):
-        floor = next(
-            (row["floor_ms"] for row in timed if (row["model"], row["tokens"]) == case and row["floor_ms"]), None
+        product = next(
+            (row for row in timed if (row["provider"], row["model"], row["tokens"]) == ("cublas", *case)), None
         )
-        if floor and case in cublas:
-            micro.hlines(floor / cublas[case], index - 0.45, index + 0.45, color="black", linestyle="--", linewidth=1)
+        if product is not None and product["percent_of_floor"] is not None:
+            floor = product["percent_of_floor"] / 100
+            micro.hlines(floor, index - 0.45, index + 0.45, color="black", linestyle="--", linewidth=1)
     micro.set_title("K/V of a layer: time relative to the bare product\n(dashed: floor)", fontsize=10)
 
     plans = rows_of(result, "ttft", "plan")
@@ -262,5 +258,5 @@ def _bars(axes: Any, groups: list[str], values: dict[str, list[float | None]]) -
             )
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
     axes.grid(axis="y", alpha=0.3)
-    if values:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7, ncols=2)

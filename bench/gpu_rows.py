@@ -134,14 +134,36 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def replayed(runs: Sequence[Run], launches: int = 16, rounds: int = 10) -> float:
-    """Milliseconds of a call in a CUDA graph of calls over all of `runs` in turn: without the host's time."""
-    for run in runs:
-        run()
-    repeats = -(-launches // len(runs))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for run in runs:
-                run()
-    return median(graph.replay, rounds, warm_up=2) / (repeats * len(runs))
+@dataclass(frozen=True)
+class Replay:
+    """A CUDA graph of calls, whose time is without the host's."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: int
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], launches: int = 16) -> Replay:
+        """Capture so many launches or more over all of `runs` in turn."""
+        for run in runs:
+            run()
+        repeats = -(-launches // len(runs))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                for run in runs:
+                    run()
+        return cls(graph, repeats * len(runs))
+
+    def milliseconds(self) -> float:
+        return milliseconds(self.graph.replay) / self.calls
+
+    def median(self, rounds: int = 10) -> float:
+        """Milliseconds of a call."""
+        self.graph.replay()
+        return statistics.median(self.milliseconds() for _ in range(rounds))
+
+    def against(self, other: Replay, rounds: int = 10) -> tuple[float, float]:
+        """Milliseconds of a call, and how often it fits in the other's: timed in turn, since a GPU slows as it heats."""
+        self.graph.replay()
+        pairs = [(other.milliseconds(), self.milliseconds()) for _ in range(rounds)]
+        return statistics.median(own for _, own in pairs), statistics.median(theirs / own for theirs, own in pairs)

@@ -4,8 +4,9 @@
     python bench/tune.py tuned.json --models Llama-3-8B --dtypes bfloat16 --candidates 25 --seconds 60
 
 Candidates are compiled in parallel, by processes that launch each once, and timed one by one, those near the default first.
-A configuration counts only if it compiles and gives what the default gives, and is written only if it is faster by 3 %. The
-file holds for the GPU and the Triton that it was made with; :mod:`droidspeak_ops.tuning` reads it.
+A configuration counts only if it compiles and gives the same bits as the default, and is written only if it is faster by 3 %.
+It holds from its number of tokens on, for the GPU and the Triton that the file was made with; :mod:`droidspeak_ops.tuning`
+reads it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from projection import errors, within
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -206,7 +206,9 @@ def timer(arguments: dict[str, Any], default: ProjectSpliceConfig) -> Timer:
             run()
         except Exception:  # out of shared memory, ptxas, a pass of the compiler: Triton's errors have no common base
             return None
-        return do_bench(run, return_mode="median") if within(errors(outputs, wanted), outputs[0].dtype) else None
+        # To the last bit, or a row would depend on how many are computed with it.
+        same = all(map(torch.equal, outputs, wanted))
+        return do_bench(run, return_mode="median") if same else None
 
     return timed
 
@@ -248,6 +250,7 @@ def tune(
             "num_kv_heads": shape.num_kv_heads,
             "head_dim": shape.head_dim,
             "has_head_norm": size.has_head_norm,
+            "num_tokens": tokens,
         }
         keys.append(key)
         defaults.append(project_splice_config(tuning.target(device), size))
@@ -286,6 +289,7 @@ def write(path: Path, device: str, found: Iterable[tuple[dict[str, Any], Choice]
         "num_kv_heads",
         "head_dim",
         "has_head_norm",
+        "num_tokens",
         "configuration",
         "ms",
         "default, ms",

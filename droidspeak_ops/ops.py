@@ -47,10 +47,11 @@ __all__ = [
     "row_norm",
 ]
 
-# Several layers share a launch while one alone would leave a GPU idle: this many tokens in all, and at most 8 layers, whose
-# pointers fit in a kernel's arguments.
-_TOKENS_PER_LAUNCH = 16384
+# Several layers share a launch: at most 8, whose pointers fit in a kernel's arguments, and this many tokens in all. Beyond, one
+# launch takes a GPU longer than the host needs for the next; norm="hf" wants a normalised copy of all that share one.
 _LAYERS_PER_LAUNCH = 8
+_TOKENS_PER_LAUNCH = 65536
+_COPIED_TOKENS_PER_LAUNCH = 16384
 
 
 def rms_rstd(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
@@ -247,7 +248,8 @@ def kv_project_layers(
     if layers == 0:
         return
     tokens = hidden_states[0].shape[:-1].numel()
-    group = min(_LAYERS_PER_LAUNCH, max(_TOKENS_PER_LAUNCH // max(tokens, 1), 1))
+    most = _COPIED_TOKENS_PER_LAUNCH if norm == "hf" else _TOKENS_PER_LAUNCH
+    group = min(_LAYERS_PER_LAUNCH, max(most // max(tokens, 1), 1))
     first = 0
     while first < layers:
         size = min(group, layers - first)

@@ -22,11 +22,16 @@ def config(device: int, hidden_size: int, size: Size) -> ProjectSpliceConfig:
     """The launch configuration of ``project_splice``."""
     from .kernels.project_splice_config import project_splice_config
 
-    if tuned := _tuned(device):
+    if os.environ.get("DROIDSPEAK_TUNED") and size.num_layers == 1 and size.num_q_heads == 0:
         key = (str(size.dtype), hidden_size, size.num_kv_heads, size.head_dim, size.has_head_norm)
-        if found := tuned.get(key):
-            return found
+        for num_tokens, found in _tuned(device, key):
+            if num_tokens <= size.num_tokens:
+                return found
     return project_splice_config(target(device), size)
+
+
+# What an entry of a file is found by; `num_tokens` is where it holds from, up to the next one.
+KEY = ("dtype", "hidden_size", "num_kv_heads", "head_dim", "has_head_norm", "num_tokens")
 
 
 @functools.cache
@@ -62,8 +67,7 @@ def load(path: Path, device: str) -> dict[tuple[Any, ...], ProjectSpliceConfig]:
         content = json.loads(path.read_text(encoding="utf-8"))
         made_on = {name: content[name] for name in ("device", "triton")}
         table = {
-            tuple(entry[name] for name in ("dtype", "hidden_size", "num_kv_heads", "head_dim", "has_head_norm")):
-            ProjectSpliceConfig(**entry["config"])
+            tuple(entry[name] for name in KEY): ProjectSpliceConfig(**entry["config"])
             for entry in content["project_splice"]
         }  # fmt: skip
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -76,6 +80,16 @@ def load(path: Path, device: str) -> dict[tuple[Any, ...], ProjectSpliceConfig]:
 
 
 @functools.cache
-def _tuned(device: int) -> dict[tuple[Any, ...], ProjectSpliceConfig]:
-    path = os.environ.get("DROIDSPEAK_TUNED")
-    return load(Path(path), torch.cuda.get_device_name(device)) if path else {}
+def _tuned(device: int, key: tuple[Any, ...]) -> list[tuple[int, ProjectSpliceConfig]]:
+    """What the file has for a shape: numbers of tokens, the largest first, and the configuration from there on."""
+    table = _tuned_file(device)
+    return sorted(
+        ((tokens, table[*same, tokens]) for *same, tokens in table if tuple(same) == key),
+        reverse=True,
+        key=lambda found: found[0],
+    )
+
+
+@functools.cache
+def _tuned_file(device: int) -> dict[tuple[Any, ...], ProjectSpliceConfig]:
+    return load(Path(os.environ["DROIDSPEAK_TUNED"]), torch.cuda.get_device_name(device))

@@ -137,22 +137,28 @@ HOPPER_MULTIPROCESSORS = 132
 
 
 def _hopper_config(size: Size) -> ProjectSpliceConfig:
-    # Times are of Llama-3-8B on an H200. From memory to L2 a tile of 128 by 256 asks for 3/4 of what two of 128 by 128 do:
-    # 186 µs instead of 206 for 8,192 tokens. Deeper tiles, or fewer warps, halve the speed.
-    widest = 128 if size.num_kv_heads * size.head_dim % 256 == 0 else 64
-    columns = size.num_q_heads + 2 * size.num_kv_heads
-    tiles = size.num_layers * cdiv(size.num_tokens, 128) * cdiv(columns * size.head_dim, 2 * widest)
+    # Times on an H200. A tile of 128 by 256, or of 256 by 128 where K is narrower, loads 3/4 of what two of 128 by 128 do:
+    # 186 µs instead of 206 for 8,192 tokens of Llama-3-8B. Deeper tiles and fewer warps are slower.
+    wide = size.num_kv_heads * size.head_dim % 256 == 0 or size.head_dim == 256
+    block_m, block_n = (128, 128) if wide else (256, 64)
+    columns = cdiv(size.num_q_heads * size.head_dim, 2 * block_n) + 2 * cdiv(
+        size.num_kv_heads * size.head_dim, 2 * block_n
+    )
+    tiles = size.num_layers * cdiv(size.num_tokens, block_m) * columns
     if 2 * tiles <= HOPPER_MULTIPROCESSORS:
-        # Half as large, they still are one wave: 28 µs instead of 44 for 1,024 tokens. Four stages leave room for one program
-        # on a multiprocessor, else two share one while others are idle: 35 µs.
+        # Tiles half as large still are one wave: 27 µs instead of 44 for 1,024 tokens. With so many stages a multiprocessor
+        # holds one program; with fewer two share it while others are idle: 35 µs.
         if size.head_dim == 256:
             return ProjectSpliceConfig(64, 128, 64, num_warps=4, num_stages=4, tma=True)
-        return ProjectSpliceConfig(128, 64, 64, num_warps=8, num_stages=4, tma=True)
-    if widest == 64 and size.head_dim < 256:
-        return ProjectSpliceConfig(256, 64, 64, num_warps=8, num_stages=4, tma=True)
-    # With several layers or Q more is chosen in the loop, whose registers then spill, and nothing is gained.
-    persistent = size.num_layers == 1 and size.num_q_heads == 0
-    return ProjectSpliceConfig(128, 128, 64, num_warps=8, num_stages=3, tma=True, persistent=persistent)
+        return ProjectSpliceConfig(128, 64, 64, num_warps=8, num_stages=5, tma=True)
+    # K and V of a layer are few columns for all of x; with Q they are more than L2 holds: 560 µs instead of 580.
+    group_m = 16 if size.num_q_heads else 1
+    # With several layers or Q more is chosen in the persistent loop than there are registers for, and nothing is gained.
+    persistent = wide and size.num_layers == 1 and size.num_q_heads == 0
+    num_stages = 3 if wide else 4
+    return ProjectSpliceConfig(
+        block_m, block_n, 64, num_warps=8, num_stages=num_stages, tma=True, persistent=persistent, group_m=group_m
+    )
 
 
 def pairs_per_head(head_dim: int, has_head_norm: bool) -> int:

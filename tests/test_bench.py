@@ -26,7 +26,8 @@ from droidspeak_ops.proof.shapes import SHAPES, projection
 EAGER = [name for name in bench.PROVIDERS if name not in ("compile", "liger")]
 DEFAULT = ProjectSpliceConfig(128, 64, 64, 8, 3)
 OTHERS = [ProjectSpliceConfig(64, 64, 64, 4, stages) for stages in (2, 3, 4)]
-ENTRY = {"dtype": "torch.bfloat16", "hidden_size": 64, "num_kv_heads": 2, "head_dim": 32, "has_head_norm": False}
+ENTRY = {"dtype": "torch.bfloat16", "hidden_size": 64, "num_kv_heads": 2, "head_dim": 32, "has_head_norm": False,
+         "num_tokens": 8192}  # fmt: skip
 
 
 def run_on_cpu(tmp_path: Path, *options: str) -> list[dict[str, str]]:
