@@ -182,65 +182,69 @@ def _grid(heading: str, names: Iterable[str], columns: Iterable[str], cells: Ite
 
 
 def plot(result: Result, path: Path) -> None:
-    """Times of the kernels against a bare product and the floor, speed-ups by plan, and shares of a copy's rate."""
+    """Draw times of kernels against a bare product, speed-ups by plan, shares of a copy's rate: what was measured of these."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(19, 5.5), layout="constrained")
-    figure.suptitle(title(result), fontsize=10)
-    micro, first, streaming = figure.subplots(1, 3, width_ratios=[2, 1.2, 1.2])
-
-    timed = _timed(result)
-    cases = list(dict.fromkeys((row["model"], row["tokens"]) for row in timed))
-    _bars(
-        micro, [f"{model}\n{tokens:,}" for model, tokens in cases],
-        {
-            name: [
-                next(
-                    (100 / row["percent_of_cublas"] for row in timed
-                     if (row["provider"], row["model"], row["tokens"]) == (name, *case) and row["percent_of_cublas"]), None,
-                )
-                for case in cases
-            ]
-            for name in dict.fromkeys(row["provider"] for row in timed)
-        },
-    )  # fmt: skip
-    for index, case in enumerate(cases):
-        product = next(
-            (row for row in timed if (row["provider"], row["model"], row["tokens"]) == ("cublas", *case)), None
-        )
-        if product is not None and product["percent_of_floor"] is not None:
-            floor = product["percent_of_floor"] / 100
-            micro.hlines(floor, index - 0.45, index + 0.45, color="black", linestyle="--", linewidth=1)
-    micro.set_title("K/V of a layer: time relative to the bare product\n(dashed: floor)", fontsize=10)
-
-    plans = rows_of(result, "ttft", "plan")
-    lengths = sorted({row["tokens"] for row in plans})
-    speedups = {(row["plan"], row["tokens"]): row["speedup"] for row in plans}
-    _bars(
-        first,
-        [f"{length:,}" for length in lengths],
-        {
-            name: [speedups.get((name, length)) for length in lengths]
-            for name in dict.fromkeys(row["plan"] for row in plans)
-        },
-    )
-    first.set_yscale("log")
-    first.set_title("Time to first token: speed-up over full prefill", fontsize=10)
-
-    moved = [row for row in rows_of(result, "micro", "streaming") if row["percent_of_copy"] is not None]
-    lengths = sorted({row["tokens"] for row in moved})
-    shares = {(row["kernel"], row["tokens"]): row["percent_of_copy"] for row in moved}
-    _bars(
-        streaming,
-        [f"{length:,}" for length in lengths],
-        {
-            name: [shares.get((name, length)) for length in lengths]
-            for name in dict.fromkeys(row["kernel"] for row in moved)
-        },
-    )
-    streaming.axhline(100, color="black", linestyle="--", linewidth=1)
-    streaming.set_title("Kernels that move rows: % of a copy's rate", fontsize=10)
+    panels = [panel for panel in (_micro_panel, _ttft_panel, _streaming_panel) if panel(result, None)]
+    figure = Figure(figsize=(7 * max(len(panels), 1), 5), layout="constrained")
+    figure.suptitle(title(result), fontsize=9)
+    for index, panel in enumerate(panels):
+        panel(result, figure.add_subplot(1, len(panels), index + 1))
     figure.savefig(path, dpi=110)
+
+
+def _micro_panel(result: Result, axes: Any) -> bool:
+    """Draw it on `axes`, if any are given; whether there is anything to draw. So for the others."""
+    rows = {
+        (row["provider"], row["model"], row["tokens"]): row
+        for row in _timed(result)
+        if row["percent_of_cublas"] is not None
+    }
+    if not rows or axes is None:
+        return bool(rows)
+    cases = list(dict.fromkeys(key[1:] for key in rows))
+    times = {
+        name: [100 / rows[name, *case]["percent_of_cublas"] if (name, *case) in rows else None for case in cases]
+        for name in dict.fromkeys(key[0] for key in rows)
+    }
+    _bars(axes, [f"{model}\n{tokens:,}" for model, tokens in cases], times)
+    for index, case in enumerate(cases):
+        percent = rows.get(("cublas", *case), {}).get("percent_of_floor")
+        if percent is not None:
+            axes.hlines(percent / 100, index - 0.45, index + 0.45, color="black", linestyle="--", linewidth=1)
+    axes.set_title("K/V of a layer: time relative to the bare product (dashed: floor)", fontsize=9)
+    return True
+
+
+def _ttft_panel(result: Result, axes: Any) -> bool:
+    rows = rows_of(result, "ttft", "plan")
+    if rows and axes is not None:
+        _by_tokens(axes, rows, "plan", "speedup")
+        axes.set_yscale("log")
+        ticks = (2, 3, 5, 10, 20)
+        axes.set_yticks(ticks, [f"{tick}x" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title("Time to first token: speed-up over full prefill", fontsize=9)
+    return bool(rows)
+
+
+def _streaming_panel(result: Result, axes: Any) -> bool:
+    rows = [row for row in rows_of(result, "micro", "streaming") if row["percent_of_copy"] is not None]
+    if rows and axes is not None:
+        _by_tokens(axes, rows, "kernel", "percent_of_copy")
+        axes.axhline(100, color="black", linestyle="--", linewidth=1)
+        axes.set_title("Kernels that move rows: % of a copy's rate", fontsize=9)
+    return bool(rows)
+
+
+def _by_tokens(axes: Any, rows: list[Row], name: str, value: str) -> None:
+    """A group of bars for each number of tokens, a bar for each row of a name."""
+    lengths = sorted({row["tokens"] for row in rows})
+    values = {(row[name], row["tokens"]): row[value] for row in rows}
+    heights = {
+        each: [values.get((each, length)) for length in lengths] for each in dict.fromkeys(row[name] for row in rows)
+    }
+    _bars(axes, [f"{length:,}" for length in lengths], heights)
 
 
 def _bars(axes: Any, groups: list[str], values: dict[str, list[float | None]]) -> None:
@@ -258,5 +262,4 @@ def _bars(axes: Any, groups: list[str], values: dict[str, list[float | None]]) -
             )
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
     axes.grid(axis="y", alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, ncols=2)

@@ -136,10 +136,11 @@ def synchronize() -> None:
 
 @dataclass(frozen=True)
 class Replay:
-    """A CUDA graph of calls, whose time is without the host's."""
+    """A CUDA graph of calls, whose time is without the host's; and the calls, which keep the tensors that it reads."""
 
     graph: torch.cuda.CUDAGraph
-    calls: int
+    runs: Sequence[Run]
+    repeats: int
 
     @classmethod
     def of(cls, runs: Sequence[Run], launches: int = 16) -> Replay:
@@ -152,10 +153,11 @@ class Replay:
             for _ in range(repeats):
                 for run in runs:
                     run()
-        return cls(graph, repeats * len(runs))
+        return cls(graph, runs, repeats)
 
     def milliseconds(self) -> float:
-        return milliseconds(self.graph.replay) / self.calls
+        """Of a call."""
+        return milliseconds(self.graph.replay) / (self.repeats * len(self.runs))
 
     def median(self, rounds: int = 10) -> float:
         """Milliseconds of a call."""

@@ -87,9 +87,9 @@ def _kv_project_gpu(*args: Any) -> None:
     from .kernels.project_splice import project_splice
     from .kernels.project_splice_config import size_of
 
-    _check_projection_memory(args[0], *args[16:])
-    x, q_weight, k_weight, v_weight, k_norm_weight, cos, q, k_cache = (args[i] for i in (0, 2, 3, 4, 9, 12, 16, 17))
-    size = size_of(x, q_weight, k_weight, v_weight, k_norm_weight, cos, q, k_cache)
+    x, _, q_weight, k_weight, v_weight, *_, q, k_cache, v_cache = args
+    _check_projection_memory(x, q, k_cache, v_cache)
+    size = size_of(x, q_weight, k_weight, v_weight, args[9], args[12], q, k_cache)
     with _device_of(x[0]):
         project_splice(*args, tuning.config(x[0].device.index, x[0].shape[1], size))  # type: ignore[call-arg]
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .kernels.project_splice_config import ProjectSpliceConfig, Size
 
 
+@functools.lru_cache(maxsize=4096)  # not without bound: contexts have any number of tokens
 def config(device: int, hidden_size: int, size: Size) -> ProjectSpliceConfig:
     """The launch configuration of ``project_splice``."""
     from .kernels.project_splice_config import project_splice_config

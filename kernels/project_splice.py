@@ -152,13 +152,17 @@ def project_splice(
     pairs = pairs_per_head(head_dim, has_head_norm)
     q_tiles, kv_tiles = (cdiv(heads * pairs, config.block_n) for heads in (num_q_heads, num_kv_heads))
     tiles = len(x) * cdiv(num_tokens, config.block_m) * (q_tiles + 2 * kv_tiles)
-    layers = Layers(*(tuple(tensors) or (None,) for tensors in (
-        x, rstd, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, q_norm_weight, k_norm_weight, cos, sin, q,
-        [as_stored(cache) for cache in k_cache], [as_stored(cache) for cache in v_cache],
-    )))  # fmt: skip
+    nothing = (None,)
+    layers = Layers(
+        tuple(x), tuple(rstd) or nothing, tuple(q_weight) or nothing, tuple(k_weight), tuple(v_weight),
+        tuple(q_bias) or nothing, tuple(k_bias) or nothing, tuple(v_bias) or nothing, tuple(q_norm_weight) or nothing,
+        tuple(k_norm_weight) or nothing, tuple(cos) or nothing, tuple(sin) or nothing, tuple(q) or nothing,
+        tuple([as_stored(cache) for cache in k_cache]), tuple([as_stored(cache) for cache in v_cache]),
+    )  # fmt: skip
     strides = Strides(
-        x[0].stride(0), *(tensors[0].stride(0) if tensors else 0 for tensors in (q_weight, k_weight, v_weight, cos, sin)),
-        *(q[0].stride()[:2] if q else (0, 0)), *k_cache[0].stride()[:3], *v_cache[0].stride()[:3],
+        x[0].stride(0), q_weight[0].stride(0) if q else 0, k_weight[0].stride(0), v_weight[0].stride(0),
+        cos[0].stride(0) if cos else 0, sin[0].stride(0) if cos else 0, *(q[0].stride()[:2] if q else (0, 0)),
+        *k_cache[0].stride()[:3], *v_cache[0].stride()[:3],
     )  # fmt: skip
     sizes = (num_tokens, blocks * block_size, block_size, hidden_size, head_norm_eps)
     options: dict[str, Any] = {

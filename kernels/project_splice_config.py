@@ -70,20 +70,21 @@ def size_of(
 ) -> Size:
     """Read the sizes of a projection off its arguments, which are those of `project_splice`."""
     _, num_kv_heads, _, head_dim = k_cache[0].shape
+    like = x[0]
+    aligned, bytes_each = True, like.element_size()
+    for matrices in (x, q_weight, k_weight, v_weight):
+        for matrix in matrices:
+            aligned = aligned and (matrix.data_ptr() | matrix.stride(0) * bytes_each) % 16 == 0
     return Size(
-        dtype=x[0].dtype,
+        dtype=like.dtype,
         num_layers=len(x),
-        num_tokens=x[0].shape[0],
+        num_tokens=like.shape[0],
         num_q_heads=q[0].shape[1] if q else 0,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rotary_dim=2 * cos[0].shape[-1] if cos else 0,
         has_head_norm=bool(k_norm_weight) and k_norm_weight[0].shape[0] == head_dim,
-        aligned=all(
-            matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-            for matrices in (x, q_weight, k_weight, v_weight)
-            for matrix in matrices
-        ),
+        aligned=aligned,
     )
 
 

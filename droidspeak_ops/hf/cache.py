@@ -176,7 +176,7 @@ def _has_room(buffer: torch.Tensor, view: torch.Tensor, tokens: int) -> bool:
 def _with_room(filled: torch.Tensor, tokens: int) -> torch.Tensor:
     batch, heads, length, head_dim = filled.shape
     buffer = torch.empty((batch, heads, tokens + HEADROOM, head_dim), dtype=filled.dtype, device=filled.device)
-    buffer[:, :, :length].copy_(filled)
+    buffer.narrow(2, 0, length).copy_(filled)
     return buffer
 
 
