@@ -144,6 +144,10 @@ def test_gemma3_with_its_vision_tower_reads_text() -> None:
     made = receiver.generate(prompt, past_key_values=cache, **options)
     assert torch.equal(made, receiver.generate(prompt, **options))
 
+    ids[0, 2] = config.image_token_index
+    with pytest.raises(ValueError, match="input_ids: got placeholders of an image .token 92."):
+        ds.capture(sender, ids)
+
 
 def test_writing_through_data_changes_what_a_model_is_called() -> None:
     """It leaves no trace in torch's version counters."""

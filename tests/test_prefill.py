@@ -1,6 +1,7 @@
 """Partial prefill on transformers models: exact where it must be, equal to a slow independent computation elsewhere."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -101,7 +102,49 @@ def test_capture_keeps_what_was_asked_for() -> None:
         hidden_states = model(ids, output_hidden_states=True).hidden_states
     for layer in (2, 5):
         assert_bitwise_equal(context.hidden(layer), hidden_states[layer])
-    assert not any(module._forward_pre_hooks for module in model.modules()), "hooks are removed"
+
+
+def test_threads_that_share_a_model_do_not_meet() -> None:
+    """Captures of other contexts, and generation, at the same time as a capture."""
+    model = tiny_llama(layers=LAYERS)
+    contexts = [tokens(24) for _ in range(3)]
+    expected = [ds.capture(model, ids, layers=range(LAYERS)) for ids in contexts]
+
+    def work(index: int) -> bool:
+        same = True
+        for _ in range(15):
+            got = ds.capture(model, contexts[index], layers=range(LAYERS))
+            pairs = [(got.hidden(layer), expected[index].hidden(layer)) for layer in range(LAYERS)]
+            pairs += [
+                pair
+                for layer in range(LAYERS)
+                for pair in zip(got.kv(layer)[:2], expected[index].kv(layer)[:2], strict=True)
+            ]
+            same &= all(torch.equal(*pair) for pair in pairs)
+            model.generate(contexts[index], max_new_tokens=2, do_sample=False)
+        return same
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(work, range(3)))
+
+
+def test_a_cache_that_is_filled_in_inference_mode_serves_outside_of_it() -> None:
+    model = tiny_llama(layers=LAYERS)
+    prompt = tokens(20)
+    context = ds.capture(model, prompt[:, :16], layers=range(LAYERS))
+    expected = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    for plan in (ds.Plan(), ds.Plan([(1, 4)]), ds.Plan(project="rest"), EVERYTHING):
+        with torch.inference_mode():
+            cache = ds.partial_prefill(model, context, plan)
+        assert torch.equal(model.generate(prompt, past_key_values=cache, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_a_compiled_model_is_the_model() -> None:
+    model = tiny_llama(layers=LAYERS)
+    context = ds.capture(model, tokens(8), layers=range(LAYERS))
+    compiled = torch.compile(model, backend="eager")
+    assert ds.capture(compiled, tokens(8)).sender == context.sender
+    ds.partial_prefill(compiled, context, EVERYTHING)
 
 
 # --- generate ------------------------------------------------------------------------------------------------------
@@ -277,6 +320,9 @@ def test_a_prompt_that_does_not_continue_the_context_is_refused(no_compute) -> N
     cache = ds.partial_prefill(model, context, ds.Plan(), prompt_ids=torch.arange(1, 13)[None])
     with pytest.raises(ds.ReuseError, match="differ from the context at token 3"):
         cache.check_prompt(other)
+    model(torch.tensor([[11]]), past_key_values=cache)
+    with pytest.raises(ds.ReuseError, match="holds 1 tokens behind its context"):
+        cache.check_prompt(torch.arange(1, 14)[None])
     refused(no_compute, model, context, ds.Plan(), "differ from the context at token 3", prompt_ids=other)
     refused(no_compute, model, context, ds.Plan(), "then a suffix", prompt_ids=context.tokens)
     refused(no_compute, model, context, ds.Plan(), "then a suffix", prompt_ids=context.tokens[:, :5])

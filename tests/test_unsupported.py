@@ -5,6 +5,7 @@ import torch
 import transformers
 from models import tiny, tiny_llama, tokens
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import droidspeak_ops as ds
@@ -89,9 +90,40 @@ def _no_norm(layer: nn.Module) -> None:
     del layer.input_layernorm
 
 
+def _forward_hook(layer: nn.Module) -> None:
+    layer.self_attn.k_proj.register_forward_hook(lambda module, args, output: output * 1.3)
+
+
+def _pruned(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer.self_attn.v_proj, "weight", amount=0.3)
+
+
+def _hooked_norm(layer: nn.Module) -> None:
+    layer.input_layernorm.register_forward_pre_hook(lambda module, args: (args[0] * 1.3,))
+
+
+def _patched(layer: nn.Module) -> None:
+    forward = layer.self_attn.k_proj.forward
+    layer.self_attn.k_proj.forward = lambda rows: forward(rows) * 1.3
+
+
+def _parametrised(layer: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(layer.self_attn.v_proj)
+
+
+def _offloaded(layer: nn.Module) -> None:
+    layer.self_attn.k_proj.to("meta")
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
+        (_forward_hook, "self_attn.k_proj: got forward hooks, which would not run"),
+        (_pruned, "self_attn.v_proj: got forward pre-hooks, which would not run"),
+        (_hooked_norm, "input_layernorm: got forward pre-hooks, which would not run"),
+        (_patched, "self_attn.k_proj: got a forward of its own, which would not run"),
+        (_parametrised, "self_attn.v_proj: got ParametrizedLinear"),
+        (_offloaded, "self_attn.k_proj: got offloaded weights"),
         (_layer_norm, "input_layernorm: got LayerNorm; transformers' LlamaRMSNorm is needed"),
         (_own_attention, "self_attn: got LlamaAttention; transformers' LlamaAttention is needed"),
         (_norm_of_keys, "self_attn: a norm of K is not expected in this family"),
@@ -105,4 +137,24 @@ def test_a_module_that_is_not_what_its_family_says(change, match: str) -> None:
     model = tiny_llama()
     change(model.model.layers[3])
     with pytest.raises(ds.UnsupportedModelError, match=f"layer 3 {match}"):
+        ds.capture(model, tokens(4))
+
+
+def test_a_dynamically_quantised_model_is_refused_by_name() -> None:
+    model = torch.ao.quantization.quantize_dynamic(tiny_llama(), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ds.UnsupportedModelError, match="layer 0 self_attn.k_proj: got Linear"):
+        ds.capture(model, tokens(4))
+
+
+def test_a_model_that_is_being_trained() -> None:
+    """Gradient checkpointing would leave layers without K and V; dropout makes them random, and is said."""
+    model = tiny_llama()
+    context = ds.capture(model, tokens(4))
+    ds.capture(model.train(), tokens(4))  # without either it computes the same
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ds.UnsupportedModelError, match="training mode with gradient checkpointing"):
+        ds.partial_prefill(model, context, ds.Plan([(0, 6)]))
+    model.gradient_checkpointing_disable()
+    model.model.layers[2].self_attn.attention_dropout = 0.1
+    with pytest.warns(UserWarning, match="dropout makes K and V random"):
         ds.capture(model, tokens(4))

@@ -51,28 +51,61 @@ def read_linear(parent: nn.Module, name: str, where: str, shape: tuple[int, int]
     adapted = _is_lora(module)
     base = module.base_layer if adapted else module
     # Exactly nn.Linear: a quantised layer, or another kind of adapter, computes something else from the same weight.
-    if type(base) is not nn.Linear or tuple(base.weight.shape) != shape:
-        got = f"{type(base).__name__} with weight {tuple(getattr(base, 'weight', torch.empty(0)).shape)}"
+    weight = getattr(base, "weight", None)  # of a dynamically quantised layer it is a method
+    size = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
+    if type(base) is not nn.Linear or size != shape:
+        got = f"{type(base).__name__} with weight {size}"
         raise UnsupportedModelError(f"{where}: got {got}; a torch.nn.Linear with {shape} is needed{merge_hint(module)}")
+    for each in {base, module}:
+        check_is_its_weights(each, where)
     if adapted and module.merged and module.disable_adapters:
         raise UnsupportedModelError(f"{where}: got an adapter that is merged and disabled; unmerge it first")
     active = [adapter for adapter in active_adapters(module) if adapter in module.lora_A] if adapted else []
     return Linear(base.weight, base.bias, tuple(_read_lora(module, adapter, where) for adapter in active))
 
 
+def check_is_its_weights(module: nn.Module, where: str) -> None:
+    """Raise unless a module computes what its class does from its weights, which are read in place of calling it.
+
+    Raises:
+        UnsupportedModelError: it has hooks, a forward of its own or parametrisations, or its weights are offloaded, or are no
+            plain tensors, as quantised ones are.
+    """
+    weights = [weight for weight in module._parameters.values() if weight is not None]
+    if hasattr(module, "_hf_hook") or any(weight.is_meta for weight in weights):
+        raise UnsupportedModelError(f"{where}: got offloaded weights; load the model without offloading")
+    for weight in weights:
+        if type(weight.data) is not torch.Tensor:
+            raise UnsupportedModelError(f"{where}: got weights of {type(weight.data)}; plain tensors are needed")
+    found = [
+        what
+        for what, there in (
+            ("forward hooks", module._forward_hooks),
+            ("forward pre-hooks", module._forward_pre_hooks),
+            ("a forward of its own", "forward" in vars(module)),
+            ("parametrisations", hasattr(module, "parametrizations")),
+        )
+        if there
+    ]
+    if found:
+        raise UnsupportedModelError(f"{where}: got {', '.join(found)}, which would not run; only its weights are read")
+
+
 def decoder_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model, whose adapters lie in its layers; any other model as it is.
+    """The transformers model inside a compiled one or a PEFT model, whose adapters lie in its layers; any other as it is.
 
     Raises:
         UnsupportedModelError: the active adapter puts tokens of its own before the prompt.
     """
+    model = getattr(model, "_orig_mod", model)
     if not hasattr(model, "get_base_model"):
         return model
     if model.active_peft_config.is_prompt_learning:
         raise UnsupportedModelError(
             f"model: got {model.active_peft_config.peft_type.value}; an adapter in layers is needed"
         )
-    return model.get_base_model()
+    base = model.get_base_model()
+    return getattr(base, "_orig_mod", base)
 
 
 def active_adapters(module: Any) -> list[str]:

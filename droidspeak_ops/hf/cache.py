@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 
 from ..context import check_continues
+from ..fingerprint import ReuseError
 
 HEADROOM = 256
 """Tokens that a layer can grow by before it is moved to a larger buffer."""
@@ -44,8 +45,8 @@ class MixedLayer(DynamicLayer):
         batch, heads, tokens, head_dim = shape
         layer = cls()
         layer._buffers = keys, values = (
-            torch.empty((batch, heads, tokens + HEADROOM, head_dim), dtype=dtype, device=device),
-            torch.empty((batch, heads, tokens + HEADROOM, head_dim), dtype=dtype, device=device),
+            _allocated((batch, heads, tokens + HEADROOM, head_dim), dtype, device),
+            _allocated((batch, heads, tokens + HEADROOM, head_dim), dtype, device),
         )
         layer._start_with(keys[:, :, :tokens], values[:, :, :tokens])
         return layer
@@ -173,9 +174,15 @@ def _has_room(buffer: torch.Tensor, view: torch.Tensor, tokens: int) -> bool:
     return same_memory and tokens <= buffer.shape[2] and view.shape[:2] == buffer.shape[:2]
 
 
+def _allocated(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory that can be written to both in inference mode and outside of it."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
 def _with_room(filled: torch.Tensor, tokens: int) -> torch.Tensor:
     batch, heads, length, head_dim = filled.shape
-    buffer = torch.empty((batch, heads, tokens + HEADROOM, head_dim), dtype=filled.dtype, device=filled.device)
+    buffer = _allocated((batch, heads, tokens + HEADROOM, head_dim), filled.dtype, filled.device)
     buffer.narrow(2, 0, length).copy_(filled)
     return buffer
 
@@ -207,7 +214,16 @@ class MixedCache(Cache):
         self._receiver = weakref.ref(receiver)
 
     def check_prompt(self, prompt_ids: torch.Tensor) -> None:
-        """Raise :class:`ReuseError` unless `prompt_ids` ``[B, N]`` are the contexts' tokens followed by a suffix."""
+        """Raise :class:`ReuseError` unless `prompt_ids` ``[B, N]`` are the contexts' tokens followed by a suffix.
+
+        What has been appended since is not known to the cache, and a prompt behind it cannot be checked: that is refused.
+        """
+        held, width = int(self.get_seq_length()), self.tokens.shape[1]
+        if held != width:
+            raise ReuseError(
+                f"prompt_ids: the cache holds {held - width} tokens behind its context, which cannot be compared; "
+                "run each suffix over a copy.deepcopy of the cache"
+            )
         check_continues(self.tokens, prompt_ids, self.mask)
 
     def prompt(self, suffixes: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -34,6 +35,7 @@ class Decoder:
         self.config: Any = outer.get_text_config(decoder=True)
         self.base: Any = self.model.base_model.get_submodule(self.family.decoder)
         check_class(self.family.classes + self.family.model, "the decoder", self.base)
+        _check_mode(self.base)
         self.rotary: Any = self.base.get_submodule("rotary_emb")
         check_class(f"{self.family.classes}RotaryEmbedding", "rotary_emb", self.rotary)
         config = self.config
@@ -189,6 +191,27 @@ class Pass:
             return None
         create = create_sliding_window_causal_mask if sliding else create_causal_mask
         return create(config=config, inputs_embeds=self._like, attention_mask=None, past_key_values=None)
+
+
+def _check_mode(base: torch.nn.Module) -> None:
+    """Refuse a model that would keep no K and V, and say of one that makes them at random.
+
+    Raises:
+        UnsupportedModelError: gradient checkpointing is on in training mode.
+    """
+    if not base.training:
+        return
+    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        raise UnsupportedModelError(
+            "model: got training mode with gradient checkpointing, in which layers keep no K and V; call model.eval()"
+        )
+    if any(_drops(module) for module in base.modules()):
+        warnings.warn("model: in training mode its dropout makes K and V random; call model.eval()", stacklevel=4)
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    rates = (getattr(module, name, None) for name in ("attention_dropout", "p"))
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _window(index: int, layer: Any) -> int | None:

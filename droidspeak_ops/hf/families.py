@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..checks import NormOrder
-from .adapters import LowRank, UnsupportedModelError, merge_hint, read_linear
+from .adapters import LowRank, UnsupportedModelError, check_is_its_weights, merge_hint, read_linear
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ def read_layer(family: Family, layer: nn.Module, index: int, sizes: Sizes) -> La
 def _read_norm(family: Family, parent: nn.Module, name: str, where: str, columns: int) -> tuple[torch.Tensor, float]:
     norm: Any = parent.get_submodule(name)
     check_class(f"{family.classes}RMSNorm", f"{where} {name}", norm)
+    check_is_its_weights(norm, f"{where} {name}")
     if norm.weight.shape != (columns,):
         raise UnsupportedModelError(f"{where} {name}: got a weight {tuple(norm.weight.shape)}; ({columns},) is needed")
     return norm.weight, getattr(norm, family.norm_eps)

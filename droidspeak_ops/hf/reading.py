@@ -54,6 +54,8 @@ class Reading:
             or decoder.model.base_model.get_submodule(decoder.family.decoder) is not decoder.base
         ):
             raise _changed("the model inside")
+        if decoder.base.training:
+            raise _changed("its mode, which is training")
         for path, modules, name, module in self._modules:
             if modules.get(name) is not module:
                 raise _changed(path)

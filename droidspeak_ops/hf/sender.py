@@ -1,17 +1,18 @@
-"""The sender's side: one ordinary forward pass, of which K/V and the hidden states at some layers are kept."""
+"""The sender's side: one pass over a context through the model's own layers, of which K/V and hidden states are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..context import SharedContext
+from ..context import SharedContext, last
 from ..kv import KV
-from .decoder import Decoder
+from .cache import rows_held
+from .decoder import Decoder, Pass
+from .project import Projection, project
 
 
 @torch.no_grad()
@@ -19,6 +20,9 @@ def capture(
     sender: PreTrainedModel, input_ids: torch.Tensor, *, layers: Sequence[int] = (), tokenizer: Any = None
 ) -> SharedContext:
     """Let the sender read a context, and keep what receivers need of it.
+
+    The layers run one after another, without a hook on them: other threads may use the model meanwhile. Of the last layer only
+    K and V are computed.
 
     Args:
         sender: a causal language model of a supported family.
@@ -36,25 +40,40 @@ def capture(
     decoder = Decoder(sender)
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.numel() == 0:
         raise ValueError(f"input_ids: got {input_ids.dtype} {tuple(input_ids.shape)}; int64 [B, T] is needed")
+    placeholder = image_token(decoder.model.config)
+    if placeholder is not None and bool((input_ids == placeholder).any()):
+        raise ValueError(
+            f"input_ids: got placeholders of an image (token {placeholder}); contexts of text alone are supported"
+        )
     outside = [layer for layer in layers if not 0 <= layer < decoder.num_layers]
     if outside:
         raise ValueError(f"layers: got {outside}; layers of the sender are 0 to {decoder.num_layers - 1}")
 
-    hidden_states: dict[int, torch.Tensor] = {}
-    this_pass = decoder.over(input_ids)
+    over = decoder.over(input_ids)
     cache = DynamicCache(config=decoder.config)
-    with ExitStack() as hooks:
-        for layer in layers:
-            hook = _keep(hidden_states, layer)
-            hooks.callback(decoder.layers[layer].register_forward_pre_hook(hook, with_kwargs=True).remove)
-        decoder.base(input_ids=input_ids, past_key_values=cache, use_cache=True)
+    states, kept, wanted = decoder.embed(input_ids), {}, set(layers)
+    final = decoder.num_layers - 1
+    for layer in range(decoder.num_layers):
+        if layer in wanted:
+            kept[layer] = states
+        if layer < final:
+            states = over.run(layer, states, cache)
     return SharedContext(
         tokens=input_ids.clone(),
-        keys_values=[KV(_owned(layer.keys), _owned(layer.values)) for layer in cache.layers],
-        hidden_states=hidden_states,
-        rotations=[this_pass.rotation(layer) for layer in range(decoder.num_layers)],
+        keys_values=[
+            *(KV(_owned(layer.keys), _owned(layer.values)) for layer in cache.layers[:final]),
+            _final_kv(decoder, over, states),
+        ],
+        hidden_states=kept,
+        rotations=[over.rotation(layer) for layer in range(decoder.num_layers)],
         sender=decoder.fingerprint(tokenizer, weights=True),
     )
+
+
+def image_token(config: Any) -> int | None:
+    """The token that stands for a part of an image in the prompts of a model that sees them."""
+    names = ("image_token_id", "image_token_index")
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 def _owned(rows: torch.Tensor) -> torch.Tensor:
@@ -62,8 +81,15 @@ def _owned(rows: torch.Tensor) -> torch.Tensor:
     return rows if rows.untyped_storage().nbytes() == rows.nbytes else rows.clone()
 
 
-def _keep(hidden_states: dict[int, torch.Tensor], layer: int) -> Any:
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_states[layer] = args[0] if args else kwargs["hidden_states"]
-
-    return hook
+def _final_kv(decoder: Decoder, over: Pass, states: torch.Tensor) -> KV:
+    """K and V of the last layer from what enters it: nothing reads what its attention and MLP would give."""
+    layer, (batch, tokens, _) = decoder.num_layers - 1, states.shape
+    rows = rows_held(tokens, decoder.windows[layer])
+    shape = (batch, decoder.num_kv_heads, rows, decoder.head_dim)
+    kv = KV(*(torch.empty(shape, dtype=decoder.dtype, device=decoder.device) for _ in "kv"))
+    rotation = over.rotation(layer)
+    if rotation is not None:
+        rotation = last(rotation[0], rows), last(rotation[1], rows)
+    projection = Projection(states[:, tokens - rows :], decoder.prepared(layer, "hf"), rotation, kv.keys, kv.values)
+    project([projection], decoder.family.norm_order)
+    return kv
