@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,65 @@ def test_the_first_layer_is_exact_whatever_the_senders_rope(parameters: dict) ->
         assert_bitwise_equal(cache.layers[0].values, own.layers[0].values)
         if "dynamic" not in parameters.values():  # which only changes beyond the length that was trained
             assert (context.kv(0).keys - own.layers[0].keys).abs().max() > 0.1
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1 + 0.01 * i for i in range(32)],
+    "long_factor": [1 + 0.5 * i for i in range(32)], "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def _shorter(model: Any) -> Any:
+    config = copy.deepcopy(model.config)
+    config.max_position_embeddings = 32
+    other = type(model)(config).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def _has_read_more(model: Any) -> Any:
+    other = copy.deepcopy(model)
+    own_prefill(other, tokens(90))
+    return other
+
+
+def _set_by_hand(model: Any) -> Any:
+    other = copy.deepcopy(model)
+    other.model.rotary_emb.inv_freq.div_(4)
+    return other
+
+
+def _rounded(model: Any) -> Any:
+    other = copy.deepcopy(model)
+    rotary = other.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq.bfloat16().float()
+    return other
+
+
+@pytest.mark.parametrize(
+    ("parameters", "positions", "change"),
+    [
+        (DYNAMIC, 64, _shorter),
+        (DYNAMIC, 16, _has_read_more),
+        (LONG, 64, _shorter),
+        (PLAIN, 512, _set_by_hand),
+        (PLAIN, 512, _rounded),
+    ],
+)
+def test_keys_are_rotated_by_what_is_applied_not_by_what_is_configured(
+    parameters: dict, positions: int, change: Any
+) -> None:
+    """The same `rope_parameters`, and other angles: K of layer 0, which depends on embeddings alone, must be the receiver's."""
+    sender = tiny_llama(layers=LAYERS, rope_parameters=parameters, max_position_embeddings=positions)
+    receiver = change(sender)
+    assert receiver.config.rope_parameters == sender.config.rope_parameters
+    ids = tokens(40)
+    context, own = ds.capture(sender, ids), own_prefill(receiver, ids)
+    assert (context.kv(0).keys - own.layers[0].keys).abs().max() > 1e-3
+    cache = ds.partial_prefill(receiver, context, ds.Plan())
+    assert_close(cache.layers[0].keys, own.layers[0].keys, torch.float32, operations=2)
 
 
 def test_other_rope_and_8_bits_at_once() -> None:

@@ -158,6 +158,8 @@ def set_data(model: Any) -> None:
         (replaced_inside, "the model inside"),
         (set_data, r"layers\.3\.input_layernorm\.weight"),
         (lambda model: model.half(), r"layers\.0\.\S+\.weight"),
+        (lambda model: model.model.rotary_emb.inv_freq.div_(4), r"rotary_emb\.inv_freq"),
+        (lambda model: model.train(), "its mode, which is training"),
         (lambda model: model.to("meta"), r"layers\.0\.\S+\.weight"),
         (
             lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM")),

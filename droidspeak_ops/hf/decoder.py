@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from dataclasses import replace
 from functools import cached_property
@@ -126,9 +127,25 @@ class Decoder:
                 "sliding_windows": self.windows,
                 "layers_with_rope": [layer for layer, rotates in enumerate(self.rotates) if rotates],
             },
-            rope=dict(self.config.rope_parameters),
+            rope={**self.config.rope_parameters, "applied": self._rope_digest()},
             dtype=str(self.dtype).removeprefix("torch."),
         )
+
+    @cached_property
+    def rope_varies(self) -> bool:
+        """Whether the angles of a position depend on how long prompts are, or were."""
+        kinds = self.rotary.rope_type
+        return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
+
+    def _rope_digest(self) -> str:
+        """Of the frequencies and scalings that the model holds, whatever its configuration says."""
+        frequencies = {
+            name: buffer.detach().float().cpu().numpy().tobytes()
+            for name, buffer in self.rotary.named_buffers()
+            if "original" in name or not self.rope_varies
+        }
+        scalings = {name: value for name, value in vars(self.rotary).items() if name.endswith("attention_scaling")}
+        return hashlib.sha256(repr((sorted(frequencies.items()), sorted(scalings.items()))).encode()).hexdigest()
 
 
 class Pass:

@@ -24,7 +24,7 @@ class Filling:
         decoder: the receiver.
         context: what is reused, and projected from.
         norm: of projections.
-        rerotates: whether the receiver's RoPE differs from the sender's.
+        rerotates: whether the angles that the receiver applies may differ from those that the sender applied.
     """
 
     def __init__(self, decoder: Decoder, context: SharedContext, norm: Norm, *, rerotates: bool) -> None:
@@ -122,6 +122,8 @@ class Filling:
         applied = self._context.rotations[layer] if self._rerotates else None
         rotation = None if applied is None else self._over.rotation(layer)
         if applied is None or rotation is None:
+            return {}
+        if self._decoder.rope_varies and all(map(torch.equal, applied, rotation)):
             return {}
         rows = self._context.kv(layer).keys.shape[2]
         cos, sin = (last(half, rows) for half in ops.rotation_between(*applied, *rotation))

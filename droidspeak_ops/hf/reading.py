@@ -36,10 +36,16 @@ class Reading:
             parent, _, name = path.rpartition(".")
             self._modules.append((path, decoder.base.get_submodule(parent)._modules, name, module))
             for name, weight in module.named_parameters(recurse=False):
-                state = weight.data_ptr(), version_of(weight)
-                self._weights.append((f"{path}.{name}", module._parameters, name, weight, *state))
+                self._keep(f"{path}.{name}", module._parameters, name, weight)
             if hasattr(module, "base_layer"):
                 self._adapted.append((path, module, _adapters_of(module)))
+
+        if not decoder.rope_varies:  # where the model itself replaces them
+            for name, frequencies in decoder.rotary.named_buffers():
+                self._keep(f"rotary_emb.{name}", decoder.rotary._buffers, name, frequencies)
+
+    def _keep(self, path: str, tensors: dict[str, Any], name: str, tensor: torch.Tensor) -> None:
+        self._weights.append((path, tensors, name, tensor, tensor.data_ptr(), version_of(tensor)))
 
     def check(self) -> None:
         """Raise if the model is another than it was.

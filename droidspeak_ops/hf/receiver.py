@@ -183,7 +183,7 @@ def partial_prefill(
     if prompt_ids is not None:
         context.check_prompt(prompt_ids)
 
-    filling = Filling(decoder, context, norm, rerotates=context.sender.rope != ours.rope)
+    filling = Filling(decoder, context, norm, rerotates=decoder.rope_varies or context.sender.rope != ours.rope)
     norm_order = decoder.family.norm_order
     for start, end in plan.bands:
         hidden_states = filling.hidden(start)
