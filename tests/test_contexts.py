@@ -209,6 +209,28 @@ def test_gemma3_with_its_vision_tower_reads_text() -> None:
         ds.capture(sender, ids)
 
 
+def _other_eps(model: Any) -> None:
+    model.model.layers[1].input_layernorm.variance_epsilon = 1e-3
+
+
+def _other_activation(model: Any) -> None:
+    model.model.layers[1].mlp.act_fn = torch.nn.GELU()
+
+
+def _other_scaling(model: Any) -> None:
+    model.model.layers[1].self_attn.scaling *= 1.1
+
+
+@pytest.mark.parametrize("change", [_other_eps, _other_activation, _other_scaling])
+def test_what_a_model_is_called_is_of_what_it_computes(change: Any) -> None:
+    """With the same weights: maps and frontiers of one are not those of the other."""
+    model = tiny_llama(layers=LAYERS)
+    before = ds.capture(model, tokens(3)).sender.weights
+    assert ds.capture(copy.deepcopy(model), tokens(3)).sender.weights == before
+    change(model)
+    assert ds.capture(model, tokens(3)).sender.weights != before
+
+
 def test_writing_through_data_changes_what_a_model_is_called() -> None:
     """It leaves no trace in torch's version counters."""
     model = tiny_llama(layers=LAYERS)

@@ -105,6 +105,7 @@ def test_another_projection_alone_is_projected() -> None:
 
 def test_fitted_weights_run_through_the_same_operator(pair, maps, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
+    context = ds.capture(pair[0], tokens(50), layers=range(LAYERS))
     original = ds.ops.kv_project_layers
     monkeypatch.setattr(
         ds.ops, "kv_project_layers", lambda *args, **options: (calls.append(args), original(*args, **options))
@@ -112,7 +113,6 @@ def test_fitted_weights_run_through_the_same_operator(pair, maps, monkeypatch: p
     weights = next(each for (_, role), each in maps.layers.items() if role == "fitted")
     layers = {(layer, "fitted"): weights for layer in range(1, LAYERS)}
     every = dataclasses.replace(maps, choices=("project", *["fitted"] * (LAYERS - 1)), layers=layers)
-    context = ds.capture(pair[0], tokens(50), layers=range(LAYERS))
     ds.partial_prefill(pair[1], context, ALL, maps=every)
     assert sum(len(hidden_states) for hidden_states, *_ in calls) == LAYERS
 

@@ -106,7 +106,7 @@ class Decoder:
         """The identity of the model, and of `tokenizer` if one is given; with `weights` all of them are read the first time."""
         return replace(
             self._fingerprint,
-            weights=weights_digest(self.model, effective_weights(self.model)) if weights else None,
+            weights=self._weights_digest() if weights else None,
             tokenizer=None if tokenizer is None else vocabulary_digest(tokenizer),
         )
 
@@ -130,6 +130,24 @@ class Decoder:
             rope={**self.config.rope_parameters, "applied": self._rope_digest()},
             dtype=str(self.dtype).removeprefix("torch."),
         )
+
+    def _weights_digest(self) -> str:
+        """Of all weights, and of the numbers that change what is computed from them and are no weights."""
+        settings = [
+            (
+                weights.norm_eps,
+                weights.k_norm_eps,
+                getattr(layer.self_attn, "scaling", None),
+                type(getattr(getattr(layer, "mlp", None), "act_fn", None)).__qualname__,
+            )
+            for weights, layer in zip(self._weights, self.layers, strict=True)
+        ]
+        parts = (
+            weights_digest(self.model, effective_weights(self.model)),
+            sorted(self._fingerprint.rope.items()),
+            settings,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @cached_property
     def rope_varies(self) -> bool:
