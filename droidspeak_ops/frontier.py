@@ -138,7 +138,8 @@ class Frontier:
         the logits that is twice as large changes twice as many of the likeliest tokens and makes four times the divergence,
         so losses are taken to be in proportion to its root; the factor is of all plans that were tried, or scored.
         """
-        return self._loss_by_root_kl * math.sqrt(self._kl[point])
+        kl = self._kl[point]
+        return self._loss_by_root_kl * math.sqrt(kl) if math.isfinite(kl) else math.inf
 
     def point(self, plan: Plan) -> Point:
         """What was measured of a plan.
@@ -176,7 +177,7 @@ class Frontier:
         """The points that no other is both better and faster than, the fastest first; better is of less divergence."""
         found: list[Point] = []
         for point in sorted(self.points, key=lambda each: (self.seconds(each, tokens, bandwidth), self._kl[each])):
-            if not found or self._kl[point] < self._kl[found[-1]]:
+            if self._kl[point] < (self._kl[found[-1]] if found else math.inf):
                 found.append(point)
         return found
 
@@ -264,14 +265,17 @@ class Frontier:
 
     @cached_property
     def _kl(self) -> dict[Point, float]:
-        logarithms = {
-            point: [math.log1p(max(0.0, kl) / _NEGLIGIBLE) for kl in self._known(point.kl, False)]
-            for point in self.points
-        }
-        everywhere = [each for each in logarithms.values() if len(each) == self._count and any(each)]
+        logarithms = {point: [_logarithm(kl) for kl in self._known(point.kl, False)] for point in self.points}
+        everywhere = [
+            each
+            for each in logarithms.values()
+            if len(each) == self._count and any(each) and all(map(math.isfinite, each))
+        ]
         hardness = [_mean(of_all) for of_all in zip(*everywhere, strict=True)]
 
         def typical(point: Point) -> float:
+            if math.inf in logarithms[point]:
+                return math.inf
             there = [hard for hard, kl in zip(hardness, point.kl, strict=False) if kl is not None]
             harder = _mean(hardness) - _mean(there) if there != hardness else 0.0
             return _NEGLIGIBLE * max(0.0, math.expm1(_mean(logarithms[point]) + harder))
@@ -287,10 +291,15 @@ class Frontier:
         losses = roots = 0.0
         for point in self.points:
             measured = point.agreement if self.scores is None else point.scores
-            if measured is not None and None not in measured:
+            if measured is not None and None not in measured and math.isfinite(self._kl[point]):
                 losses += 1 - _mean(self._known(measured, False)) / full
                 roots += math.sqrt(self._kl[point])
         return max(0.0, losses / roots) if roots else 0.0
+
+
+def _logarithm(kl: float) -> float:
+    """Of a divergence, where what is no number is the worst there is: a plan whose answers are NaN must not be the best one."""
+    return math.log1p(max(0.0, kl) / _NEGLIGIBLE) if math.isfinite(kl) else math.inf
 
 
 def _mean(values: Sequence[float]) -> float:

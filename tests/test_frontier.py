@@ -51,6 +51,18 @@ def test_the_polynomial_goes_through_what_was_measured() -> None:
     assert at((-1.0, 0.0, 0.0), 5) == 0.0
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_plan_whose_answers_are_no_numbers_is_the_worst(broken: float) -> None:
+    """On one context or on all; the other plans are what they were without it."""
+    for kl in ((broken,) * 6, (1.0, broken, 1.0, 1.0, 1.0, 1.0)):
+        nothing = dataclasses.replace(REUSED, kl=kl)
+        frontier = dataclasses.replace(FRONTIER, points=(nothing, *FRONTIER.points[1:]))
+        assert frontier.typical_kl(nothing) == frontier.expected_loss(nothing) == float("inf")
+        assert frontier.choose(max_quality_loss=1.0) == PROJECTED.plan
+        assert frontier.pareto() == [PROJECTED, BAND, LONG, ALL]
+        assert frontier.typical_kl(BAND) == pytest.approx(FRONTIER.typical_kl(BAND))
+
+
 def test_the_pareto_set() -> None:
     assert FRONTIER.pareto() == [REUSED, PROJECTED, BAND, LONG, ALL]
 

@@ -76,3 +76,5 @@ def test_divergence_and_agreement() -> None:
         assert divergences[row] == pytest.approx(wanted.item(), abs=1e-5)
         assert agreements[row] == pytest.approx((logits[row].argmax(-1) == logits[1].argmax(-1)).double().mean().item())
     assert divergences[1] == pytest.approx(0, abs=1e-9) and agreements[1] == 1
+    states[4, 1] = float("nan")
+    assert judged(decoder, states, own)[0][4] == float("inf")

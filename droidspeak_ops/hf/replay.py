@@ -67,7 +67,7 @@ def replay(
 @torch.no_grad()
 def judged(decoder: Decoder, states: torch.Tensor, own: torch.Tensor) -> tuple[list[float], list[float]]:
     """For each of many next-token distributions the divergence from the receiver's own, in nats, and how often the likeliest
-    token is the same; means over tokens.
+    token is the same; means over tokens. Of logits that are NaN it is infinite.
 
     Args:
         states: ``[mixtures, N, C]``, what leaves the last layer at N tokens.
@@ -83,5 +83,5 @@ def judged(decoder: Decoder, states: torch.Tensor, own: torch.Tensor) -> tuple[l
         apart = (logits - own).clamp_(max=80.0)
         mean = torch.einsum("nv,mnv->mn", weights, apart)
         shift = torch.einsum("nv,mnv->mn", weights, apart.expm1_()).log1p()
-        divergences += (shift - mean).mean(1).clamp(min=0).tolist()
+        divergences += (shift - mean).mean(1).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()
     return divergences, agreements
