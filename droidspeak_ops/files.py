@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +14,31 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Where to write what is to stand at `path` once it is whole; it is removed if writing fails."""
-    target = Path(path)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    """Where to write what is to stand at `path` once it is whole and on disk; it is removed if writing fails.
+
+    Threads and processes that write to one path each have a place of their own, and the last to end wins. A link stays a link,
+    and a file keeps its mode.
+    """
+    target = Path(os.path.realpath(path))
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex}")
     try:
         yield scratch
+        if target.exists():
+            shutil.copymode(target, scratch)
+        _synced(scratch)
         os.replace(scratch, target)
+        _synced(target.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _synced(path: Path) -> None:
+    """What has been written to a file, or which names a folder has, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Journal:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -216,6 +217,31 @@ def test_nothing_half_written_is_left(tmp_path) -> None:
     with pytest.raises(RuntimeError):
         write_half()
     assert [(file.name, file.read_text(encoding="utf-8")) for file in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_threads_that_write_to_one_path_leave_one_whole_file(tmp_path) -> None:
+    target = tmp_path / "file"
+
+    def write(number: int) -> None:
+        with replacing(target) as scratch:
+            scratch.write_text(str(number) * 10_000, encoding="utf-8")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(9)))
+    (file,) = tmp_path.iterdir()
+    text = file.read_text(encoding="utf-8")
+    assert text == text[0] * 10_000
+
+
+def test_a_file_keeps_its_mode_and_a_link_stays_one(tmp_path) -> None:
+    target, link = tmp_path / "file", tmp_path / "link"
+    target.write_text("old", encoding="utf-8")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    with replacing(link) as scratch:
+        scratch.write_text("new", encoding="utf-8")
+    assert link.is_symlink() and target.read_text(encoding="utf-8") == "new"
+    assert target.stat().st_mode & 0o777 == 0o640
 
 
 def test_a_journal_goes_on_after_a_torn_line(tmp_path) -> None:
