@@ -304,12 +304,19 @@ class MixedCache(Cache):
         if receiver is None or not self.get_seq_length():
             return
 
+        mine = weakref.ref(self)
+
         def skip_held_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            cache = mine()
+            if cache is not None and kwargs.get("past_key_values") is not cache:
+                return None  # somebody else's step, which may come first
             handle.remove()
-            input_ids, held = kwargs.get("input_ids"), self.get_seq_length()
-            if kwargs.get("past_key_values") is not self or input_ids is None or input_ids.shape[1] <= held:
+            if cache is None:
                 return None
-            if not torch.equal(input_ids[:, : self.tokens.shape[1]], self.tokens):
+            input_ids, held = kwargs.get("input_ids"), cache.get_seq_length()
+            if input_ids is None or input_ids.shape[1] <= held:
+                return None
+            if not torch.equal(input_ids[:, : cache.tokens.shape[1]], cache.tokens):
                 return None
             for name in ("input_ids", "position_ids"):
                 if kwargs.get(name) is not None:
