@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
-from . import ops
+from . import context_file, ops
 from .fingerprint import Fingerprint, ReuseError
 from .kv import KV, decode_rows, encode, encode_rows, splice
 
@@ -126,6 +128,74 @@ class SharedContext:
             self,
             keys_values=[encode(kv, dtype) for kv in self.keys_values],
             hidden_states={layer: encode_rows(self.hidden(layer), dtype) for layer in self.hidden_states},
+        )
+
+    def to(self, device: torch.device | str) -> SharedContext:
+        """The same context on another device; tensors that layers share stay shared."""
+        moved: dict[int, torch.Tensor] = {}
+
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else moved.setdefault(id(tensor), tensor.to(device))
+
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            keys_values=[KV(*map(move, kv)) for kv in self.keys_values],  # type: ignore[arg-type]
+            hidden_states={
+                layer: states.to(device) if isinstance(states, torch.Tensor) else KV(*map(move, states))  # type: ignore[arg-type]
+                for layer, states in self.hidden_states.items()
+            },
+            rotations=[None if each is None else (move(each[0]), move(each[1])) for each in self.rotations],  # type: ignore[misc]
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file with a digest of it all; nothing half-written is left in its place."""
+        context_file.write(path, *self._described())
+
+    def _described(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What :meth:`load` makes the context of again: plain values, and tensors by name."""
+        rotations = list({id(each[0]): each for each in self.rotations if each is not None}.values())
+        places = {id(cos): place for place, (cos, _) in enumerate(rotations)}
+        tensors = {"tokens": self.tokens}
+        for place, angles in enumerate(rotations):
+            tensors |= {f"rotation.{place}.{name}": half for name, half in zip(("cos", "sin"), angles, strict=True)}
+        for layer, kv in enumerate(self.keys_values):
+            tensors |= {f"kv.{layer}.{name}": part for name, part in kv._asdict().items() if part is not None}
+        for layer, states in self.hidden_states.items():
+            parts = {"states": states} if isinstance(states, torch.Tensor) else states._asdict()
+            tensors |= {f"hidden.{layer}.{name}": part for name, part in parts.items() if part is not None}
+        described = {
+            "sender": asdict(self.sender),
+            "layers": self.num_layers,
+            "hidden_layers": self.hidden_layers,
+            "rotations": [None if each is None else places[id(each[0])] for each in self.rotations],
+        }
+        return described, tensors
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SharedContext:
+        """Read what :meth:`save` wrote, onto the CPU.
+
+        Raises:
+            ValueError: the file holds something else, or is damaged.
+        """
+        described, tensors = context_file.read(path)
+
+        def kv(prefix: str) -> KV:
+            return KV(*(tensors.get(f"{prefix}.{name}") for name in KV._fields))  # type: ignore[arg-type]
+
+        return cls(
+            tokens=tensors["tokens"],
+            keys_values=[kv(f"kv.{layer}") for layer in range(described["layers"])],
+            hidden_states={
+                layer: tensors.get(f"hidden.{layer}.states", kv(f"hidden.{layer}"))
+                for layer in described["hidden_layers"]
+            },
+            rotations=[
+                None if place is None else (tensors[f"rotation.{place}.cos"], tensors[f"rotation.{place}.sin"])
+                for place in described["rotations"]
+            ],
+            sender=Fingerprint(**described["sender"]),
         )
 
     def check_hidden(self, layers: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +162,44 @@ def test_other_rope_and_8_bits_at_once() -> None:
         own_prefill(receiver, context.tokens).layers[0],
     )
     assert (ours.keys - theirs.keys).pow(2).mean() < 1e-4 * theirs.keys.pow(2).mean()
+
+
+# --- kept and moved ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "smollm3"])  # one RoPE, two, and layers without
+def test_a_context_comes_back_from_its_file(family: str, stored: torch.dtype | None, tmp_path: Path) -> None:
+    sender = tiny(family, LAYERS)
+    context = ds.capture(sender, tokens(20), layers=[1, 3])
+    if stored is not None:
+        context = context.quantized(stored)
+    context.save(tmp_path / "context")
+    loaded = ds.SharedContext.load(tmp_path / "context").to("cpu")
+    assert loaded.sender == context.sender and loaded.hidden_layers == (1, 3)
+    receiver, plan = fine_tuned(sender, 0.3), ds.Plan([(1, 3)], project=[3])
+    ours, theirs = (ds.partial_prefill(receiver, each, plan) for each in (loaded, context))
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        assert_bitwise_equal(one.keys, other.keys)
+        assert_bitwise_equal(one.values, other.values)
+    assert [path.name for path in tmp_path.iterdir()] == ["context"]
+
+
+def test_a_damaged_file_of_a_context_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "context"
+    ds.capture(tiny_llama(layers=LAYERS), tokens(5)).save(path)
+    whole = path.read_bytes()
+    places = [*range(0, 8), *range(8, 1200, 17), *range(1200, len(whole), len(whole) // 97), len(whole) - 1]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="context: (damaged|expected a file that SharedContext.save wrote)"):
+            ds.SharedContext.load(path)
+    for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="context: (damaged|expected a file that SharedContext.save wrote)"):
+            ds.SharedContext.load(path)
 
 
 # --- what else ---------------------------------------------------------------------------------------------------------

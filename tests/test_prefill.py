@@ -321,6 +321,22 @@ def test_another_tokenizer_is_refused(no_compute) -> None:
     refused(no_compute, model, context, ds.Plan(), "different vocabularies", tokenizer=Vocabulary("b", "a"))
 
 
+def test_a_vocabulary_with_added_tokens(no_compute) -> None:
+    """A fine-tune with tokens of its own reads what its base has read, and the other way round where it knows the tokens."""
+    base = tiny_llama(layers=LAYERS)
+    receiver = copy.deepcopy(base)
+    receiver.resize_token_embeddings(104)
+    ids, suffix = tokens(10), torch.tensor([[102, 5, 103]])
+    words = [chr(97 + index) for index in range(6)]
+    context = ds.capture(base, ids, tokenizer=Vocabulary(*words))
+    cache = ds.partial_prefill(receiver, context, EVERYTHING, tokenizer=Vocabulary(*words, "added"))
+    assert_is_own_prefill(receiver, cache, ids, suffix)
+    with pytest.raises(ds.ReuseError, match="different vocabularies"):
+        ds.partial_prefill(receiver, context, ds.Plan(), tokenizer=Vocabulary("added", *words))
+    ds.partial_prefill(base, ds.capture(receiver, ids), EVERYTHING)
+    refused(no_compute, base, ds.capture(receiver, suffix), ds.Plan(), "got the token 103; .* ends at 100")
+
+
 def test_missing_hidden_states_are_named(no_compute) -> None:
     model = tiny_llama(layers=LAYERS)
     context = ds.capture(model, tokens(10), layers=[2])

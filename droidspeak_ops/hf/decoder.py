@@ -102,12 +102,17 @@ class Decoder:
         """The layers over `tokens` ``[B, T]`` at positions 0 to T - 1."""
         return Pass(self, tokens)
 
-    def fingerprint(self, tokenizer: Any = None, *, weights: bool) -> Fingerprint:
-        """The identity of the model, and of `tokenizer` if one is given; with `weights` all of them are read the first time."""
+    def fingerprint(self, tokenizer: Any = None, *, weights: bool, like: Fingerprint | None = None) -> Fingerprint:
+        """The identity of the model, and of `tokenizer` if one is given; with `weights` all of them are read the first time.
+
+        For comparison with that of another model, `like`, tokens that were added to its vocabulary are left out.
+        """
         return replace(
             self._fingerprint,
             weights=self._weights_digest() if weights else None,
-            tokenizer=None if tokenizer is None else vocabulary_digest(tokenizer),
+            tokenizer=None
+            if tokenizer is None
+            else vocabulary_digest(tokenizer, None if like is None else like.tokenizer),
         )
 
     @cached_property

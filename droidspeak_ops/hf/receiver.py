@@ -160,8 +160,11 @@ def partial_prefill(
     roles = plan.roles(decoder.num_layers)
     if norm not in ("hf", "folded"):
         raise ValueError(f"norm: got {norm!r}; 'hf' or 'folded' is needed")
-    ours = decoder.fingerprint(tokenizer, weights=maps is not None)
+    ours = decoder.fingerprint(tokenizer, weights=maps is not None, like=context.sender)
     context.sender.check_reuse_by(ours)
+    known = ours.architecture["vocab_size"]
+    if context.sender.architecture["vocab_size"] > known and (largest := int(context.tokens.max())) >= known:
+        raise ReuseError(f"context: got the token {largest}; the receiver's vocabulary ends at {known - 1}")
     if context.tokens.device != decoder.device:
         raise ReuseError(f"context: on {context.tokens.device}; {decoder.device}, the receiver's device, is needed")
     if maps is not None:
