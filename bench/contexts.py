@@ -1,4 +1,4 @@
-"""What contexts are worth in 8 bits, and from a sender with another RoPE.
+"""The quality of contexts in 8 bits, and from a sender with another RoPE.
 
     python bench/contexts.py --examples 16 --csv FOLDER
 

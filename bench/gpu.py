@@ -51,7 +51,7 @@ LEAST_SECONDS = 8  # with less left a step would end before its imports do
 
 
 def run_step(name: str, step: Step) -> None:
-    """What the child process does."""
+    """Run one step, in the child process."""
     try:
         function: Callable[[Step], None] = getattr(importlib.import_module(STEPS[name][0]), name)
         with torch.no_grad():
@@ -124,14 +124,14 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """With which the package and its benches are found, installed or not, from wherever this is called."""
+    """Return an environment in which the package and its benches are found, installed or not, from wherever this is called."""
     paths = [str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]
     made = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     return {**made, "OMP_NUM_THREADS": "1"} if dry else made  # tiny tensors are not worth threads
 
 
 def setting(dry: bool, commit: str | None) -> dict[str, Any]:
-    """What the figures hold for."""
+    """Describe the setting that the figures hold for."""
     driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     head = None if commit else _first_line("git", "-C", str(ROOT), "rev-parse", "HEAD")
     changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
@@ -154,7 +154,7 @@ def _version(name: str) -> str | None:
 
 
 def _first_line(*command: str) -> str | None:
-    """Of what a program prints; None where it is missing, fails or prints nothing."""
+    """Return the first line that a program prints; None where it is missing, fails or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Whether the kernels are right on the GPU, the step `tests` of ``bench/gpu.py``, and what its counters say of one launch."""
+"""Tests of the kernels on the GPU, the step `tests` of ``bench/gpu.py``, and hardware counters of one launch."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def sanitized(step: Step) -> None:
 
 
 def counters(step: Step, seconds: float) -> None:
-    """What ncu reads of one launch at 8,192 tokens."""
+    """Read the counters of ncu for one launch at 8,192 tokens."""
     if step.dry or not (tool := shutil.which("ncu")):
         step.add("ncu", not_run="needs a GPU" if step.dry else "ncu is not on the PATH")
         return

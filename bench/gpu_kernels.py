@@ -1,4 +1,4 @@
-"""What the GPU can do at most and what kernels make of it: the steps `ceilings` and `micro` of ``bench/gpu.py``."""
+"""Ceilings of the GPU and times of kernels: the steps `ceilings` and `micro` of ``bench/gpu.py``."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _shape(model: str, dry: bool) -> Shape:
 
 
 def _floor_ms(step: Step, flops: float, bytes_moved: float) -> float | None:
-    """By the ceilings that were measured, or by the vendor's peaks where that step did not get so far."""
+    """Time floor by the ceilings that were measured, or by the vendor's peaks where that step did not get so far."""
     tflops = written(step.folder, "ceilings", "matmul").get("tflops")
     bandwidth = written(step.folder, "ceilings", "copy").get("tb_per_s")
     target = projection.known_target(step.device)

@@ -268,7 +268,7 @@ def _decode(step: Step, model: Any, context: SharedContext, ids: torch.Tensor, p
 
 @torch.no_grad()
 def trace(step: Step) -> None:
-    """Where the time goes of one context that is projected and of its suffix, and what the counters say of the projection."""
+    """Profile a context that is projected and its suffix, and read the counters for the projection."""
     began = time.monotonic()
     with step.guarded("trace"):
         _traced(step)

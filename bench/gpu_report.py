@@ -1,4 +1,4 @@
-"""What a run of ``bench/gpu.py`` found, as a CSV of all rows, one figure and a short table."""
+"""The result of a run of ``bench/gpu.py``, as a CSV of all rows, one figure and a short table."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is given.
+    """The arguments of a step.
 
     Args:
         partial: file of its rows, a JSON object a line.
@@ -156,7 +156,7 @@ class Replay:
         return cls(graph, runs, repeats)
 
     def milliseconds(self) -> float:
-        """Of a call."""
+        """Milliseconds of a call, of one replay."""
         return milliseconds(self.graph.replay) / (self.repeats * len(self.runs))
 
     def median(self, rounds: int = 10) -> float:

@@ -1,4 +1,4 @@
-"""What fitted maps are worth on real pairs of models, and the study behind them.
+"""The worth of fitted maps on real pairs of models, and the study behind them.
 
     python bench/variants/train.py code docs
     python bench/maps.py --folder docs/maps
@@ -109,7 +109,7 @@ class Loaded:
 
     @torch.no_grad()
     def answer(self, way: Way | None, context: ds.SharedContext, example: ds.Example) -> str:
-        """What the receiver answers, by full prefill where there is no way."""
+        """Return the receiver's answer, by full prefill where there is no way."""
         plan, maps = (None, None) if way is None else (way.plan, way.maps)
         _, cache = first_token(self.receiver, context, example.prompt, plan, maps=maps)
         return continued(self.receiver, self.tokenizer, example.prompt, cache)
@@ -130,12 +130,12 @@ def maps_of(name: str, pair: Loaded, contexts: int = CALIBRATION_CONTEXTS) -> tu
 
 
 def tokens_of(examples: Sequence[ds.Example]) -> int:
-    """Of their contexts, each counted once."""
+    """Count the tokens of their contexts, each once."""
     return sum(group[0].context.shape[1] for group in by_context(examples))
 
 
 def ways_of(maps: ds.Maps) -> dict[str, Way]:
-    """What a pair is measured with: the paper's ways, then ours."""
+    """The ways that a pair is measured with: the paper's ways, then ours."""
     return {
         "reuse": Way(ds.Plan()),
         "projected": Way(REST),

@@ -45,7 +45,7 @@ def by_layer(
     test: Sequence[torch.Tensor],
     delimiters: torch.Tensor,
 ) -> list[Row]:
-    """How far K and V of test contexts are from the receiver's, layer by layer: squared error over variance.
+    """Errors of K and V of test contexts against the receiver's, layer by layer: squared error over variance.
 
     Args:
         calibration, test: contexts ``[1, T]``.

@@ -32,7 +32,7 @@ from droidspeak_ops.hf.pretrained import SMOLLM2, load_pretrained
 
 
 class Reading(NamedTuple):
-    """What a process holds: by how much it grew, and the bytes of the storages that are there to be counted."""
+    """Memory of a process: by how much it grew, and the bytes of the storages that are there to be counted."""
 
     what: str
     resident: int

@@ -97,7 +97,7 @@ def skipped(provider: str, device: str) -> str | None:
 def verified(
     problem: Problem, provider: Provider, wanted: Sequence[torch.Tensor]
 ) -> tuple[Callable[[], None] | None, str]:
-    """What is to be timed, or None if it does not run or gives something else than `wanted`; and what the check found."""
+    """Return what is to be timed, or None if it fails or gives something else than `wanted`; and what the check found."""
     for output in problem.outputs:
         output.fill_(float("nan"))
     try:

@@ -1,4 +1,4 @@
-"""How far a receiver is from its own full prefill, and how sure one can be of a mean over examples."""
+"""Divergence of a receiver from its own full prefill, and intervals of a mean over examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benches on real models print and write: rows of named values."""
+"""Output of the benches on real models: rows of named values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_csv(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def read_csv(path: Path) -> ReadRows:
-    """What :func:`write_csv` wrote."""
+    """Read what :func:`write_csv` wrote."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 

@@ -115,7 +115,7 @@ def nearest(default: ProjectSpliceConfig, configs: Iterable[ProjectSpliceConfig]
 def selected(
     wanted: str | None, default: ProjectSpliceConfig, allowed: Iterable[ProjectSpliceConfig]
 ) -> list[ProjectSpliceConfig]:
-    """Which configurations to try: all that are allowed, so many of the nearest, or those of a list.
+    """Select configurations to try: all that are allowed, so many of the nearest, or those of a list.
 
     Args:
         wanted: None, a number, or a JSON list of changes to the default, or the path of a file with one.
@@ -152,7 +152,7 @@ def launches(shape: Shape, tokens: int, dtype: torch.dtype, device: str, config:
 
 
 def compiled(jobs: Sequence[Callable[[], bool]], processes: int, deadline: float = math.inf) -> list[bool]:
-    """Which jobs, run by so many processes until a time of ``time.monotonic()``, say that they work."""
+    """Return for each job, run by so many processes until a time of ``time.monotonic()``, whether it works."""
     pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
     futures = [pool.submit(job) for job in jobs]
     wait(futures, timeout=None if deadline == math.inf else max(deadline - time.monotonic(), 0))

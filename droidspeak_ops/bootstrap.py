@@ -1,4 +1,4 @@
-"""How sure one can be of what was measured on a sample."""
+"""Bootstrap intervals of what was measured on a sample."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Estimate(NamedTuple):
 
     @property
     def arms(self) -> tuple[float, float]:
-        """How far the interval reaches below and above the value, as error bars are drawn."""
+        """Distances from the value to the interval's ends, as error bars are drawn."""
         return self.value - self.low, self.high - self.value
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Of values, one of each context."""
+    """Bootstrap estimate of the mean of per-context values."""
     return of_means(torch.tensor(values, dtype=torch.float64)[:, None], lambda means: means[..., 0])
 
 
 def of_means(data: torch.Tensor, statistic: Callable[[torch.Tensor], torch.Tensor], seed: int = 0) -> Estimate:
-    """What is computed from the means of columns.
+    """Bootstrap estimate of a function of the means of columns.
 
     Args:
         data: ``[N, K]``, a row of each context.

@@ -1,4 +1,4 @@
-"""What a sender leaves behind after reading a context, for receivers to build on."""
+"""The context that a sender leaves behind after reading it, for receivers to build on."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class SharedContext:
         )
 
     def to(self, device: torch.device | str) -> SharedContext:
-        """The same context on another device; tensors that layers share stay shared."""
+        """Move the context to another device; tensors that layers share stay shared."""
         moved: dict[int, torch.Tensor] = {}
 
         def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -153,7 +153,7 @@ class SharedContext:
         context_file.write(path, *self._described())
 
     def _described(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """What :meth:`load` makes the context of again: plain values, and tensors by name."""
+        """Describe the context for :meth:`load`: plain values, and tensors by name."""
         rotations = list({id(each[0]): each for each in self.rotations if each is not None}.values())
         places = {id(cos): place for place, (cos, _) in enumerate(rotations)}
         tensors = {"tokens": self.tokens}
@@ -226,7 +226,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
-    """How often a tensor has been written to, but for writes through ``.data``; None if it counts none (inference mode)."""
+    """Number of writes to a tensor, but for those through ``.data``; None if none are counted (inference mode)."""
     return None if tensor.is_inference() else tensor._version
 
 

@@ -1,4 +1,4 @@
-"""What a plan costs: seconds to the first token, from times measured on the machine and from bytes to be loaded."""
+"""The cost of a plan: seconds to the first token, from times measured on the machine and from bytes to be loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Polynomial = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Work:
-    """What a plan asks of a model, in layers.
+    """The work of a plan, in layers.
 
     Args:
         run: that run in full, attention and MLP included (paper, section 4: the recomputed layers).

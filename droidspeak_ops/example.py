@@ -1,4 +1,4 @@
-"""What fitting and profiling learn from: contexts, and what may follow them."""
+"""Examples that fitting and profiling learn from: contexts, and what may follow them."""
 
 from __future__ import annotations
 

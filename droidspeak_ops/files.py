@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Where to write what is to stand at `path` once it is whole and on disk; it is removed if writing fails.
+    """Give a path to write what is to stand at `path` once it is whole and on disk; it is removed if writing fails.
 
     Threads and processes that write to one path each have a place of their own, and the last to end wins. A link stays a link,
     and a file keeps its mode.
@@ -33,7 +33,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _synced(path: Path) -> None:
-    """What has been written to a file, or which names a folder has, is on disk."""
+    """Bring to disk what has been written to a file, or which names a folder has."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,7 +42,7 @@ def _synced(path: Path) -> None:
 
 
 class Journal:
-    """What a long run has finished, a line of JSON each: killed at any moment, it goes on from there.
+    """The finished parts of a long run, a line of JSON each: killed at any moment, it goes on from there.
 
     Args:
         path: of the file; None keeps nothing.

@@ -14,7 +14,7 @@ import torch
 
 
 class ReuseError(ValueError):
-    """What a sender made cannot be used as asked. Raised before any compute; a full prefill is always correct."""
+    """Raised where what a sender made cannot be used as asked, before any compute; a full prefill is always correct."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .fingerprint import Fingerprint
 from .plan import Plan
 
 Rest = Literal["reuse", "project", "fitted"]
-"""What becomes of the layers outside a plan's bands; the last is what the maps say."""
+"""The role of the layers outside a plan's bands; the last is what the maps say."""
 
 _NEGLIGIBLE = 1e-4  # nats: what is less is as good as none, so that no mean of logarithms is of rounding
 
@@ -57,7 +57,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How far the receiver is from its own full prefill when only some layers' K and V are the sender's, and those of all the
+    """Divergence of the receiver from its own full prefill when only some layers' K and V are the sender's, and those of all
     others its own (paper, section 3.2).
 
     Args:
@@ -72,7 +72,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Frontier:
-    """What :func:`droidspeak_ops.profile` found of a pair of models.
+    """The result of :func:`droidspeak_ops.profile` for a pair of models.
 
     Args:
         sender, receiver: the pair, with the digests of their weights.
@@ -115,7 +115,7 @@ class Frontier:
         return self._kl[point]
 
     def quality_loss(self, point: Point, *, held_out: bool = False) -> Estimate:
-        """What a plan loses: of the score of answers, relative to full prefill, where they were scored; elsewhere the share of
+        """Relative loss of the score of answers where they were scored, against full prefill; elsewhere the share of
         next tokens that are not those of full prefill.
 
         Raises:
@@ -132,7 +132,7 @@ class Frontier:
         )
 
     def expected_loss(self, point: Point) -> float:
-        """What a plan is expected to lose, by its divergence: the loss that plans are chosen by.
+        """The loss expected of a plan by its divergence, by which plans are chosen.
 
         Few contexts tell plans apart by their divergence, but not by how many tokens or answers happen to change. A change of
         the logits that is twice as large changes twice as many of the likeliest tokens and makes four times the divergence,
@@ -142,7 +142,7 @@ class Frontier:
         return self._loss_by_root_kl * math.sqrt(kl) if math.isfinite(kl) else math.inf
 
     def point(self, plan: Plan) -> Point:
-        """What was measured of a plan.
+        """Return the measurements of a plan.
 
         Raises:
             ValueError: it was not tried.
@@ -162,7 +162,7 @@ class Frontier:
         return self.costs.seconds(full, self.mean_tokens if tokens is None else tokens)
 
     def speedup(self, point: Point, tokens: int | None = None, bandwidth: float | None = None) -> float:
-        """How many times faster than the receiver's own full prefill, predicted."""
+        """Predicted speed-up over the receiver's own full prefill."""
         return self.full_prefill_seconds(tokens) / self.seconds(point, tokens, bandwidth)
 
     @property
@@ -256,7 +256,7 @@ class Frontier:
 
     @property
     def _count(self) -> int:
-        """How many contexts, the first ones, plans are chosen by."""
+        """Number of contexts, the first ones, by which plans are chosen."""
         return len(self.contexts) - self.held_out
 
     def _known(self, values: Sequence[float | None], held_out: bool) -> list[float]:
@@ -298,7 +298,7 @@ class Frontier:
 
 
 def _logarithm(kl: float) -> float:
-    """Of a divergence, where what is no number is the worst there is: a plan whose answers are NaN must not be the best one."""
+    """Logarithm of a divergence; infinite if that is no number, so that a plan whose answers are NaN is not the best."""
     return math.log1p(max(0.0, kl) / _NEGLIGIBLE) if math.isfinite(kl) else math.inf
 
 

@@ -51,7 +51,7 @@ def encode_rows(states: torch.Tensor, dtype: torch.dtype) -> KV:
 
 
 def decode_rows(codes: KV, dtype: torch.dtype) -> torch.Tensor:
-    """What :func:`encode_rows` encoded, ``[B, T, C]``."""
+    """Decode what :func:`encode_rows` encoded, ``[B, T, C]``."""
     batch, groups, tokens, columns = codes.keys.shape
     states = torch.empty((batch, tokens, 2 * groups * columns), dtype=dtype, device=codes.keys.device)
     splice(codes, *_grouped(states)[:2])

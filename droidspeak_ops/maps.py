@@ -28,7 +28,7 @@ _JUDGED_ROWS = 256
 
 
 def sinks_among(rows: int, tokens: int) -> int:
-    """How many of the last `rows` of a context's `tokens`, which a sliding window may have left, are attention sinks."""
+    """Count attention sinks among the last `rows` of a context's `tokens`, which a sliding window may have left."""
     return min(max(SINKS - (tokens - rows), 0), rows)
 
 
@@ -50,7 +50,7 @@ class LayerMap:
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """What is added to the sender's hidden states where a band starts, in units of each row's root mean square.
+    """The correction of the sender's hidden states where a band starts, in units of each row's root mean square.
 
     Args:
         weight, bias: ``[C, C]`` and ``[C]``, of the rows over their root mean square.

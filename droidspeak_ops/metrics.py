@@ -1,4 +1,4 @@
-"""How good an answer is: metrics of well-kept libraries, each between 0 and 1."""
+"""Metrics of answers from well-kept libraries, each between 0 and 1."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 Metric = Callable[[str, str], float]
-"""Of an answer that was given and the one that was wanted."""
+"""Score an answer that was given by the one that was wanted."""
 
 
 def squad_scores(given: str, wanted: str) -> tuple[float, float]:
@@ -37,7 +37,7 @@ def rouge_l(given: str, wanted: str) -> float:
 
 
 def edit_similarity(given: str, wanted: str) -> float:
-    """Of the first line alone, as code completion is judged."""
+    """Score the first line alone, as code completion is judged."""
     from rapidfuzz.distance import Levenshtein
 
     return Levenshtein.normalized_similarity(given.strip().split("\n")[0].strip(), wanted.strip())

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Role = Literal["recompute", "project", "reuse", "fitted", "fitted_kv"]
-"""What becomes of a layer. The last two are projections with weights of :class:`Maps`, of hidden states and of K/V."""
+"""The role of a layer. The last two are projections with weights of :class:`Maps`, of hidden states and of K/V."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a receiver does at each layer over a context that a sender has read.
+    """The work of a receiver at each layer over a context that a sender has read.
 
     A plan is independent of any model; :meth:`roles` says what it means for a model of a given depth.
 
@@ -81,7 +81,7 @@ class Plan:
         return tuple(sorted((projected | {start for start, _ in self.bands}) - {0}))
 
     def layers_run(self) -> int:
-        """How many layers run in full, attention and MLP included: a band of n layers runs n - 1."""
+        """Number of layers that run in full, attention and MLP included: a band of n layers runs n - 1."""
         return sum(end - start - 1 for start, end in self.bands)
 
     def to_json(self) -> str:

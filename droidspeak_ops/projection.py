@@ -1,4 +1,4 @@
-"""What the projections of :mod:`droidspeak_ops.ops` have in common, for one layer or several, with Q or without."""
+"""The common part of the projections of :mod:`droidspeak_ops.ops`, for one layer or several, with Q or without."""
 
 from __future__ import annotations
 

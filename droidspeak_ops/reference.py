@@ -1,4 +1,4 @@
-"""What each operator means, in plain torch and in the rounding order of transformers.
+"""The meaning of each operator, in plain torch and in the rounding order of transformers.
 
 These functions are the CPU implementation of the operators and what every kernel is tested against. Shapes: B batch,
 T tokens, H query heads, K kv heads, S rows of a cache block, D head_dim, C hidden size.

@@ -1,4 +1,4 @@
-"""What a profile found, for people: plots, and one HTML page that holds them."""
+"""The report of a profile: plots, and one HTML page that holds them."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def rows(frontier: Frontier) -> list[dict[str, str]]:
 
 
 def sensitivity(frontier: Frontier) -> Figure:
-    """What reusing one layer alone does, or as many as the granularity says (the paper's figure 7)."""
+    """Plot the effect of reusing one layer alone, or as many as the granularity says (the paper's figure 7)."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
     estimates = [bootstrap.mean(each.kl) for each in frontier.sensitivity]
@@ -185,7 +185,7 @@ def frontier_plot(frontier: Frontier) -> Figure:
 
 
 def quality(frontier: Frontier) -> Figure:
-    """What the best plans lose, with intervals, where they were chosen by and where not; and what they were expected to."""
+    """Plot the losses of the best plans with intervals, on the contexts that chose them and on others, beside the expected."""
     best = _shown(frontier, frontier.pareto())
     figure = Figure(figsize=(9, 1.2 + 0.32 * len(best)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -221,7 +221,7 @@ PLOTS: dict[str, tuple[str, Callable[[Frontier], Figure]]] = {
 
 
 def _bands(frontier: Frontier, rest: Rest) -> list[Point]:
-    """Those of one band."""
+    """The points of one band."""
     return [point for point in frontier.points if point.rest == rest and len(point.plan.bands) == 1]
 
 

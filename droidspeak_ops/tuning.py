@@ -45,7 +45,7 @@ def target(device: int) -> str:
 
 
 def versions(device: str) -> dict[str, str]:
-    """What a timing holds for: the device's name and the versions that compile the kernels."""
+    """The setting that a timing holds for: the device's name and the versions that compile the kernels."""
     import triton
 
     return {"device": device, "torch": torch.__version__, "triton": triton.__version__}
@@ -82,7 +82,7 @@ def load(path: Path, device: str) -> dict[tuple[Any, ...], ProjectSpliceConfig]:
 
 @functools.cache
 def _tuned(device: int, key: tuple[Any, ...]) -> list[tuple[int, ProjectSpliceConfig]]:
-    """What the file has for a shape: numbers of tokens, the largest first, and the configuration from there on."""
+    """Entries of the file for a shape: numbers of tokens, the largest first, and the configuration from there on."""
     table = _tuned_file(device)
     return sorted(
         ((tokens, table[*same, tokens]) for *same, tokens in table if tuple(same) == key),

@@ -47,7 +47,7 @@ def encode(x, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 def storage(dtype: torch.dtype) -> str:
-    """What the kernels call the way a tensor of `dtype` stores its values."""
+    """Name, to the kernels, of the way a tensor of `dtype` stores its values."""
     return {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}.get(dtype, "float")
 
 

@@ -1,4 +1,4 @@
-"""What the kernels share: rounding to the model's dtype, the weight of a norm, and the rotated pairs of a head's columns."""
+"""Functions that the kernels share: rounding to the model's dtype, a norm's weight, the rotated pairs of a head's columns."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ MAX_LAYERS = 8
 
 
 class Size(NamedTuple):
-    """What a launch configuration depends on.
+    """The sizes that a launch configuration depends on.
 
     Args:
         has_head_norm: over each head, which a tile then holds whole.

@@ -18,7 +18,7 @@ from .epilogue import pair_columns, rotate, round_to, weigh
 
 
 class Layers(NamedTuple):
-    """What a launch reads and writes: for each name a tensor of each layer, or ``(None,)`` where there is none."""
+    """Tensors that a launch reads and writes: for each name a tensor of each layer, or ``(None,)`` where there is none."""
 
     x: Any  # [T, C]
     rstd: Any  # [T] float32
@@ -90,7 +90,7 @@ def tile_at(
 def columns_at(
     pid_n, NUM_Q_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, Q_TILES: tl.constexpr, KV_TILES: tl.constexpr
 ):
-    """Whether a block of columns is of Q and whether of V, how many heads that has, and the block's place among its own."""
+    """Return whether a block of columns is of Q, whether of V, how many heads that has, and its place among its own."""
     is_q = pid_n < Q_TILES  # never, at compile time, without Q
     is_v = pid_n >= Q_TILES + KV_TILES
     num_heads = NUM_KV_HEADS

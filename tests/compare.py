@@ -1,4 +1,4 @@
-"""How close two results must be: maximum and root-mean-square error, relative to the largest and RMS reference value."""
+"""Tolerances of two results: maximum and root-mean-square error, relative to the largest and RMS reference value."""
 
 import torch
 

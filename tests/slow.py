@@ -41,7 +41,7 @@ class SlowDecoder:
         return self.w["embed_tokens.weight"][ids[0]] * self.embedding_scale
 
     def window(self, layer: int) -> int | None:
-        """How many tokens a query of this layer sees, itself included; None for all before it."""
+        """Number of tokens that a query of this layer sees, itself included; None for all before it."""
         layer_types = getattr(self.config, "layer_types", None)
         if layer_types is not None and layer_types[layer] != "sliding_attention":
             return None

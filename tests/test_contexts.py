@@ -1,4 +1,4 @@
-"""What a context holds and what may be made of it: 8-bit codes, other RoPE parameters, what a sender is called."""
+"""Contexts and what is made of them: 8-bit codes, other RoPE parameters, files, what a sender is called."""
 
 import copy
 import dataclasses

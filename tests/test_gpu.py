@@ -1,4 +1,4 @@
-"""What only a GPU can show: the operators and partial prefill on it, without synchronisation, and in a CUDA graph."""
+"""Tests that need a GPU: the operators and partial prefill on it, without synchronisation, and in a CUDA graph."""
 
 import copy
 from typing import Any

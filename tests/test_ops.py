@@ -135,7 +135,7 @@ def test_launches_neither_allocate_nor_ask_for_a_value(monkeypatch: pytest.Monke
 
 
 def test_gpu_implementations_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on a GPU behind the operators, with its kernels interpreted."""
+    """The implementations for a GPU behind the operators, with their kernels interpreted."""
     if torch.cuda.is_available():
         pytest.skip("tests/test_gpu.py runs them")
     monkeypatch.setattr(tuning, "target", lambda device: "sm_90")

@@ -1,4 +1,4 @@
-"""What holds for any shapes, strides, slots and layouts, searched by hypothesis."""
+"""Properties that hold for any shapes, strides, slots and layouts, searched by hypothesis."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What the operators refuse: each wrong argument by its name, before anything is written."""
+"""Refusals of the operators: each wrong argument by its name, before anything is written."""
 
 import pytest
 import torch

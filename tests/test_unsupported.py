@@ -59,7 +59,7 @@ def test_another_kind_of_cache_is_refused() -> None:
 
 
 class LlamaAttention(transformers.models.llama.modeling_llama.LlamaAttention):
-    """Of transformers' name, and somebody else's."""
+    """A class of transformers' name that is somebody else's."""
 
 
 def _layer_norm(layer: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What it costs to choose a plan by a few contexts: the loss beyond that of the best plan for others, found by trying all."""
+"""The cost of choosing a plan by a few contexts: the loss beyond that of the best plan for others, found by trying all."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def best_within(frontier: Frontier, seconds: float, tokens: int) -> Point:
 
 
 def _orders(frontier: Frontier) -> Iterator[list[int]]:
-    """Of contexts, those last that are held out."""
+    """Number of contexts, the last ones, that are held out."""
     for split in range(SPLITS):
         order = list(range(len(frontier.contexts)))
         random.Random(split).shuffle(order)

@@ -169,7 +169,7 @@ def profile_pair(name: str, args: argparse.Namespace) -> None:
 
 
 def frontiers_of(name: str, args: argparse.Namespace) -> tuple[Frontier, Frontier]:
-    """Of plans without maps, and with them."""
+    """Frontiers of plans without maps, and with them."""
     plain, ours = (Frontier.load(args.folder / name / which / "frontier.json") for which in PROFILES)
     return plain, ours
 
@@ -226,7 +226,7 @@ OF_BAND = ("of_band", "of_band_low", "of_band_high")
 
 
 def share(held: torch.Tensor) -> float:
-    """How often something held."""
+    """Format how often something held."""
     return held.double().mean().item()
 
 
@@ -239,7 +239,7 @@ def following(pair: Loaded, cache: Any, example: ds.Example) -> torch.Tensor:
 
 @torch.no_grad()
 def answer_pair(name: str, args: argparse.Namespace) -> list[Row]:
-    """What answers score, of full prefill and of ways that a user would choose between."""
+    """Score answers of full prefill and of ways that a user would choose between."""
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, args.calibrated)
     _, examples = split(pair, args.profiled, args.judged)
@@ -302,7 +302,7 @@ def time_pair(name: str, args: argparse.Namespace) -> list[Row]:
 
 @torch.no_grad()
 def profiler_cost(name: str, calibrated: int) -> list[Row]:
-    """What profiling one context costs, in full prefills of it that are timed before and after; without maps and with them."""
+    """Measure the cost of profiling one context, in full prefills timed before and after; without maps and with them."""
     pair = Loaded.of(name)
     maps, _, _ = maps_of(name, pair, calibrated)
     decoder = Decoder(pair.receiver)

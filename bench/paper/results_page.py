@@ -84,7 +84,7 @@ def _bars(rows: ReadRows) -> tuple[list[float], tuple[list[float], list[float]]]
 
 
 def _losses(judged: dict[str, ReadRows], answers: dict[str, ReadRows], speedups: dict[str, dict[str, str]]) -> str:
-    """What the best plan for a speed keeps of full prefill's quality."""
+    """Plot the share of full prefill's quality that the best plan for a speed keeps."""
     lines = [
         "### Quality kept, by speed",
         "",

@@ -29,7 +29,7 @@ CALIBRATION_QUESTIONS = 8  # to a context
 
 @dataclass(frozen=True)
 class Task:
-    """What a receiver was trained for.
+    """The task that a receiver was trained for.
 
     Args:
         metric: the name of what answers score, between 0 and 1.
@@ -98,7 +98,7 @@ def load_variant(name: str) -> tuple[Any, Any]:
 
 
 def relative_distance(one: Any, other: Any) -> float:
-    """How far the weights of two models are apart: the norm of the difference over that of the first."""
+    """Relative distance between the weights of two models: the norm of the difference over that of the first."""
     pairs = list(zip(one.parameters(), other.parameters(), strict=True))
     with torch.no_grad():
         apart = sum(float((a - b).double().square().sum()) for a, b in pairs)

@@ -127,7 +127,7 @@ def fine_tune(name: str, args: argparse.Namespace, out: Path) -> None:
 
 
 def write_glossary_examples(args: argparse.Namespace, out: Path) -> None:
-    """What is shipped beside the adapter: held-out examples, and others to fit maps on and choose plans by."""
+    """Write what is shipped beside the adapter: held-out examples, and others to fit maps on and choose plans by."""
     for split, source, contexts, questions in (("test", "test", 64, 1), ("calibration", "train", 16, 8)):
         definitions, rng = glossary.read_definitions(args.wordnet, source), random.Random(args.seed + 1)
         drawn = (glossary.draw_examples(definitions, GLOSSARY_ENTRIES, questions, rng) for _ in range(contexts))

@@ -108,7 +108,7 @@ def _measure_one(
 
 
 def continued(receiver: Any, tokenizer: Any, prompt_ids: torch.Tensor, cache: Any) -> str:
-    """What the receiver says after a prompt that `cache` holds, greedily."""
+    """Return the receiver's greedy answer to a prompt that `cache` holds."""
     cache.crop(-1)  # generate wants at least one token to run
     out = receiver.generate(prompt_ids, past_key_values=cache, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
     return tokenizer.decode(out[0, prompt_ids.shape[1] :], skip_special_tokens=True).strip()

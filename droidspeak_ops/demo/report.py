@@ -1,4 +1,4 @@
-"""What the demo shows: a table, a plot of quality against time, and example answers side by side."""
+"""Output of the demo: a table, a plot of quality against time, and example answers side by side."""
 
 from __future__ import annotations
 

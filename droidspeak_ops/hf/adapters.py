@@ -116,7 +116,7 @@ def active_adapters(module: Any) -> list[str]:
 
 
 def merge_hint(module: Any) -> str:
-    """What to say of a module that is not what is needed because of an adapter around it."""
+    """Hint for an error about a module that has an adapter around it."""
     return "; merge the adapter into the model first" if hasattr(module, "base_layer") else ""
 
 

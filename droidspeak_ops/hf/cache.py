@@ -164,7 +164,7 @@ def uninitialized_layer(
 
 
 def rows_held(tokens: int, window: int | None) -> int:
-    """How many of a context's tokens a layer keeps: those that the next one sees."""
+    """Number of a context's tokens that a layer keeps: those that the next one sees."""
     return tokens if window is None else min(tokens, window - 1)
 
 

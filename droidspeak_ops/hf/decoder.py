@@ -54,7 +54,7 @@ class Decoder:
         """Whether a layer has RoPE."""
         by_type = self.family.rotary_by_type
         self.rotary_types: list[str | None] = list(config.layer_types) if by_type else [None] * self.num_layers
-        """What the rotary embedding is to be told of a layer."""
+        """Each layer's argument to the rotary embedding."""
         self._prepared: dict[tuple[int, Norm], Prepared] = {}
 
     @property
@@ -62,7 +62,7 @@ class Decoder:
         return len(self.layers)
 
     def weights(self, layer: int) -> LayerWeights:
-        """What the K/V projection of one layer needs, read from the layer's own modules."""
+        """Weights of one layer's K/V projection, read from the layer's own modules."""
         return self._weights[layer]
 
     def prepared(self, layer: int, norm: Norm) -> Prepared:
@@ -85,13 +85,13 @@ class Decoder:
         return torch.full((self.config.hidden_size,), one, dtype=self.dtype, device=self.device)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What enters layer 0."""
+        """Return the hidden states that enter layer 0."""
         embeddings = self.base.embed_tokens(tokens)
         scale = self.family.embed_scale
         return embeddings if scale is None else embeddings * getattr(self.base, scale)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Those of the next token, float32, from what leaves the last layer."""
+        """Return logits of the next token, float32, from what leaves the last layer."""
         logits = self.model.get_output_embeddings()(self.base.norm(hidden_states)).float()
         scaling, cap = (getattr(self.config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
         if scaling is not None:
@@ -137,7 +137,7 @@ class Decoder:
         )
 
     def _weights_digest(self) -> str:
-        """Of all weights, and of the numbers that change what is computed from them and are no weights."""
+        """Digest of all weights, and of the numbers beside them that change what is computed."""
         settings = [
             (
                 weights.norm_eps,
@@ -161,7 +161,7 @@ class Decoder:
         return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
 
     def _rope_digest(self) -> str:
-        """Of the frequencies and scalings that the model holds, whatever its configuration says."""
+        """Digest of the frequencies and scalings that the model holds, whatever its configuration says."""
         frequencies = {
             name: buffer.detach().float().cpu().numpy().tobytes()
             for name, buffer in self.rotary.named_buffers()
@@ -255,7 +255,7 @@ def _drops(module: torch.nn.Module) -> bool:
 
 
 def _window(index: int, layer: Any) -> int | None:
-    """How many tokens a layer sees, its own included; None if all before its own. transformers' caches know."""
+    """Number of tokens that a layer sees, its own included; None if all before its own: transformers' caches know."""
     if type(layer) is DynamicLayer:
         return None
     if type(layer) is DynamicSlidingWindowLayer:

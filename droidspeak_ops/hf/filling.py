@@ -35,11 +35,11 @@ class Filling:
         self.cache = MixedCache(self._layers, context.tokens, None, decoder.model)
 
     def hidden(self, layer: int) -> torch.Tensor:
-        """What enters a layer: the sender's hidden states, or the receiver's own embeddings."""
+        """Return what enters a layer: the sender's hidden states, or the receiver's own embeddings."""
         return self._decoder.embed(self._context.tokens) if layer == 0 else self._context.hidden(layer)
 
     def run(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What leaves a layer that the receiver runs over all tokens, which appends K and V to the cache."""
+        """Run a layer of the receiver over all tokens, which appends K and V to the cache, and return what leaves it."""
         self._layers[layer] = empty_layer(self._decoder.windows[layer])
         return self._over.run(layer, hidden_states, self.cache)
 

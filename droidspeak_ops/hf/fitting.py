@@ -101,7 +101,7 @@ def fit(
 def _share_at_start(
     pair: Pair, plan: Plan, maps: Maps, fitted: Regression, tried: Sequence[tuple[SharedContext, Trial]]
 ) -> float:
-    """How much of the correction where a band starts brings the receiver nearest to its own prefill."""
+    """Choose the share of the correction where a band starts that brings the receiver nearest to its own prefill."""
     start = plan.bands[0][0]
 
     def divergence(share: float) -> float:

@@ -1,4 +1,4 @@
-"""How much of a fitted map each layer gets: as much as brings the receiver's next tokens nearest to those of its own prefill.
+"""The share of a fitted map that each layer gets: what brings the receiver's next tokens nearest to its own prefill's.
 
 A map is linear, and so is every mixture of it with what it would replace. The shares are learnt by gradient descent on the
 output's divergence: one for K and one for V of each layer, few enough not to learn noise.
@@ -21,14 +21,14 @@ from .side_by_side import KeysValues, SideBySide
 STEPS = 24
 """And so the most contexts that are looked at."""
 EXAMPLES = 6
-"""Of a context, that are looked at at a time."""
+"""Examples of a context that are run at a time."""
 
 _LEARNING_RATE, _START = 0.3, 0.3
 _LOWEST, _HIGHEST = -0.25, 1.5
 
 
 class Ingredients(NamedTuple):
-    """What K and V of one layer can be mixed of: ``base + share * toward``.
+    """The parts that K and V of one layer are mixed of: ``base + share * toward``.
 
     Args:
         base: K and V ``[2, K, N, D]`` of the last N tokens of a context, as the sender has them. K is rotated, or where it is
@@ -97,7 +97,7 @@ class Trial:
         return keys[None], values[None]
 
     def _log_probabilities(self, keys_values: Sequence[KeysValues], which: Sequence[int]) -> torch.Tensor:
-        """Of the next token where examples are judged, ``[judged, vocabulary]``."""
+        """Log-probabilities of the next token where examples are judged, ``[judged, vocabulary]``."""
         examples = [self._examples[number] for number in which]
         follow = [torch.cat((each.suffix, each.answer[:, :-1]), dim=1) for each in examples]
         ids = torch.cat(follow, dim=1)

@@ -86,7 +86,7 @@ class Pair:
             equations[layer, "fitted_kv"].add(rows[skipped:], missing, tamed(missing))
 
     def mixture(self, role: Role, theirs: SharedContext, fits: Mapping[int, Regression]) -> Mixture:
-        """What the sender has of a context, layer by layer, and what shares of the maps would add."""
+        """The sender's K and V of a context, layer by layer, and what shares of the maps would add."""
         over = self.receiver.over(theirs.tokens)
         return {layer: self._ingredients((layer, role), theirs, fits[layer], over) for layer in self.layers}
 
@@ -141,7 +141,7 @@ class Pair:
         return Correction(weight.to(self.receiver.model.dtype), bias.to(self.receiver.model.dtype))
 
     def _terms(self, key: Key, fitted: Regression) -> tuple[Linear, Linear]:
-        """What the sender has, as a map of its rows, and what leads from there to what is fitted."""
+        """The affine map that gives the sender's K/V, and the difference that leads to the fitted K/V."""
         layer, role = key
         added = Linear(fitted.weight[: self._width], fitted.bias[: self._width])
         if role == "fitted_kv":
@@ -161,7 +161,7 @@ class Pair:
         return Linear(weight, torch.cat([weights.k_bias, weights.v_bias]).double())
 
     def unit(self, layer: int, states: torch.Tensor) -> torch.Tensor:
-        """What a map of a layer is applied to, ``[T, C]``: the hidden states over their root mean square, if it has a norm."""
+        """Input of a layer's map, ``[T, C]``: the hidden states over their root mean square, if it has a norm."""
         weights = self.receiver.plainly_normed(layer)
         if weights.norm_weight is None:
             return states[0]

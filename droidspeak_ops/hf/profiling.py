@@ -30,7 +30,7 @@ from .timing import measure_costs
 JUDGED = 8
 """Tokens of an answer that are judged, at most."""
 SET_SIZES = (2, 3, 4, 6, 8, 12, 16, 24)
-"""Of the sets of most sensitive units; a unit is as many layers as the granularity says."""
+"""Sizes of the sets of most sensitive units; a unit is as many layers as the granularity says."""
 
 _LONGER = 2  # times the wanted answer, that an answer may be
 
@@ -175,7 +175,7 @@ class Unit(NamedTuple):
 
 
 class Tried:
-    """What is tried: all bands; on some contexts the units, and on the others sets of those that are most sensitive there."""
+    """The plans that are tried: all bands; on some contexts the units, on the others sets of the most sensitive there."""
 
     def __init__(self, decoder: Decoder, maps: Maps | None, granularity: int) -> None:
         self._depth, self._maps = decoder.num_layers, maps
@@ -199,7 +199,7 @@ class Tried:
         return [*self.bands, *self._units]
 
     def sensitivity(self, pilot: Sequence[Measured]) -> list[Sensitivity]:
-        """What reusing each unit alone does, on the contexts on which that was tried."""
+        """Sensitivity of each unit, on the contexts on which it was reused alone."""
         columns = zip(*(divergences[len(self.bands) :] for divergences, _ in pilot), strict=True)
         return [Sensitivity(*unit, kl) for unit, kl in zip(self._units, columns, strict=True)]
 
@@ -257,7 +257,7 @@ def measure_context(
     examples: Sequence[Example],
     tried: Sequence[Candidate | Unit],
 ) -> Measured:
-    """How far the receiver is from its own prefill with all that is tried on one context: the mean of its examples."""
+    """Divergence of the receiver from its own prefill with all that is tried on one context: the mean of its examples."""
     depth, receiver = decoder.num_layers, decoder.model
     context = capture(sender, examples[0].context, layers=range(depth))
 

@@ -42,7 +42,7 @@ class Prepared:
 
     @cached_property
     def kind(self) -> tuple[Any, ...]:
-        """What layers have in common that are projected together."""
+        """Properties of the weights that layers projected together have in common."""
         steps = (self.weights.norm_weight, self.weights.k_bias, self.weights.k_norm_weight, self.down)
         return (self.norm, self.k_weight.shape, self.k_weight.stride(), *(step is None for step in steps))
 
@@ -100,7 +100,7 @@ def project(layers: Sequence[Projection], norm_order: NormOrder) -> None:
 
 
 def _kind(layer: Projection) -> tuple[Any, ...]:
-    """What layers have in common that are projected together: sizes, and which steps there are."""
+    """Properties that layers projected together have in common: sizes, and which steps there are."""
     steps = (layer.rotation is None, layer.rstd is None)
     return (layer.hidden_states.shape, layer.keys.shape, layer.keys.stride(), *steps, layer.prepared.kind)
 
@@ -131,7 +131,7 @@ def _project_alike(layers: list[Projection], norm_order: NormOrder) -> None:
 
 
 def _lengthened(layer: Projection, norm_order: NormOrder) -> Projection:
-    """With rows that hold what the adapters make of them beside the hidden states, normalised unless that is folded."""
+    """Lengthen the rows by what the adapters make of them, normalised unless the norm is folded."""
     prepared, states, rstd = layer.prepared, layer.hidden_states, layer.rstd
     weights = prepared.weights
     if prepared.folded and rstd is None:

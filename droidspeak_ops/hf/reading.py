@@ -18,7 +18,7 @@ _READ = re.compile(
 
 
 class Reading:
-    """What a :class:`Decoder` was read from, to be compared with the model as it is now without a look at any value.
+    """The state that a :class:`Decoder` was read from, compared with the model as it is now without a look at any value.
 
     Args:
         model: the model, or the PEFT model around it.

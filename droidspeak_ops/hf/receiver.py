@@ -47,7 +47,7 @@ class Receiver:
         self._reading = Reading(model, self._decoder)
 
     def decoder(self) -> Decoder:
-        """What was read of the model.
+        """Return what was read of the model.
 
         Raises:
             ReuseError: the model is not what it was.
@@ -213,7 +213,7 @@ def partial_prefill(
 
 
 def decoder_of(receiver: PreTrainedModel | Receiver) -> Decoder:
-    """What is read of a model now, or was when its :class:`Receiver` was made.
+    """Return what is read of a model now, or was when its :class:`Receiver` was made.
 
     Raises:
         ReuseError: the model is not what it was then.

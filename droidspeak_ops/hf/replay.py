@@ -14,7 +14,7 @@ Source = Hashable
 """Where K/V of a layer come from."""
 
 ROW_TOKENS = 256
-"""Of suffixes that lie side by side, at least: enough to fill a matrix product. More of them share one copy of the context's K
+"""Least tokens of suffixes side by side: enough to fill a matrix product. More of them share one copy of the context's K
 and V, but each also scores the others, which it does not see: a quarter of the context's tokens is the best of both."""
 _LOGITS = 1 << 25  # that are held at a time
 
@@ -27,7 +27,7 @@ def replay(
     mixtures: Sequence[Sequence[Source]],
     keys_values: Callable[[Source, int], KeysValues],
 ) -> torch.Tensor:
-    """What leaves the last layer when a suffix runs behind a context, for every mixture of the context's K/V.
+    """Return what leaves the last layer when a suffix runs behind a context, for every mixture of the context's K/V.
 
     Mixtures that have the same sources up to a layer are one up to there; and those that have the same source at a layer
     run through it side by side, wherever they were before. All L * (L + 1) / 2 bands of a model cost a third of as many passes.

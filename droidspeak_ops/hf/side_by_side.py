@@ -1,4 +1,4 @@
-"""What may follow a context, several side by side in one row: one forward pass where a batch would copy the context's K/V."""
+"""Suffixes of a context, several side by side in one row: one forward pass where a batch would copy the context's K/V."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SideBySide(Pass):
 
     @property
     def masks(self) -> Any:
-        """What the whole model takes: a mask, or where its layers differ one for each of their types."""
+        """Return the mask that the whole model takes, or where its layers differ one for each of their types."""
         sliding = {window is not None for window in self._decoder.windows}
         if len(sliding) == 1:
             return self._mask(*sliding)
@@ -69,7 +69,7 @@ class SideBySide(Pass):
         return Cache(layers=layers)
 
     def _compute_mask(self, sliding: bool) -> torch.Tensor:
-        """What is added to attention logits ``[1, 1, N, held + N]``: each sees the context and what of itself lies before."""
+        """Return the mask added to attention logits ``[1, 1, N, held + N]``: each sees the context and itself up to there."""
         window = next(each for each in self._decoder.windows if (each is not None) == sliding)
         held, offsets = rows_held(self._tokens, window), self.offsets
         apart = offsets[:, None] - torch.cat([torch.arange(-held, 0, device=offsets.device), offsets])

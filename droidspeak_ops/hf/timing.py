@@ -37,7 +37,7 @@ def first_token(
     tokenizer: Any = None,
     norm: Literal["hf", "folded"] = "hf",
 ) -> tuple[torch.Tensor, Any]:
-    """What is timed: from having the sender's context to the first token's logits ``[B, 1, vocabulary]`` and the cache.
+    """Run what is timed: from having the sender's context to the first token's logits ``[B, 1, vocabulary]`` and the cache.
 
     `plan` is None for full prefill of `prompt_ids`, which leaves the context aside: the strongest that a transformers user
     has, with the model's own attention and logits of the last token alone.
@@ -54,7 +54,7 @@ def first_token(
 
 
 def timed(function: Callable[[], T]) -> tuple[T, float]:
-    """What `function` returns, and the seconds it took, work on a GPU included."""
+    """Return what `function` returns, and the seconds it took, work on a GPU included."""
     _synchronize()
     began = time.perf_counter()
     result = function()

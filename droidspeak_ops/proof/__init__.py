@@ -1,1 +1,1 @@
-"""What can be shown of the kernels without a GPU: their machine code, the traffic they cause, the time they cannot beat."""
+"""Proof of the kernels without a GPU: their machine code, the traffic they cause, the time they cannot beat."""

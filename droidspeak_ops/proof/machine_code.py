@@ -20,7 +20,7 @@ _STORE = re.compile(r"^(?:STG|global_store|buffer_store)[._]")
 
 @dataclass(frozen=True)
 class Code:
-    """What a kernel's machine code holds. The loop is the innermost one with matrix instructions, empty if none has any.
+    """Counts of a kernel's machine code. The loop is the innermost one with matrix instructions, empty if none has any.
 
     Attributes:
         registers: per thread.

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model the kernels depend on; of a tensor-parallel one, what a rank holds."""
+    """Sizes of a model that the kernels depend on; of a tensor-parallel one, those of a rank."""
 
     hidden_size: int
     num_q_heads: int

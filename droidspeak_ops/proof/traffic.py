@@ -31,7 +31,7 @@ class Traffic:
 
 
 def of_kernels(run: Callable[[], Any]) -> Traffic:
-    """What the kernels launched by `run` load and store; Triton must be imported with ``TRITON_INTERPRET=1``."""
+    """Count what the kernels launched by `run` load and store; Triton must be imported with ``TRITON_INTERPRET=1``."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     traffic = Traffic()
@@ -54,7 +54,7 @@ def of_kernels(run: Callable[[], Any]) -> Traffic:
 
 
 def of_torch(run: Callable[[], Any]) -> Traffic:
-    """What the torch operations that `run` calls read and write; views move nothing."""
+    """Count what the torch operations that `run` calls read and write; views move nothing."""
     counter = _Counter()
     with torch.no_grad(), counter:
         run()
