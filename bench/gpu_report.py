@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -103,41 +103,21 @@ def _micro_cell(row: Row | None) -> str:
 
 
 def _streaming(result: Result) -> list[str]:
-    rows = rows_of(result, "micro", "streaming")
-    names, tokens = (list(dict.fromkeys(row[name] for row in rows)) for name in ("kernel", "tokens"))
-    cells = {(row["kernel"], row["tokens"]): row for row in rows}
-
-    def cell(row: Row | None) -> str:
-        if row is None:
-            return "-"
+    def cell(row: Row) -> str:
         shares = (row["percent_of_copy"], row["percent_of_same_copy"])
         return f"{row['tb_per_s']:.2f}" + "".join(" -" if percent is None else f" {percent:.0f}" for percent in shares)
 
-    return _grid(
-        "STREAMING, TB/s, % of a copy of gigabytes, % of one of as many bytes",
-        names,
-        [str(count) for count in tokens],
-        [[cell(cells.get((name, count))) for count in tokens] for name in names],
-    )
+    heading = "STREAMING, TB/s, % of a copy of gigabytes, % of one of as many bytes"
+    return _grid_by_tokens(heading, rows_of(result, "micro", "streaming"), "kernel", cell)
 
 
 def _ttft(result: Result) -> list[str]:
-    rows = rows_of(result, "ttft", "plan")
-    names, tokens = (list(dict.fromkeys(row[name] for row in rows)) for name in ("plan", "tokens"))
-    cells = {(row["plan"], row["tokens"]): row for row in rows}
-
-    def cell(row: Row | None) -> str:
-        if row is None:
-            return "-"
+    def cell(row: Row) -> str:
         times = f"{row['full_ms']:.0f}/{row['plan_ms']:.1f} {row['speedup']:.1f}x"
         return f"{times} {row['of_parts']:.2f} {row['fill_host_ms']:.1f}"
 
-    return _grid(
-        "FIRST TOKEN, ms: full/plan, speed-up, of its parts, host of the filling",
-        names,
-        [str(count) for count in tokens],
-        [[cell(cells.get((name, count))) for count in tokens] for name in names],
-    )
+    heading = "FIRST TOKEN, ms: full/plan, speed-up, of its parts, host of the filling"
+    return _grid_by_tokens(heading, rows_of(result, "ttft", "plan"), "plan", cell)
 
 
 def _graph(result: Result) -> list[str]:
@@ -171,6 +151,15 @@ def _wrong(result: Result) -> list[str]:
                 which = " ".join(str(row[name]) for name in ("provider", "kernel", "plan", "tokens") if name in row)
                 lines.append(f"ERROR  {step} {row['what']} {which}: {' '.join(row['error'].split())}")
     return lines[:6]
+
+
+def _grid_by_tokens(heading: str, rows: list[Row], name: str, cell: Callable[[Row], str]) -> list[str]:
+    """A grid with a line for each name and a column for each number of tokens."""
+    names, tokens = (list(dict.fromkeys(row[key] for row in rows)) for key in (name, "tokens"))
+    cells = {(row[name], row["tokens"]): cell(row) for row in rows}
+    return _grid(
+        heading, names, map(str, tokens), [[cells.get((each, count), "-") for count in tokens] for each in names]
+    )
 
 
 def _grid(heading: str, names: Iterable[str], columns: Iterable[str], cells: Iterable[Iterable[str]]) -> list[str]:

@@ -14,7 +14,7 @@ from ..maps import LayerMap, sinks_among
 from .cache import MixedCache, MixedLayer, MixedSlidingLayer, empty_layer, rows_held, shared_layer, uninitialized_layer
 from .decoder import Decoder
 from .families import LayerWeights
-from .project import Norm, Prepared, Projection
+from .project import Norm, Prepared, Projection, of_last_rows
 
 
 class Filling:
@@ -101,14 +101,8 @@ class Filling:
         self, layer: int, hidden_states: torch.Tensor, prepared: Prepared, rstd: torch.Tensor | None = None
     ) -> Projection:
         """To compute K and V of a layer, of the tokens that count, from what enters it at all of them or at these."""
-        target, rotation = self._uninitialized(layer), self._over.rotation(layer)
-        rows = target.keys.shape[2]
-        if rows < self._tokens:
-            skipped = hidden_states.shape[1] - rows
-            hidden_states = hidden_states[:, skipped:]
-            rstd = None if rstd is None else rstd[:, skipped:]
-            rotation = None if rotation is None else (last(rotation[0], rows), last(rotation[1], rows))
-        return Projection(hidden_states, prepared, rotation, target.keys, target.values, rstd)
+        target = self._uninitialized(layer)
+        return of_last_rows(hidden_states, prepared, self._over.rotation(layer), target.keys, target.values, rstd)
 
     def _uninitialized(self, layer: int) -> MixedLayer | MixedSlidingLayer:
         window, decoder = self._decoder.windows[layer], self._decoder

@@ -12,7 +12,7 @@ import torch
 
 from .. import ops
 from ..checks import NormOrder
-from ..context import Rotation
+from ..context import Rotation, last
 from .families import LayerWeights
 
 Norm = Literal["hf", "folded"]
@@ -88,6 +88,24 @@ class Projection:
     keys: torch.Tensor
     values: torch.Tensor
     rstd: torch.Tensor | None = None
+
+
+def of_last_rows(
+    hidden_states: torch.Tensor,
+    prepared: Prepared,
+    rotation: Rotation | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rstd: torch.Tensor | None = None,
+) -> Projection:
+    """Return a projection of as many of the last tokens as `keys` have rows: all, or those that a sliding window shows."""
+    rows = keys.shape[2]
+    if (skipped := hidden_states.shape[1] - rows) > 0:
+        hidden_states = hidden_states[:, skipped:]
+        rstd = None if rstd is None else rstd[:, skipped:]
+    if rotation is not None and rotation[0].shape[0] > rows:
+        rotation = last(rotation[0], rows), last(rotation[1], rows)
+    return Projection(hidden_states, prepared, rotation, keys, values, rstd)
 
 
 def project(layers: Sequence[Projection], norm_order: NormOrder) -> None:

@@ -135,9 +135,10 @@ def partial_prefill(
         norm: ``"hf"`` for transformers' rounding order, in which recomputing all layers is bitwise the receiver's own
             prefill on the CPU in float32; ``"folded"`` for one rounding fewer (see :func:`droidspeak_ops.ops.kv_project`).
 
-    On a GPU nothing waits for the device, unless `prompt_ids` or `maps` are given, whose checks read values, the model's RoPE
-    depends on the length (``"dynamic"``, ``"longrope"``), or a layer with experts runs. So it can be captured in a CUDA graph,
-    if attention is SDPA; call it once beforehand, as kernels compile at their first launch::
+    On a GPU nothing waits for the device if a :class:`Receiver` is given (reading a model reads its frequencies), unless
+    `prompt_ids` or `maps` are given, whose checks read values, the model's RoPE depends on the length (``"dynamic"``,
+    ``"longrope"``), or a layer with experts runs. So it can be captured in a CUDA graph, if attention is SDPA; call it once
+    beforehand, as kernels compile at their first launch::
 
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..context import SharedContext, last
+from ..context import SharedContext
 from ..kv import KV
 from .cache import rows_held
 from .decoder import Decoder, Pass
-from .project import Projection, project
+from .project import of_last_rows, project
 
 
 @torch.no_grad()
@@ -84,12 +84,8 @@ def _owned(rows: torch.Tensor) -> torch.Tensor:
 def _final_kv(decoder: Decoder, over: Pass, states: torch.Tensor) -> KV:
     """K and V of the last layer from what enters it: nothing reads what its attention and MLP would give."""
     layer, (batch, tokens, _) = decoder.num_layers - 1, states.shape
-    rows = rows_held(tokens, decoder.windows[layer])
-    shape = (batch, decoder.num_kv_heads, rows, decoder.head_dim)
+    shape = (batch, decoder.num_kv_heads, rows_held(tokens, decoder.windows[layer]), decoder.head_dim)
     kv = KV(*(torch.empty(shape, dtype=decoder.dtype, device=decoder.device) for _ in "kv"))
-    rotation = over.rotation(layer)
-    if rotation is not None:
-        rotation = last(rotation[0], rows), last(rotation[1], rows)
-    projection = Projection(states[:, tokens - rows :], decoder.prepared(layer, "hf"), rotation, kv.keys, kv.values)
+    projection = of_last_rows(states, decoder.prepared(layer, "hf"), over.rotation(layer), kv.keys, kv.values)
     project([projection], decoder.family.norm_order)
     return kv
