@@ -19,6 +19,7 @@ the answer's tokens given; `of_reuse` and `of_band` are ratios of its mean to th
 from __future__ import annotations
 
 import argparse
+import hashlib
 import statistics
 import sys
 import time
@@ -116,8 +117,10 @@ class Loaded:
 
 
 def maps_of(name: str, pair: Loaded, contexts: int = CALIBRATION_CONTEXTS) -> tuple[ds.Maps, float, int]:
-    """The maps of a pair, the seconds their fit took and on how many tokens; fitted once, then kept."""
-    path = cache_folder() / "variants" / f"maps-{name}-{contexts}.safetensors"
+    """The maps of a pair, the seconds their fit took and on how many tokens; fitted once, then kept for these weights."""
+    digests = "".join(str(Decoder(model).fingerprint(weights=True).weights) for model in (pair.sender, pair.receiver))
+    identity = hashlib.sha256(digests.encode()).hexdigest()[:16]
+    path = cache_folder() / "variants" / f"maps-{name}-{contexts}-{identity}.safetensors"
     note = path.with_suffix(".txt")
     if not note.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
