@@ -22,8 +22,13 @@ import droidspeak_ops as ds
 from droidspeak_ops.proof.shapes import SHAPES, Shape, projection
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/test_gpu.py", "tests/test_kernels.py", "tests/test_splice.py", "tests/test_ops.py")
-DRY_TESTS = ("tests/test_interpreter.py",)
+TESTS = (
+    "tests/kernels/test_gpu.py",
+    "tests/kernels/test_kernels.py",
+    "tests/kernels/test_splice.py",
+    "tests/ops/test_ops.py",
+)
+DRY_TESTS = ("tests/kernels/test_interpreter.py",)
 SANITIZER_SECONDS = 60
 SHOWN_FAILURES = 40
 NCU_LINES = 150

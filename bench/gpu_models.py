@@ -20,8 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import droidspeak_ops as ds
-from droidspeak_ops.context import SharedContext
+from droidspeak_ops.context.context import SharedContext
 from droidspeak_ops.hf.decoder import Decoder
+from droidspeak_ops.hf.passes import Pass
 
 SUFFIX_TOKENS = 32
 DECODED_TOKENS = 32
@@ -153,7 +154,7 @@ def _dynamic(model: Any, context: SharedContext) -> DynamicCache:
 def _one_layer(model: Any, context: SharedContext, rounds: int) -> float:
     """Milliseconds of a decoder layer over the context."""
     decoder = Decoder(model)
-    over, middle = decoder.over(context.tokens), decoder.num_layers // 2
+    over, middle = Pass(decoder, context.tokens.shape), decoder.num_layers // 2
     hidden = context.hidden(middle)
     return median(lambda: over.run(middle, hidden, DynamicCache(config=model.config)), rounds)
 
@@ -161,7 +162,7 @@ def _one_layer(model: Any, context: SharedContext, rounds: int) -> float:
 def _one_projection(model: Any, context: SharedContext, norm: str, rounds: int) -> float:
     """Milliseconds of a layer's K and V by the operator alone, its weights folded beforehand."""
     decoder, calls = Decoder(model), []
-    over = decoder.over(context.tokens)
+    over = Pass(decoder, context.tokens.shape)
     slots = torch.arange(context.tokens.shape[1], device=model.device)
     for layer in range(min(8, decoder.num_layers)):
         weights, (cos, sin) = decoder.weights(layer), over.rotation(layer)

@@ -38,11 +38,11 @@ from rich.progress import track
 import droidspeak_ops as ds
 from droidspeak_ops.demo.measure import continued
 from droidspeak_ops.example import by_context
+from droidspeak_ops.fitting.pair import Pair
+from droidspeak_ops.fitting.run import FOLDS
 from droidspeak_ops.hf.decoder import Decoder
-from droidspeak_ops.hf.fitting import FOLDS
-from droidspeak_ops.hf.pair import Pair
 from droidspeak_ops.hf.pretrained import cache_folder
-from droidspeak_ops.hf.timing import SUFFIX_TOKENS, first_token, timed
+from droidspeak_ops.profiling.timing import SUFFIX_TOKENS, first_token, timed
 
 sys.path.insert(0, str(Path(__file__).parent / "variants"))
 import maps_study

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from reporting import ReadRows, Row, read_csv, with_bars
 
 import droidspeak_ops as ds
+from droidspeak_ops.fitting.pair import Pair, tamed
+from droidspeak_ops.fitting.ridge import NormalEquations
 from droidspeak_ops.hf.decoder import Decoder
-from droidspeak_ops.hf.pair import Pair, tamed
-from droidspeak_ops.maps import SINKS, LayerMap
-from droidspeak_ops.ridge import NormalEquations
+from droidspeak_ops.prefill.maps import SINKS, LayerMap
 
 STRENGTH = 0.03  # what most layers choose
 

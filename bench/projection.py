@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from droidspeak_ops import tuning
-from droidspeak_ops.hf.timing import timed
+from droidspeak_ops.ops import tuning
+from droidspeak_ops.profiling.timing import timed
 from droidspeak_ops.proof.shapes import SHAPES
 from droidspeak_ops.proof.targets import TARGETS, time_floor
 

@@ -9,8 +9,8 @@ import torch
 from reporting import Row
 
 import droidspeak_ops as ds
-from droidspeak_ops import bootstrap
-from droidspeak_ops.hf.timing import first_token
+from droidspeak_ops.profiling import bootstrap
+from droidspeak_ops.profiling.timing import first_token
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import droidspeak_ops as ds
-from droidspeak_ops import library, reference, tuning
-from droidspeak_ops import projection as checked
+from droidspeak_ops.ops import library, reference, tuning
+from droidspeak_ops.ops import projection as checked
 from droidspeak_ops.proof.shapes import Shape, projection
 
 OPS = torch.ops.droidspeak_ops

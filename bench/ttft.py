@@ -25,7 +25,7 @@ from transformers import DynamicCache
 import droidspeak_ops as ds
 from droidspeak_ops.demo.run import load_glossary_variant
 from droidspeak_ops.hf.pretrained import SMOLLM2, load_pretrained
-from droidspeak_ops.hf.timing import SUFFIX_TOKENS, first_token, timed
+from droidspeak_ops.profiling.timing import SUFFIX_TOKENS, first_token, timed
 
 
 def plans(depth: int) -> list[ds.Plan]:

@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from droidspeak_ops import tuning
 from droidspeak_ops.kernels.project_splice import project_splice
 from droidspeak_ops.kernels.project_splice_config import (
     ProjectSpliceConfig,
@@ -40,6 +39,7 @@ from droidspeak_ops.kernels.project_splice_config import (
     project_splice_config,
     size_of,
 )
+from droidspeak_ops.ops import tuning
 from droidspeak_ops.proof.shapes import SHAPES, Shape, projection
 
 GAIN = 0.03

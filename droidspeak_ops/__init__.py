@@ -6,31 +6,50 @@
 >>> receiver.generate(prompt_ids, past_key_values=cache)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import metrics, ops
 from ._version import __version__
-from .context import SharedContext
-from .cost import CostModel
-from .example import Example
-from .fingerprint import Fingerprint, ReuseError
-from .frontier import Frontier
-from .maps import Maps
-from .plan import Plan
 
 if TYPE_CHECKING:
-    from .hf import (
-        MixedCache,
-        Receiver,
-        UnsupportedModelError,
-        capture,
-        capture_batch,
-        fit,
-        measure_costs,
-        partial_prefill,
-        partial_prefill_batch,
-        profile,
-    )
+    from . import metrics, ops
+    from .context.context import SharedContext
+    from .context.fingerprint import Fingerprint, ReuseError
+    from .example import Example
+    from .fitting.run import fit
+    from .hf.adapters import UnsupportedModelError
+    from .hf.batch import capture_batch, partial_prefill_batch
+    from .hf.cache import MixedCache
+    from .hf.receiver import Receiver, partial_prefill
+    from .hf.sender import capture
+    from .prefill.maps import Maps
+    from .prefill.plan import Plan
+    from .profiling.cost import CostModel
+    from .profiling.frontier import Frontier
+    from .profiling.run import profile
+    from .profiling.timing import measure_costs
+
+# Imported when first asked for: torch and transformers take seconds, and the operators need neither a model nor transformers.
+_MODULES = {
+    "CostModel": "profiling.cost",
+    "Example": "example",
+    "Fingerprint": "context.fingerprint",
+    "Frontier": "profiling.frontier",
+    "Maps": "prefill.maps",
+    "MixedCache": "hf.cache",
+    "Plan": "prefill.plan",
+    "Receiver": "hf.receiver",
+    "ReuseError": "context.fingerprint",
+    "SharedContext": "context.context",
+    "UnsupportedModelError": "hf.adapters",
+    "capture": "hf.sender",
+    "capture_batch": "hf.batch",
+    "fit": "fitting.run",
+    "measure_costs": "profiling.timing",
+    "partial_prefill": "hf.receiver",
+    "partial_prefill_batch": "hf.batch",
+    "profile": "profiling.run",
+}
 
 __all__ = [
     "CostModel",
@@ -58,9 +77,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Only what is not imported above comes here. transformers takes seconds to import, and the operators do not need it.
-    if name in __all__:
-        from . import hf
-
-        return getattr(hf, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    elif name in __all__:
+        value = import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # looked up once
+    return value

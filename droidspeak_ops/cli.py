@@ -124,7 +124,7 @@ def _read_examples(path: Path, text: str) -> list[TextExample]:
 def _fit(pair: _Pair, bands: list[tuple[int, int]], out: Path) -> None:
     from rich.console import Console
 
-    from .hf import fit
+    from .fitting.run import fit
 
     maps = fit(pair.sender, pair.receiver, pair.examples, bands=bands)
     maps.save(out)
@@ -142,9 +142,9 @@ def _profile(pair: _Pair, options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .hf import profile
-    from .maps import Maps
-    from .report import rows, write_report
+    from .prefill.maps import Maps
+    from .profiling.report import rows, write_report
+    from .profiling.run import profile
 
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,13 @@
 import os
 
 import pytest
-import support_table
 import torch
+from support import support_table
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is imported
-    from interpreter import correct_interpreter
+    from support.interpreter import correct_interpreter
 
     correct_interpreter()
 else:
@@ -55,7 +55,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The table in the documentation is that of the tests."""
-    from models import FAMILIES
+    from support.models import FAMILIES
 
     if not _support.is_complete(sorted(FAMILIES)):
         return

@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "droidspeak_ops"
+NAMESPACE = "ops/namespace.py"
 
 INIT = '''"""{description}"""
 
@@ -50,7 +51,7 @@ def operator_sources() -> dict[str, str]:
     Imports are followed and not listed, so a new module comes along by itself. One that is no plain module fails here, as
     a file that is not found: what the package's ``__init__.py`` imports has no place in a build.
     """
-    files, waiting = set(), [PACKAGE / "ops.py", PACKAGE / "_version.py"]
+    files, waiting = set(), [PACKAGE / "ops" / "__init__.py", PACKAGE / "_version.py"]
     while waiting:
         file = waiting.pop()
         if file not in files:
@@ -70,9 +71,9 @@ def build(out: Path) -> list[Path]:
     general = tomllib.loads((ROOT / "build.toml").read_text(encoding="utf-8"))["general"]
     module = general["name"].replace("-", "_")
     sources = operator_sources()
-    names = public_names(sources["ops.py"])
+    names = public_names(sources["ops/__init__.py"])
     sources["__init__.py"] = INIT.format(
-        description=(ast.get_docstring(ast.parse(sources["ops.py"])) or "").partition("\n")[0],
+        description=(ast.get_docstring(ast.parse(sources["ops/__init__.py"])) or "").partition("\n")[0],
         names=", ".join(names),
         exported=json.dumps([*names, "__version__"]),  # a literal: kernel-builder reads it without importing it
     )
@@ -81,10 +82,10 @@ def build(out: Path) -> list[Path]:
     variants = []
     for backend in general["backends"]:
         identifier = f"_{module}_{backend}_{digest}"  # also the name under which the loader imports the folder
-        renamed, count = re.subn(r"(?m)^NAMESPACE = .*$", f'NAMESPACE = "{identifier}"', sources["_ops.py"])
+        renamed, count = re.subn(r"(?m)^NAMESPACE = .*$", f'NAMESPACE = "{identifier}"', sources[NAMESPACE])
         if count != 1:
-            raise ValueError(f"_ops.py: got {count} assignments of NAMESPACE; one is needed")
-        texts = {**sources, "_ops.py": renamed}
+            raise ValueError(f"{NAMESPACE}: expected one assignment of NAMESPACE, got {count}")
+        texts = {**sources, NAMESPACE: renamed}
         metadata = {
             "name": general["name"],
             "id": identifier,

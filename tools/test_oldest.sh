@@ -24,6 +24,6 @@ python="$environment/bin/python"
 "$python" -c "import torch, triton, transformers, numpy as np; print(*(m.__version__ for m in (torch, triton, transformers, np)))"
 
 "$python" -m pytest --quiet --collect-only > /dev/null  # what is missing there must not end a plain run
-"$python" -m pytest --quiet tests/test_{kernels,splice,ops,gpu,properties,traffic,interpreter}.py
-"$python" -m pytest --quiet tests/test_aot.py -k sm_90a
-"$python" -m pytest --quiet tests/test_{prefill,cache,families,slow,adapters,batch,contexts,unsupported,fit,domain,replay}.py
+"$python" -m pytest --quiet tests/kernels tests/ops/test_{ops,properties}.py tests/proof/test_traffic.py
+"$python" -m pytest --quiet tests/proof/test_aot.py -k sm_90a
+"$python" -m pytest --quiet tests/context tests/prefill tests/hf tests/fitting tests/profiling/test_replay.py

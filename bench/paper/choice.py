@@ -9,7 +9,7 @@ from dataclasses import replace
 from quality import mean_and_interval
 from reporting import Row
 
-from droidspeak_ops.frontier import Frontier, Point
+from droidspeak_ops.profiling.frontier import Frontier, Point
 
 SPLITS = 100
 

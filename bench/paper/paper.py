@@ -47,11 +47,11 @@ from reporting import Row, show, write_csv
 from token_selective import token_selective_prefill
 
 import droidspeak_ops as ds
-from droidspeak_ops.frontier import Frontier, Point
 from droidspeak_ops.hf.decoder import Decoder
-from droidspeak_ops.hf.profiling import JUDGED, Tried, measure_context
-from droidspeak_ops.hf.timing import SUFFIX_TOKENS, first_token, timed
-from droidspeak_ops.report import write_report
+from droidspeak_ops.profiling.frontier import Frontier, Point
+from droidspeak_ops.profiling.report import write_report
+from droidspeak_ops.profiling.run import JUDGED, Tried, measure_context
+from droidspeak_ops.profiling.timing import SUFFIX_TOKENS, first_token, timed
 
 STEPS = ("costs", "profiler", "profile", "choose", "judge", "answer", "time", "page")
 CONTIGUOUS = (6, 9, 12, 18)

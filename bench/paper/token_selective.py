@@ -13,7 +13,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import droidspeak_ops as ds
-from droidspeak_ops.hf.decoder import Decoder, Pass
+from droidspeak_ops.hf.decoder import Decoder
+from droidspeak_ops.hf.passes import Pass
 
 
 class _Replaced(DynamicLayer):
@@ -29,19 +30,6 @@ class _Replaced(DynamicLayer):
         return self.keys, self.values
 
 
-class _Chosen(Pass):
-    """The layers over some tokens of a context, each of which sees those before it."""
-
-    def __init__(self, decoder: Decoder, chosen: torch.Tensor, tokens: int) -> None:
-        super().__init__(decoder, chosen[None])
-        self._position_ids, self._tokens = chosen[None], tokens
-
-    def _compute_mask(self, sliding: bool) -> torch.Tensor:
-        unseen = torch.arange(self._tokens, device=self._position_ids.device) > self._position_ids[0, :, None]
-        dtype = self._decoder.model.dtype
-        return torch.zeros_like(unseen, dtype=dtype).masked_fill(unseen, torch.finfo(dtype).min)[None, None]
-
-
 @torch.no_grad()
 def token_selective_prefill(receiver: Any, context: ds.SharedContext, layers_run: int) -> Cache:
     """A cache of the context, at the cost of so many layers that run over all tokens.
@@ -54,15 +42,19 @@ def token_selective_prefill(receiver: Any, context: ds.SharedContext, layers_run
     decoder = Decoder(receiver)
     depth, tokens = decoder.num_layers, context.tokens.shape[1]
     first = Cache(layers=[DynamicLayer() for _ in range(depth)])
-    states = decoder.over(context.tokens).run(0, decoder.embed(context.tokens), first)
+    states = Pass(decoder, context.tokens.shape).run(0, decoder.embed(context.tokens), first)
     entering = replace(context, hidden_states={1: states})
     theirs, own = context.kv(1), ds.partial_prefill(receiver, entering, ds.Plan([(1, 2)])).layers[1]
     apart = (own.values - theirs.values).square().sum((0, 1, 3)) + (own.keys - theirs.keys).square().sum((0, 1, 3))
     count = max(1, round(tokens * (layers_run - 1) / (depth - 1)))
     chosen = apart.topk(min(count, tokens)).indices.sort().values
+
+    def before(window: int | None) -> torch.Tensor:
+        return torch.arange(tokens, device=chosen.device) <= chosen[:, None]
+
     cache = Cache(layers=[_Replaced(*context.kv(layer)[:2], chosen) for layer in range(depth)])
     cache.layers[0] = first.layers[0]
-    over, states = _Chosen(decoder, chosen, tokens), states[:, chosen]
+    over, states = Pass(decoder, (1, len(chosen)), positions=chosen, visible=before), states[:, chosen]
     for layer in range(1, depth):
         states = over.run(layer, states, cache)
     return DynamicCache([(layer.keys, layer.values) for layer in cache.layers])

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 import droidspeak_ops as ds
 from droidspeak_ops.example import TextExample
-from droidspeak_ops.hf.timing import first_token, timed
 from droidspeak_ops.metrics import squad_scores
+from droidspeak_ops.profiling.timing import first_token, timed
 
 MAX_ANSWER_TOKENS = 24
 

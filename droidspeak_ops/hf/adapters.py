@@ -13,17 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..prefill.weights import LowRank
+
 
 class UnsupportedModelError(ValueError):
     """The model's family is not known, or the loaded model is not what its family should be."""
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """One adapter: ``down`` ``[r, C]`` and, with its scaling, ``up`` ``[N, r]``."""
-
-    down: torch.Tensor
-    up: torch.Tensor
 
 
 @dataclass(frozen=True)

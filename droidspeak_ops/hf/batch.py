@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..context import SharedContext
-from ..maps import Maps
-from ..plan import Plan
+from ..context.context import SharedContext
+from ..prefill.maps import Maps
+from ..prefill.plan import Plan
+from ..prefill.weights import Norm
 from .cache import MixedCache, rows_held, uninitialized_layer
-from .project import Norm
 from .receiver import Receiver, partial_prefill
 from .sender import capture
 

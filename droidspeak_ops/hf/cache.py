@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 
-from ..context import check_continues
-from ..fingerprint import ReuseError
+from ..context.context import check_continues
+from ..context.fingerprint import ReuseError
 
 HEADROOM = 256
 """Tokens that a layer can grow by before it is moved to a larger buffer."""

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from ..context import Rotation, is_capturing
-from ..fingerprint import Fingerprint, vocabulary_digest, weights_digest
+from ..context.context import is_capturing
+from ..context.fingerprint import Fingerprint, vocabulary_digest, weights_digest
+from ..prefill.weights import LayerWeights, Norm, Prepared, prepare
 from .adapters import UnsupportedModelError, decoder_model, effective_weights
-from .families import LayerWeights, Sizes, check_class, family_of, read_layer
-from .project import Norm, Prepared, prepare
+from .families import Sizes, check_class, family_of, read_layer
 
 
 class Decoder:
@@ -98,10 +97,6 @@ class Decoder:
             logits = logits / scaling
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def over(self, tokens: torch.Tensor) -> Pass:
-        """The layers over `tokens` ``[B, T]`` at positions 0 to T - 1."""
-        return Pass(self, tokens)
-
     def fingerprint(self, tokenizer: Any = None, *, weights: bool, like: Fingerprint | None = None) -> Fingerprint:
         """The identity of the model, and of `tokenizer` if one is given; with `weights` all of them are read the first time.
 
@@ -169,68 +164,6 @@ class Decoder:
         }
         scalings = {name: value for name, value in vars(self.rotary).items() if name.endswith("attention_scaling")}
         return hashlib.sha256(repr((sorted(frequencies.items()), sorted(scalings.items()))).encode()).hexdigest()
-
-
-class Pass:
-    """One pass over some tokens: what the layers share, each computed when first asked for.
-
-    Nothing here waits for a GPU, as long as the model's RoPE is not one that looks at the positions.
-    """
-
-    def __init__(self, decoder: Decoder, tokens: torch.Tensor) -> None:
-        self._decoder = decoder
-        # The functions that are given this read dtype, device and the first two sizes of it, and no values.
-        self._like = torch.empty((*tokens.shape, 0), dtype=decoder.dtype, device=tokens.device)
-        self._rotaries: dict[str | None, Rotation] = {}
-        self._halves: dict[str | None, Rotation] = {}
-        self._masks: dict[bool, Any] = {}
-
-    @cached_property
-    def _position_ids(self) -> torch.Tensor:
-        return torch.arange(self._like.shape[1], device=self._like.device).unsqueeze(0)
-
-    def rotation(self, layer: int) -> Rotation | None:
-        """cos and sin that a layer rotates K by, ``[T, R / 2]``; None where it has no RoPE."""
-        if not self._decoder.rotates[layer]:
-            return None
-        kind = self._decoder.rotary_types[layer]
-        if kind not in self._halves:
-            cos, sin = self._rotary(kind)
-            columns = cos.shape[-1] // (1 if self._decoder.family.half_rotary else 2)
-            self._halves[kind] = cos[0, :, :columns].contiguous(), sin[0, :, :columns].contiguous()
-        return self._halves[kind]
-
-    def run(self, layer: int, hidden_states: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Run one layer of the model as it is, attention and MLP, appending its K/V to `cache`."""
-        # Without position_ids, which attention reads for nothing but to look for packed sequences, on the host.
-        return self._decoder.layers[layer](
-            hidden_states,
-            attention_mask=self._mask(self._decoder.windows[layer] is not None),
-            position_embeddings=self._rotary(self._decoder.rotary_types[layer]),
-            past_key_values=cache,
-            use_cache=True,
-        )
-
-    def _rotary(self, kind: str | None) -> Rotation:
-        if kind not in self._rotaries:
-            named = [] if kind is None else [kind]
-            self._rotaries[kind] = self._decoder.rotary(self._like, self._position_ids, *named)
-        return self._rotaries[kind]
-
-    def _mask(self, sliding: bool) -> Any:
-        if sliding not in self._masks:
-            self._masks[sliding] = self._compute_mask(sliding)
-        return self._masks[sliding]
-
-    def _compute_mask(self, sliding: bool) -> Any:
-        config, tokens = self._decoder.config, self._like.shape[1]
-        seen = [window for window in self._decoder.windows if window is not None] if sliding else []
-        # Then SDPA is told `is_causal`, as in the model's own prefill. While a CUDA graph is captured, transformers would
-        # make a mask, with which SDPA takes another kernel.
-        if config._attn_implementation == "sdpa" and all(tokens < window for window in seen):
-            return None
-        create = create_sliding_window_causal_mask if sliding else create_causal_mask
-        return create(config=config, inputs_embeds=self._like, attention_mask=None, past_key_values=None)
 
 
 def _check_mode(base: torch.nn.Module) -> None:

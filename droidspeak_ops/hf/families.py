@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ..checks import NormOrder
-from .adapters import LowRank, UnsupportedModelError, check_is_its_weights, merge_hint, read_linear
+from ..ops.checks import NormOrder
+from ..prefill.weights import LayerWeights
+from .adapters import UnsupportedModelError, check_is_its_weights, merge_hint, read_linear
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,6 @@ FAMILIES = {
     "qwen3_moe": Family("Qwen3Moe", k_norm="each"),
     "smollm3": Family("SmolLM3", rotates="use_rope"),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """The weights of one layer that its K/V depend on, as :func:`droidspeak_ops.ops.kv_project` names them."""
-
-    norm_weight: torch.Tensor | None
-    norm_eps: float
-    k_weight: torch.Tensor
-    v_weight: torch.Tensor
-    k_bias: torch.Tensor | None
-    v_bias: torch.Tensor | None
-    k_norm_weight: torch.Tensor | None
-    k_norm_eps: float
-    k_low_rank: tuple[LowRank, ...] = ()
-    v_low_rank: tuple[LowRank, ...] = ()
 
 
 class Sizes(NamedTuple):

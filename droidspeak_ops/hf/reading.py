@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..context import version_of
-from ..fingerprint import ReuseError
+from ..context.context import version_of
+from ..context.fingerprint import ReuseError
 from .adapters import active_adapters, decoder_model
 from .decoder import Decoder
 

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..context import SharedContext
-from ..fingerprint import ReuseError
-from ..kv import KV
-from ..maps import Maps
-from ..plan import Plan
+from ..context.context import SharedContext
+from ..context.fingerprint import ReuseError
+from ..context.kv import KV
+from ..prefill.fill import Filling
+from ..prefill.maps import Maps
+from ..prefill.plan import Plan
+from ..prefill.project import project
+from ..prefill.weights import Norm
 from .cache import MixedCache, rows_held
 from .decoder import Decoder
-from .filling import Filling
-from .project import Norm, project
+from .passes import Pass
 from .reading import Reading
 
 
@@ -92,7 +94,7 @@ class Receiver:
         """A context in which all layers share one memory, since nothing writes to it."""
         decoder = self._decoder
         ids = torch.zeros((1, tokens), dtype=torch.int64, device=decoder.device)
-        over, states = decoder.over(ids), torch.zeros_like(decoder.embed(ids))
+        over, states = Pass(decoder, ids.shape), torch.zeros_like(decoder.embed(ids))
         rows = torch.zeros(
             (1, decoder.num_kv_heads, tokens, decoder.head_dim), dtype=decoder.dtype, device=decoder.device
         )

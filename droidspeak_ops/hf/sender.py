@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..context import SharedContext
-from ..kv import KV
+from ..context.context import SharedContext
+from ..context.kv import KV
+from ..prefill.project import of_last_rows, project
 from .cache import rows_held
-from .decoder import Decoder, Pass
-from .project import of_last_rows, project
+from .decoder import Decoder
+from .passes import Pass
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def capture(
     if outside:
         raise ValueError(f"layers: got {outside}; layers of the sender are 0 to {decoder.num_layers - 1}")
 
-    over = decoder.over(input_ids)
+    over = Pass(decoder, input_ids.shape)
     cache = DynamicCache(config=decoder.config)
     states, kept, wanted = decoder.embed(input_ids), {}, set(layers)
     final = decoder.num_layers - 1

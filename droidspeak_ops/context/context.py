@@ -1,0 +1,257 @@
+"""The context that a sender leaves behind after reading it, for receivers to build on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .. import ops
+from . import file as context_file
+from .fingerprint import Fingerprint, ReuseError
+from .kv import KV, decode_rows, encode, encode_rows, splice
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedContext:
+    """The tokens of a context with the sender's K/V at every layer and its hidden states at some.
+
+    It is read layer by layer, through :meth:`kv` and :meth:`hidden`, and never written to: receivers that reuse a layer
+    share its tensors until they append to it.
+
+    Args:
+        tokens: int64 ``[B, T]``.
+        keys_values: for each layer K (rotated) and V, each ``[B, K, N, D]``: of all T tokens, or of as many of the last ones
+            as the layer's sliding window still shows to the next token.
+        hidden_states: by layer, the residual stream that enters it, ``[B, T, C]`` (the paper's E cache).
+        rotations: for each layer cos and sin ``[T, R / 2]`` that the sender rotated its K by; None where it did not.
+        sender: who made it.
+    """
+
+    tokens: torch.Tensor
+    keys_values: Sequence[KV]
+    hidden_states: Mapping[int, torch.Tensor | KV]
+    rotations: Sequence[Rotation | None]
+    sender: Fingerprint
+    _rstds: dict[tuple[int, float], tuple[int | None, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.keys_values)
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """The layers at which hidden states are held."""
+        return tuple(sorted(self.hidden_states))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K, V, hidden states and their scales."""
+        states = self.hidden_states.values()
+        parts = [*self.keys_values, *((each,) if isinstance(each, torch.Tensor) else each for each in states)]
+        return sum(tensor.nbytes for part in parts for tensor in part if tensor is not None)
+
+    def kv(self, layer: int) -> KV:
+        """K (rotated) and V of one layer, each ``[B, K, N, D]``, with the scales of 8-bit rows."""
+        return self.keys_values[layer]
+
+    def hidden(self, layer: int) -> torch.Tensor:
+        """The hidden states that enter one layer, ``[B, T, C]``.
+
+        Raises:
+            ReuseError: they were not captured.
+        """
+        self.check_hidden([layer])
+        states = self.hidden_states[layer]
+        return states if isinstance(states, torch.Tensor) else decode_rows(states, getattr(torch, self.sender.dtype))
+
+    def rstd(self, layer: int, eps: float) -> torch.Tensor:
+        """1/rms of the hidden states that enter one layer, float32 ``[B, T]``: for ``norm="folded"``, computed at first use.
+
+        It is remembered for as long as the hidden states are not written to. While a CUDA graph is captured it is computed in
+        the graph, which may be replayed over other contents.
+
+        Args:
+            layer: which.
+            eps: added to the mean square.
+
+        Raises:
+            ReuseError: the hidden states were not captured.
+        """
+        if is_capturing(self.tokens.device):
+            return ops.rms_rstd(self.hidden(layer), eps)
+        self.check_hidden([layer])
+        held = self.hidden_states[layer]
+        version = version_of(held if isinstance(held, torch.Tensor) else held.keys)
+        known = self._rstds.get((layer, eps))
+        if known is None or known[0] != version:
+            known = self._rstds[layer, eps] = version, ops.rms_rstd(self.hidden(layer), eps)
+        return known[1]
+
+    def unrotated(self, layer: int, which: slice = slice(None)) -> torch.Tensor:
+        """K of one layer as it was before RoPE and V, side by side: ``[B, N, 2 * K * D]``.
+
+        Args:
+            which: of the rows that the layer holds.
+        """
+        rows, applied = self.kv(layer).keys.shape[2], self.rotations[layer]
+        kv = self.kv(layer).at(which)
+        batch, heads, count, head_dim = kv.keys.shape
+        dtype = getattr(torch, self.sender.dtype)
+        both = torch.empty((batch, count, 2, heads, head_dim), dtype=dtype, device=kv.keys.device)
+        back = {}
+        if applied is not None:
+            unturned = torch.ones_like(applied[0]), torch.zeros_like(applied[1])
+            halves = (last(half, rows)[which] for half in ops.rotation_between(*applied, *unturned))
+            back = dict(zip(("cos", "sin"), (half.repeat(batch, 1) for half in halves), strict=True))
+        splice(kv, both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2), **back)
+        return both.flatten(2)
+
+    def quantized(self, dtype: torch.dtype) -> SharedContext:
+        """The same context in 8 bits, each row of a head (or 32 columns of hidden states) with a scale of its own.
+
+        Receivers decode a layer when they reuse it. What that costs in quality is measured in docs/models.md.
+
+        Args:
+            dtype: ``torch.float8_e4m3fn`` or ``torch.int8``.
+
+        Raises:
+            ValueError: another dtype, or a context that is in 8 bits already.
+        """
+        return replace(
+            self,
+            keys_values=[encode(kv, dtype) for kv in self.keys_values],
+            hidden_states={layer: encode_rows(self.hidden(layer), dtype) for layer in self.hidden_states},
+        )
+
+    def to(self, device: torch.device | str) -> SharedContext:
+        """Move the context to another device; tensors that layers share stay shared."""
+        moved: dict[int, torch.Tensor] = {}
+
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else moved.setdefault(id(tensor), tensor.to(device))
+
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            keys_values=[KV(*map(move, kv)) for kv in self.keys_values],  # type: ignore[arg-type]
+            hidden_states={
+                layer: states.to(device) if isinstance(states, torch.Tensor) else KV(*map(move, states))  # type: ignore[arg-type]
+                for layer, states in self.hidden_states.items()
+            },
+            rotations=[None if each is None else (move(each[0]), move(each[1])) for each in self.rotations],  # type: ignore[misc]
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file with a digest of it all; nothing half-written is left in its place."""
+        context_file.write(path, *self._described())
+
+    def _described(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Describe the context for :meth:`load`: plain values, and tensors by name."""
+        rotations = list({id(each[0]): each for each in self.rotations if each is not None}.values())
+        places = {id(cos): place for place, (cos, _) in enumerate(rotations)}
+        tensors = {"tokens": self.tokens}
+        for place, angles in enumerate(rotations):
+            tensors |= {f"rotation.{place}.{name}": half for name, half in zip(("cos", "sin"), angles, strict=True)}
+        for layer, kv in enumerate(self.keys_values):
+            tensors |= {f"kv.{layer}.{name}": part for name, part in kv._asdict().items() if part is not None}
+        for layer, states in self.hidden_states.items():
+            parts = {"states": states} if isinstance(states, torch.Tensor) else states._asdict()
+            tensors |= {f"hidden.{layer}.{name}": part for name, part in parts.items() if part is not None}
+        described = {
+            "sender": asdict(self.sender),
+            "layers": self.num_layers,
+            "hidden_layers": self.hidden_layers,
+            "rotations": [None if each is None else places[id(each[0])] for each in self.rotations],
+        }
+        return described, tensors
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SharedContext:
+        """Read what :meth:`save` wrote, onto the CPU.
+
+        Raises:
+            ValueError: the file holds something else, or is damaged.
+        """
+        described, tensors = context_file.read(path)
+
+        def kv(prefix: str) -> KV:
+            return KV(*(tensors.get(f"{prefix}.{name}") for name in KV._fields))  # type: ignore[arg-type]
+
+        return cls(
+            tokens=tensors["tokens"],
+            keys_values=[kv(f"kv.{layer}") for layer in range(described["layers"])],
+            hidden_states={
+                layer: tensors.get(f"hidden.{layer}.states", kv(f"hidden.{layer}"))
+                for layer in described["hidden_layers"]
+            },
+            rotations=[
+                None if place is None else (tensors[f"rotation.{place}.cos"], tensors[f"rotation.{place}.sin"])
+                for place in described["rotations"]
+            ],
+            sender=Fingerprint(**described["sender"]),
+        )
+
+    def check_hidden(self, layers: Sequence[int]) -> None:
+        """Raise unless hidden states are held at all of `layers`.
+
+        Raises:
+            ReuseError: some are missing; the message names them.
+        """
+        missing = [layer for layer in layers if layer not in self.hidden_states]
+        if missing:
+            raise ReuseError(
+                f"hidden states: missing at layers {missing}, held at {list(self.hidden_layers)}; "
+                "capture with layers=plan.hidden_layers(num_layers)"
+            )
+
+    def check_prompt(self, prompt_ids: torch.Tensor) -> None:
+        """Raise unless `prompt_ids` ``[B, N]`` are the tokens of this context followed by at least one more.
+
+        Raises:
+            ReuseError: the prompt is another one, or has no suffix; the message says where they part.
+        """
+        check_continues(self.tokens, prompt_ids)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on a device goes into a CUDA graph: what it makes then holds no values yet, and is not to be remembered."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """Number of writes to a tensor, but for those through ``.data``; None if none are counted (inference mode)."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def last(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The last rows, or none of them."""
+    return rows[rows.shape[0] - count :]
+
+
+def check_continues(tokens: torch.Tensor, prompt_ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    """Raise unless `prompt_ids` ``[B, N]`` are `tokens` ``[B, T]``, where `mask` is true, followed by at least one more.
+
+    Raises:
+        ReuseError: the prompt is another one, or has no suffix; the message says where they part.
+    """
+    batch, length = tokens.shape
+    if prompt_ids.dim() != 2 or prompt_ids.shape[0] != batch or prompt_ids.shape[1] <= length:
+        raise ReuseError(
+            f"prompt_ids: got shape {tuple(prompt_ids.shape)}; ({batch}, more than {length}) is needed: "
+            "the tokens of the context, then a suffix"
+        )
+    differs = prompt_ids[:, :length].to(tokens.device) != tokens
+    if mask is not None:
+        differs &= mask.bool()
+    differing = differs.any(0).nonzero()
+    if differing.numel():
+        at = int(differing[0])
+        raise ReuseError(f"prompt_ids: differ from the context at token {at}; a prompt that continues it is needed")

@@ -1,0 +1,65 @@
+"""K/V and hidden states in 8 bits: codes and scales, made and read by the splice operator."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .. import ops
+from ..ops.checks import CODES
+
+
+class KV(NamedTuple):
+    """K (rotated) and V of one layer, each ``[B, K, N, D]``; rows in 8 bits have float32 scales ``[B, K, N]``."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+    def at(self, which: slice) -> KV:
+        """Some of the rows, as views."""
+        return KV(*(None if part is None else part[:, :, which] for part in self))  # type: ignore[arg-type]
+
+
+def encode(kv: KV, dtype: torch.dtype) -> KV:
+    """The same rows as 8-bit codes, the largest value of each row being the largest code.
+
+    Raises:
+        ValueError: `dtype` is no 8-bit format, or the rows are in 8 bits already.
+    """
+    if dtype not in CODES or kv.keys.dtype in CODES:
+        raise ValueError(f"dtype: got {dtype} for rows of {kv.keys.dtype}; one of {CODES} for floating rows is needed")
+    codes = [torch.empty(rows.shape, dtype=dtype, device=rows.device) for rows in kv[:2]]
+    scales = [torch.empty(rows.shape[:3], dtype=torch.float32, device=rows.device) for rows in kv[:2]]
+    splice(kv, *codes, k_cache_scale=scales[0], v_cache_scale=scales[1])
+    return KV(*codes, *scales)
+
+
+def splice(kv: KV, keys: torch.Tensor, values: torch.Tensor, **options: torch.Tensor | None) -> None:
+    """:func:`droidspeak_ops.ops.kv_splice` of all rows to the same rows of `keys` and `values` ``[B, K, N, D]``."""
+    batch, _, tokens, _ = keys.shape
+    slots = torch.arange(batch * tokens, device=keys.device)
+    ops.kv_splice(kv.keys, kv.values, keys, values, slots, k_scale=kv.k_scale, v_scale=kv.v_scale, **options)  # type: ignore[arg-type]
+
+
+def encode_rows(states: torch.Tensor, dtype: torch.dtype) -> KV:
+    """Hidden states ``[B, T, C]`` in 8 bits, in groups of 32 columns: a few columns are a thousand times the others."""
+    return encode(_grouped(states), dtype)
+
+
+def decode_rows(codes: KV, dtype: torch.dtype) -> torch.Tensor:
+    """Decode what :func:`encode_rows` encoded, ``[B, T, C]``."""
+    batch, groups, tokens, columns = codes.keys.shape
+    states = torch.empty((batch, tokens, 2 * groups * columns), dtype=dtype, device=codes.keys.device)
+    splice(codes, *_grouped(states)[:2])
+    return states
+
+
+def _grouped(states: torch.Tensor) -> KV:
+    """``[B, T, C]`` as two halves ``[B, C / 64, T, 32]`` (fewer columns where C is no multiple), in the shape of K and V."""
+    first, second = states.chunk(2, dim=-1)
+    columns = math.gcd(first.shape[-1], 32)
+    return KV(*(half.unflatten(-1, (-1, columns)).transpose(1, 2) for half in (first, second)))

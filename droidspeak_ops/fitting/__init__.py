@@ -1,0 +1,1 @@
+"""Fitting maps to a pair of models."""

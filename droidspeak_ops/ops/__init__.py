@@ -1,0 +1,25 @@
+"""The operators on plain tensors: projection to K/V and splicing in place into a KV cache, and the norms they start from."""
+
+from .functions import (
+    fold_norm_weight,
+    kv_project,
+    kv_project_layers,
+    kv_splice,
+    packed_slots,
+    qkv_project,
+    rms_rstd,
+    rotation_between,
+    row_norm,
+)
+
+__all__ = [
+    "fold_norm_weight",
+    "kv_project",
+    "kv_project_layers",
+    "kv_splice",
+    "packed_slots",
+    "qkv_project",
+    "rms_rstd",
+    "rotation_between",
+    "row_norm",
+]

@@ -1,0 +1,359 @@
+"""The operators on plain tensors: projection to K/V and splicing in place into a KV cache, and the norms they start from.
+
+Each is a ``torch.library`` operator under ``torch.ops.droidspeak_ops`` that mutates its outputs and returns nothing:
+forward only, without host synchronisation on a GPU, usable under ``torch.compile(fullgraph=True)``. On the CPU the
+implementation is the reference (:mod:`droidspeak_ops.reference`); on CUDA and ROCm it is a Triton kernel.
+
+A KV cache is ``[blocks, kv_heads, block_size, head_dim]`` with any strides whose last is 1. A dense transformers cache
+``[batch, kv_heads, tokens, head_dim]`` is that already, with a sequence for a block, and so are pages in HND order; for pages
+in NHD order pass ``cache.transpose(1, 2)``. Slot ``s`` is row ``s % block_size`` of block ``s // block_size``; slot -1 stores
+nothing. A weight may be rows of a fused one: ``qkv_weight[q_size : q_size + kv_size]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import library  # noqa: F401  registers the operators
+from .checks import (
+    CODES,
+    FLOATS,
+    NORM_ORDERS,
+    Norm,
+    NormOrder,
+    check,
+    check_caches,
+    check_choice,
+    check_norm_weight,
+    check_rotation,
+    check_rows,
+    check_scales,
+    fail,
+)
+from .namespace import ops
+from .projection import project, rows
+
+# Several layers share a launch: at most 8, whose pointers fit in a kernel's arguments, and this many tokens in all. Beyond, one
+# launch takes a GPU longer than the host needs for the next; norm="hf" wants a normalised copy of all that share one.
+_LAYERS_PER_LAUNCH = 8
+_TOKENS_PER_LAUNCH = 65536
+_COPIED_TOKENS_PER_LAUNCH = 16384
+
+
+def rms_rstd(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """1/rms of the hidden states of each token, which depends on no weight and so can be kept with a context.
+
+    Args:
+        hidden_states: ``[..., C]``, float32, float16 or bfloat16.
+        eps: added to the mean square.
+
+    Returns:
+        float32 ``[...]``.
+    """
+    check_rows("hidden_states", hidden_states)
+    out = torch.empty(hidden_states.shape[:-1], dtype=torch.float32, device=hidden_states.device)
+    ops.rms_rstd([rows(hidden_states)], eps, [out.view(-1)])
+    return out
+
+
+def row_norm(
+    hidden_states: torch.Tensor, weight: torch.Tensor | None, eps: float, *, norm_order: NormOrder = "llama"
+) -> torch.Tensor:
+    """RMS norm of each token's hidden states, rounded where transformers rounds.
+
+    Args:
+        hidden_states: ``[..., C]``, float32, float16 or bfloat16.
+        weight: ``[C]``, of the same dtype; None with the order ``"none"``.
+        eps: added to the mean square.
+        norm_order: ``"llama"`` rounds the normalised row to the model's dtype and then multiplies by the weight;
+            ``"olmo"`` (OLMo 2, GPT-OSS) multiplies in float32 and rounds once; ``"gemma"`` does that with 1 + weight;
+            ``"none"`` has no weight.
+
+    Returns:
+        Normalised hidden states, of the shape and dtype of `hidden_states`, contiguous.
+    """
+    check_rows("hidden_states", hidden_states)
+    check("weight", weight, (hidden_states.shape[-1],), hidden_states, hidden_states.dtype)
+    check_norm_weight("weight", weight, norm_order)
+    out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
+    ops.row_norm([rows(hidden_states)], _listed(weight), norm_order, eps, [out.view(-1, out.shape[-1])])
+    return out
+
+
+def fold_norm_weight(
+    weight: torch.Tensor, norm_weight: torch.Tensor, *, norm_order: NormOrder = "llama"
+) -> torch.Tensor:
+    """Fold the weight of an RMS norm ``[C]`` into a projection ``[N, C]`` that follows it, for ``norm="folded"``."""
+    check_choice("norm_order", norm_order, NORM_ORDERS)
+    return weight * (1.0 + norm_weight if norm_order == "gemma" else norm_weight)
+
+
+def kv_project(
+    hidden_states: torch.Tensor,
+    k_weight: torch.Tensor,
+    v_weight: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    norm: Norm = "hf",
+    norm_weight: torch.Tensor | None = None,
+    norm_order: NormOrder = "llama",
+    norm_eps: float = 1e-6,
+    rstd: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
+    v_bias: torch.Tensor | None = None,
+    k_norm_weight: torch.Tensor | None = None,
+    head_norm_eps: float = 1e-6,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> None:
+    """Compute a layer's K and V from its hidden states and store them in place: no attention, no MLP.
+
+    Norm, both projections, bias, norm of K, RoPE and the store at given rows, without the intermediate tensors. This is a
+    projected layer, and the last layer of a band (paper, section 4.1: layers recomputed from the E cache).
+
+    Args:
+        hidden_states: ``[..., C]``: the residual stream that enters the layer; T tokens in all.
+        k_weight, v_weight: ``[K * D, C]``, of the dtype of `hidden_states`.
+        k_cache, v_cache: ``[blocks, K, block_size, D]``, written in place; floating, or float8_e4m3fn (saturated, scale 1);
+            any strides but the last.
+        slot_mapping: int64 ``[T]``, each slot at most once. On the CPU a slot outside the cache raises; on a GPU, where
+            reading it would stall the host, such a token is not stored.
+        norm: ``"hf"`` normalises rows first, in transformers' rounding order, with `norm_weight` and `norm_eps`.
+            ``"folded"`` expects weights that went through :func:`fold_norm_weight`, and scales the float32 product by
+            `rstd`: one rounding fewer and no pass over the rows. ``"none"`` takes rows that are normalised already.
+        norm_weight: ``[C]``; for ``"hf"`` alone.
+        norm_order: where the input norm and the norm of K round; see :func:`row_norm`.
+        norm_eps: eps of the input norm, where it is computed here.
+        rstd: float32, shape of `hidden_states` without its last dimension; for ``"folded"``, computed when not given.
+        k_bias, v_bias: ``[K * D]``, both or neither.
+        k_norm_weight: RMS norm of K before RoPE: ``[D]`` over each head, ``[K * D]`` over all heads together (which needs
+            caches of the dtype of `hidden_states`).
+        head_norm_eps: eps of that norm.
+        cos, sin: ``[T, R / 2]`` with R the rotated columns of a head: pairs (i, i + R/2) are rotated, the rest pass. Of the
+            dtype of `hidden_states`, in which RoPE then rounds, or float32, where only its result is rounded (OLMo 2).
+        positions: int64 ``[T]``: the row of `cos` and `sin` of each token, which then have any number of rows; not checked
+            on a GPU. For packed sequences see :func:`packed_slots`.
+
+    Raises:
+        ValueError: a shape, dtype, device or slot does not fit; the message names the argument.
+    """
+    project(
+        [hidden_states], [], [k_weight], [v_weight], [], [k_cache], [v_cache], slot_mapping,
+        norm=norm, norm_weights=_listed(norm_weight), norm_order=norm_order, norm_eps=norm_eps, rstds=_listed(rstd),
+        q_biases=[], k_biases=_listed(k_bias), v_biases=_listed(v_bias), q_norm_weights=[],
+        k_norm_weights=_listed(k_norm_weight), head_norm_eps=head_norm_eps, coses=_listed(cos), sines=_listed(sin),
+        positions=positions,
+    )  # fmt: skip
+
+
+def qkv_project(
+    hidden_states: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    v_weight: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    norm: Norm = "hf",
+    norm_weight: torch.Tensor | None = None,
+    norm_order: NormOrder = "llama",
+    norm_eps: float = 1e-6,
+    rstd: torch.Tensor | None = None,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
+    v_bias: torch.Tensor | None = None,
+    q_norm_weight: torch.Tensor | None = None,
+    k_norm_weight: torch.Tensor | None = None,
+    head_norm_eps: float = 1e-6,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> None:
+    """:func:`kv_project` of a layer whose attention runs (an interior layer of a band): Q too, in the same launch.
+
+    Args:
+        q_weight: ``[H * D, C]``.
+        q: ``[T, H, D]``, written in place at row t for token t; any strides but the last.
+        q_bias, q_norm_weight: as of K; given if those of K are.
+
+    Other arguments and errors are those of :func:`kv_project`.
+    """
+    project(
+        [hidden_states], [q_weight], [k_weight], [v_weight], [q], [k_cache], [v_cache], slot_mapping,
+        norm=norm, norm_weights=_listed(norm_weight), norm_order=norm_order, norm_eps=norm_eps, rstds=_listed(rstd),
+        q_biases=_listed(q_bias), k_biases=_listed(k_bias), v_biases=_listed(v_bias),
+        q_norm_weights=_listed(q_norm_weight), k_norm_weights=_listed(k_norm_weight), head_norm_eps=head_norm_eps,
+        coses=_listed(cos), sines=_listed(sin), positions=positions,
+    )  # fmt: skip
+
+
+def kv_project_layers(
+    hidden_states: Sequence[torch.Tensor],
+    k_weights: Sequence[torch.Tensor],
+    v_weights: Sequence[torch.Tensor],
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    slot_mapping: torch.Tensor,
+    *,
+    norm: Norm = "hf",
+    norm_weights: Sequence[torch.Tensor] = (),
+    norm_order: NormOrder = "llama",
+    norm_eps: float = 1e-6,
+    rstds: Sequence[torch.Tensor] = (),
+    k_biases: Sequence[torch.Tensor] = (),
+    v_biases: Sequence[torch.Tensor] = (),
+    k_norm_weights: Sequence[torch.Tensor] = (),
+    head_norm_eps: float = 1e-6,
+    coses: Sequence[torch.Tensor] = (),
+    sines: Sequence[torch.Tensor] = (),
+    positions: torch.Tensor | None = None,
+) -> None:
+    """:func:`kv_project` of several layers of one shape: on a GPU in one launch for up to 8 layers of a short context.
+
+    Each argument is a tensor for each layer, of the same shape, dtype and strides, or nothing where the layers have none.
+    `slot_mapping` and `positions` are shared. Results are bitwise those of a call for each layer.
+
+    Raises:
+        ValueError: as :func:`kv_project`; also if layers differ or are not as many.
+    """
+    columns = (k_weights, v_weights, k_caches, v_caches)
+    optional = (norm_weights, rstds, k_biases, v_biases, k_norm_weights, coses, sines)
+    layers = len(hidden_states)
+    if any(len(tensors) != layers for tensors in columns) or any(
+        len(tensors) not in (0, layers) for tensors in optional
+    ):
+        counts = [len(tensors) for tensors in (hidden_states, *columns, *optional)]
+        raise ValueError(
+            f"hidden_states: got {layers} layers, and the arguments have {counts}; a tensor a layer is needed"
+        )
+    if layers == 0:
+        return
+    tokens = hidden_states[0].shape[:-1].numel()
+    most = _COPIED_TOKENS_PER_LAUNCH if norm == "hf" else _TOKENS_PER_LAUNCH
+    group = min(_LAYERS_PER_LAUNCH, max(most // max(tokens, 1), 1))
+    first = 0
+    while first < layers:
+        size = min(group, layers - first)
+        size = 1 << (size.bit_length() - 1)  # powers of two, so that four kernels serve any number of layers
+        some = slice(first, first + size)
+        project(
+            hidden_states[some], [], k_weights[some], v_weights[some], [], k_caches[some], v_caches[some], slot_mapping,
+            norm=norm, norm_weights=norm_weights[some], norm_order=norm_order, norm_eps=norm_eps, rstds=rstds[some],
+            q_biases=[], k_biases=k_biases[some], v_biases=v_biases[some], q_norm_weights=[],
+            k_norm_weights=k_norm_weights[some], head_norm_eps=head_norm_eps, coses=coses[some], sines=sines[some],
+            positions=positions,
+        )  # fmt: skip
+        first += size
+
+
+def kv_splice(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    k_cache_scale: torch.Tensor | None = None,
+    v_cache_scale: torch.Tensor | None = None,
+    static_scale: bool = False,
+) -> None:
+    """Copy rows of K and V into a cache of another layout or dtype, in place, and optionally rotate K further.
+
+    Rows in 8 bits (float8_e4m3fn or int8) hold finite values as code · scale, with a scale for each token and head.
+
+    Args:
+        k, v: ``[B, K, T, D]``, floating or 8-bit; they must not share memory with the caches.
+        k_cache, v_cache: ``[blocks, K, block_size, D]``, floating or 8-bit, written in place.
+        slot_mapping: int64 ``[B * T]``: row t of sequence b goes to ``slot_mapping[b * T + t]``.
+        cos, sin: ``[B * T, R / 2]``: the angle by which each row of K is rotated on top of what it has, for a change of
+            position or of RoPE base (:func:`rotation_between`); computed in float32.
+        k_scale, v_scale: float32 ``[B, K, T]``, any strides: scales of 8-bit rows; ``scale.expand(B, K, T)`` serves for one
+            scale of the whole tensor. int8 needs them; fp8 without them is taken with scale 1.
+        k_cache_scale, v_cache_scale: float32 ``[blocks, K, block_size]``, any strides: needed with 8-bit caches, and written
+            in place: each row's largest value becomes the largest code.
+        static_scale: read `k_cache_scale` and `v_cache_scale` instead, and saturate what does not fit.
+
+    Raises:
+        ValueError: a shape, dtype, device or slot does not fit; the message names the argument.
+    """
+    check_caches(k_cache, v_cache, k, FLOATS + CODES)
+    blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+    if k.dim() != 4 or k.dtype not in FLOATS + CODES:
+        fail("k", k, "floating or 8-bit [B, K, T, D]")
+    batch, _, tokens, _ = k.shape
+    for name, tensor in (("k", k), ("v", v)):
+        check(name, tensor, (batch, num_kv_heads, tokens, head_dim), k, k.dtype)
+    check("slot_mapping", slot_mapping, (batch * tokens,), k, torch.int64)
+    check_rotation(cos, sin, None, batch * tokens, head_dim, k, None)
+    check_scales(
+        ("k_scale", "v_scale"), (k_scale, v_scale), (batch, num_kv_heads, tokens), k.dtype, k,
+        needed=k.dtype == torch.int8, written=False,
+    )  # fmt: skip
+    check_scales(
+        ("k_cache_scale", "v_cache_scale"), (k_cache_scale, v_cache_scale), (blocks, num_kv_heads, block_size),
+        k_cache.dtype, k, needed=k_cache.dtype in CODES, written=not static_scale,
+    )  # fmt: skip
+    ops.kv_splice(
+        k, v, k_scale, v_scale, cos, sin, slot_mapping, static_scale, k_cache, v_cache, k_cache_scale, v_cache_scale
+    )
+
+
+def rotation_between(
+    cos: torch.Tensor, sin: torch.Tensor, new_cos: torch.Tensor, new_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotation that takes keys from one angle to another, for :func:`kv_splice`.
+
+    Between positions, between RoPE bases, and between scalings of attention (YaRN multiplies cos and sin by a factor).
+
+    Args:
+        cos, sin: ``[T, R / 2]``, what the keys were rotated by.
+        new_cos, new_sin: ``[T, R / 2]``, what they shall be rotated by.
+
+    Returns:
+        cos and sin of the difference, float32 ``[T, R / 2]``.
+    """
+    cos, sin, new_cos, new_sin = (half.float() for half in (cos, sin, new_cos, new_sin))
+    size = cos * cos + sin * sin
+    return (new_cos * cos + new_sin * sin) / size, (new_sin * cos - new_cos * sin) / size
+
+
+def packed_slots(
+    cu_seqlens: torch.Tensor, num_tokens: int, block_size: int, block_table: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and slots of sequences packed one behind the other, without a look at any value on the host.
+
+    Args:
+        cu_seqlens: integer ``[B + 1]``: sequence b is tokens ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
+        num_tokens: T, the length of the packed batch; tokens behind the last sequence are padding, with slot -1.
+        block_size: rows of a cache block: of a page, or the capacity of a dense cache for a sequence.
+        block_table: integer ``[B, pages]``: the pages of each sequence; without it sequence b is block b.
+
+    Returns:
+        positions and slot_mapping, int64 ``[T]``, for :func:`kv_project`.
+    """
+    cu_seqlens = cu_seqlens.long()
+    token = torch.arange(num_tokens, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
+    padding = sequence == len(cu_seqlens) - 1
+    sequence = sequence.masked_fill(padding, 0)
+    positions = (token - cu_seqlens[sequence]).masked_fill(padding, 0)
+    if block_table is None:
+        block, row = sequence, positions
+    else:
+        block, row = block_table.long()[sequence, positions // block_size], positions % block_size
+    return positions, (block * block_size + row).masked_fill(padding, -1)
+
+
+def _listed(tensor: torch.Tensor | None) -> list[torch.Tensor]:
+    return [] if tensor is None else [tensor]

@@ -1,0 +1,90 @@
+"""The weights that a layer's K/V depend on, and the same as the projection operator takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from .. import ops
+from ..ops.checks import NormOrder
+
+Norm = Literal["hf", "folded"]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One adapter: ``down`` ``[r, C]`` and, with its scaling, ``up`` ``[N, r]``."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The weights of one layer that its K/V depend on, as :func:`droidspeak_ops.ops.kv_project` names them."""
+
+    norm_weight: torch.Tensor | None
+    norm_eps: float
+    k_weight: torch.Tensor
+    v_weight: torch.Tensor
+    k_bias: torch.Tensor | None
+    v_bias: torch.Tensor | None
+    k_norm_weight: torch.Tensor | None
+    k_norm_eps: float
+    k_low_rank: tuple[LowRank, ...] = ()
+    v_low_rank: tuple[LowRank, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The weights of a layer as the operator takes them: what can be done to them before any token is known has been done.
+
+    Args:
+        weights: of the layer.
+        norm: how the input is normalised, if `weights` have a norm.
+        k_weight, v_weight: ``[K * D, C + r]``, with the norm's weight folded in for ``"folded"``.
+        down: ``[r, C]`` of all adapters together, or None: rows are lengthened by their products with it.
+    """
+
+    weights: LayerWeights
+    norm: Norm
+    k_weight: torch.Tensor
+    v_weight: torch.Tensor
+    down: torch.Tensor | None = None
+
+    @property
+    def folded(self) -> bool:
+        """Whether the operator needs 1/rms of the rows."""
+        return self.norm == "folded" and self.weights.norm_weight is not None
+
+    @cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """Properties of the weights that layers projected together have in common."""
+        steps = (self.weights.norm_weight, self.weights.k_bias, self.weights.k_norm_weight, self.down)
+        return (self.norm, self.k_weight.shape, self.k_weight.stride(), *(step is None for step in steps))
+
+
+def prepare(weights: LayerWeights, norm_order: NormOrder, norm: Norm) -> Prepared:
+    """The weights of a layer for ``norm``: the norm's weight folded if asked for, adapters beside the projections.
+
+    For ``"hf"`` without adapters nothing is copied.
+    """
+    k_weight, v_weight, gain = weights.k_weight, weights.v_weight, weights.norm_weight
+    folds = norm == "folded" and gain is not None
+    if folds:
+        k_weight, v_weight = (ops.fold_norm_weight(w, gain, norm_order=norm_order) for w in (k_weight, v_weight))  # type: ignore[arg-type]
+    adapters = (*weights.k_low_rank, *weights.v_low_rank)
+    if not adapters:
+        return Prepared(weights, norm, k_weight, v_weight)
+    dtype = k_weight.dtype
+    down = torch.cat([each.down for each in adapters]).to(dtype)
+    if folds:
+        down = ops.fold_norm_weight(down, gain, norm_order=norm_order)  # type: ignore[arg-type]
+    columns = [each.up.to(dtype) for each in adapters]
+    of_k = len(weights.k_low_rank)
+    k_weight = torch.cat([k_weight, *columns[:of_k], *map(torch.zeros_like, columns[of_k:])], dim=1)
+    v_weight = torch.cat([v_weight, *map(torch.zeros_like, columns[:of_k]), *columns[of_k:]], dim=1)
+    return Prepared(weights, norm, k_weight, v_weight, down)

@@ -1,0 +1,130 @@
+"""The comparison with the paper on tiny models: its ways, what stands beside them, and what is written."""
+
+import json
+from argparse import Namespace
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import paper
+import pytest
+import results_page
+import torch
+from choice import measure_choice
+from maps import Loaded
+from pairs import PAIRS
+from reporting import read_csv
+from support.compare import assert_close
+from support.models import tiny_pair, tokens
+from token_selective import token_selective_prefill
+
+import droidspeak_ops as ds
+from droidspeak_ops.profiling.frontier import Point, Work
+
+LAYERS = 6
+COSTS = ds.CostModel((0, 1e-4, 0), (0, 1e-5, 0), (0.05, 0, 0), 4000, 1000, "made up", (100, 2000))
+
+
+@pytest.fixture(scope="module")
+def pair() -> Loaded:
+    return Loaded(PAIRS["lora"], *tiny_pair(LAYERS), None)
+
+
+@pytest.fixture(scope="module")
+def maps(pair: Loaded) -> ds.Maps:
+    some = [ds.Example.cut(tokens(160)) for _ in range(6)]
+    return ds.fit(pair.sender, pair.receiver, some, bands=[(2, 5)], show_progress=False)
+
+
+def test_all_tokens_selected_is_the_own_prefill(pair: Loaded) -> None:
+    context = ds.capture(pair.sender, tokens(40))
+    own = ds.capture(pair.receiver, context.tokens)
+    cache = token_selective_prefill(pair.receiver, context, LAYERS)
+    for layer in range(LAYERS):
+        assert_close(cache.layers[layer].keys, own.kv(layer).keys, torch.float32, operations=64)
+        assert_close(cache.layers[layer].values, own.kv(layer).values, torch.float32, operations=64)
+
+
+def test_some_tokens_selected_are_those_that_differ_most(pair: Loaded) -> None:
+    context = ds.capture(pair.sender, tokens(40))
+    cache = token_selective_prefill(pair.receiver, context, 3)
+    own = ds.capture(pair.receiver, context.tokens).kv(1)
+    theirs, ours = context.kv(1), cache.layers[1]
+    changed = (ours.values != theirs.values).any(-1).any(1)[0]
+    assert changed.sum() == round(40 * 2 / (LAYERS - 1))
+    apart = sum((a - b).square().sum((0, 1, 3)) for a, b in ((own.keys, theirs.keys), (own.values, theirs.values)))
+    assert apart[changed].min() > apart[~changed].max()
+    for layer in range(2, LAYERS):
+        same = (cache.layers[layer].values == context.kv(layer).values).all(-1).all(1)[0]
+        assert torch.equal(same, ~changed)
+
+
+def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [ds.Example(tokens(60), tokens(5), tokens(6)) for _ in range(10)]
+    monkeypatch.setattr(paper.Loaded, "of", lambda name: pair)
+    monkeypatch.setattr(paper, "maps_of", lambda name, of, contexts: (maps, 0.0, 0))
+    monkeypatch.setattr(pair.__class__, "examples", lambda self, split, contexts: examples)
+    monkeypatch.setattr(paper, "CONTIGUOUS", (2, 3))
+    monkeypatch.setattr(paper, "TIMED_TOKENS", 80)
+    monkeypatch.setattr(paper, "CHOSEN_AT", (1.2, 1.5, 9.0))  # the last is out of reach
+    pair.named = replace(pair.named, task=replace(pair.named.task, draw=lambda *_: []))
+    (tmp_path / "costs.json").write_text(json.dumps(asdict(COSTS)))
+    page = tmp_path / "results.md"
+    page.write_text(f"before\n{results_page.MARKS[0]}\nold\n{results_page.MARKS[1]}\nafter\n")
+    steps = [step for step in paper.STEPS if step not in ("costs", "answer")]
+    options = ["--profiled", "6", "--judged", "4", "--granularity", "1", "--rounds", "1"]
+    paper.main(["--only", *steps, "--pairs", "lora", "--folder", str(tmp_path), "--page", str(page), *options])
+
+    rows = read_csv(tmp_path / "lora" / "judged.csv")
+    names = [row["way"] for row in rows]
+    assert names[:3] == ["all reused", "all projected", "all fitted"]
+    assert names[-2:] == ["chosen for a loss up to 5%", "chosen for a loss up to 1%"]
+    assert names.count("contiguous band") == names.count("selected tokens") == names.count("ours in the same time") == 2
+    assert names[-4:-2] == ["best at 5 times", "best at 2.6 times"]
+    assert all(row["of_band"] == "1" for row in rows if row["way"] == "contiguous band")
+    plain, ours = paper.frontiers_of("lora", Namespace(folder=tmp_path))
+    assert plain.maps is None and ours.maps == maps.digest()
+    ways = list(paper.ways_of(plain, ours))
+    bands = {way.band: way.point for way in ways if way.name == "contiguous band"}
+    for way in ways:
+        if way.name == "ours in the same time":
+            assert ours.seconds(way.point, 80) <= plain.seconds(bands[way.band], 80)
+        if way.point is not None:
+            assert way.point in (ours if way.with_maps else plain).points
+    assert all(float(row["ttft_speedup"]) > 0 for row in read_csv(tmp_path / "lora" / "times.csv"))
+    assert [row["maps"] for row in read_csv(tmp_path / "profiler.csv")] == ["", "1 corrected starts"]
+    choices = read_csv(tmp_path / "lora" / "choice.csv")
+    assert [row["faster"] for row in choices] == ["1.2", "1.5"]
+    assert all(float(row["of_best_kl"]) >= 1 and row["contexts"] == "6" for row in choices)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| contiguous band (2 layers) | band [" in text
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    for which in paper.PROFILES:
+        written = {path.name for path in (tmp_path / "lora" / which).iterdir()}
+        assert written == {
+            "frontier.json", "report.html", "frontier.png", "quality.png", "bands.png", "sensitivity.png",
+        }  # fmt: skip
+
+
+def test_what_a_choice_loses() -> None:
+    def point(start: int, kl: list[float]) -> Point:
+        lost = tuple(1 - value for value in kl)
+        return Point(ds.Plan([(start, 4)]), "reuse", False, Work(3 - start, 1, 1, LAYERS - 4 + start), tuple(kl), lost)
+
+    own = Point(ds.Plan([(0, LAYERS)]), "reuse", False, Work(LAYERS - 1, 1, 0, 0), (0.0,) * 6, (1.0,) * 6)
+    model = ds.Fingerprint({"num_hidden_layers": LAYERS}, {}, "float32", "0" * 64)
+
+    def measured(one: list[float], other: list[float]) -> dict[str, str]:
+        points = (point(1, one), point(2, other), own)
+        frontier = ds.Frontier(model, model, None, points, (), COSTS, (1000,) * 6, 2, 1, 0)
+        (row,) = measure_choice(frontier, [1.5, 100], 1000)
+        return row
+
+    alike = measured([0.1, 0.2] * 3, [0.2, 0.3] * 3)
+    assert (alike["points"], alike["of_best_kl"], alike["contexts"]) == ("0", "1.000", 6)
+    assert measured([0.1] * 5 + [0.15], [0.2] * 5 + [0.1])["of_best_kl"] == "1.000", "the odd one alters no choice"
+    # Of four contexts the first plan is the better one by 30 points, of two the second by 75. Both of these choose the second
+    # if neither is held out, which then is not the best; otherwise the first is chosen, which is not the best either. So one of
+    # the four loses 30 when it is held out with another of them, three times in five, and gains 30 when it is not.
+    kinds = measured([0.1] * 4 + [0.8] * 2, [0.4] * 4 + [0.05] * 2)
+    assert float(kinds["points"]) == pytest.approx((4 * 6 + 2 * 75) / 6, abs=2)

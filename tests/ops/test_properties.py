@@ -1,0 +1,183 @@
+"""Properties that hold for any shapes, strides, slots and layouts, searched by hypothesis."""
+
+import itertools
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.cases import Projection, poisoned, projection
+from support.compare import assert_bitwise_equal, assert_close
+
+from droidspeak_ops import ops
+from droidspeak_ops.kernels.kv_splice import kv_splice
+from droidspeak_ops.kernels.project_splice import project_splice
+from droidspeak_ops.kernels.project_splice_config import ProjectSpliceConfig
+from droidspeak_ops.ops import reference
+from droidspeak_ops.ops.checks import _overlap
+
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+searched = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+cheap = settings(searched, max_examples=200)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Projection:
+    head_dim = draw(st.sampled_from([4, 16, 20, 34]))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    return projection(
+        tokens=draw(st.integers(0, 40)),
+        hidden=draw(st.integers(1, 40)),
+        layers=draw(st.integers(1, 3)),
+        q_heads=draw(st.integers(0, 3)),
+        kv_heads=draw(st.integers(1, 3)),
+        head_dim=head_dim,
+        rotary_dim=2 * draw(st.integers(0, head_dim // 2)),
+        dtype=draw(DTYPES),
+        rstd=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        head_norm=draw(st.sampled_from([None, "each", "all"])),
+        norm_order=draw(st.sampled_from(["llama", "gemma", "olmo"])),
+        positions=draw(st.booleans()),
+        layout=draw(st.sampled_from(["dense", "NHD", "HND", "strided"])),
+        scattered=draw(st.booleans()),
+        fused=draw(st.booleans()),
+        strided=draw(st.booleans()),
+    )
+
+
+@searched
+@given(problems())
+def test_the_projection_kernel_is_its_reference(case: Projection) -> None:
+    expected = case.with_new_outputs()
+    project_splice(**case.arguments, config=ProjectSpliceConfig(16, 32, 16, 4, 2))
+    reference.kv_project_ref(**expected.arguments)
+    for actual, wanted in zip(case.outputs, expected.outputs, strict=True):
+        assert torch.equal(actual.isnan(), wanted.isnan())
+        assert_close(actual.nan_to_num(), wanted.nan_to_num(), operations=2)
+
+
+@searched
+@given(problems(), st.randoms())
+def test_order_and_grouping_of_tokens_do_not_matter(case: Projection, random) -> None:
+    """All at once, or in two calls of shuffled tokens: each row is what it is."""
+    together, tokens = case.with_new_outputs(), case.arguments["x"][0].shape[0]
+    config = ProjectSpliceConfig(16, 32, 16, 4, 2)
+    project_splice(**together.arguments, config=config)
+    order = random.sample(range(tokens), tokens)
+    cut = random.randint(0, tokens)
+    for some in (order[:cut], order[cut:]):
+        part = dict(case.arguments)
+        per_token = ("x", "rstd") if part["positions"] is not None else ("x", "rstd", "cos", "sin")
+        for name in per_token:
+            part[name] = [tensor[some] for tensor in part[name]]
+        for name in ("positions", "slot_mapping"):
+            part[name] = None if part[name] is None else part[name][some]
+        part["q"] = [torch.empty_like(tensor[: len(some)]) for tensor in part["q"]]
+        project_splice(**part, config=config)
+        for piece, whole in zip(part["q"], together.arguments["q"], strict=True):
+            compare(piece, whole[some])
+    for one, other in zip(case.caches, together.caches, strict=True):
+        compare(one, other)
+
+
+def compare(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bitwise, or in float32 up to what BLAS, which the interpreter multiplies with, makes of a row's place in a tile."""
+    assert torch.equal(actual.isnan(), expected.isnan())
+    if expected.dtype == torch.float32:
+        assert_close(actual.nan_to_num(), expected.nan_to_num())
+    else:
+        assert_bitwise_equal(actual, expected)
+
+
+@st.composite
+def tensors(draw: st.DrawFn, shape: tuple[int, ...]) -> torch.Tensor:
+    """NaN of a shape, with its dimensions in any order in memory, gaps between them, and room in front."""
+    order = draw(st.permutations(range(len(shape) - 1)))
+    padded = [size + draw(st.integers(0, 2)) for size in shape]
+    memory = poisoned(tuple(padded[d] for d in order) + (padded[-1],), torch.float32, "cpu")
+    inverse = [order.index(d) for d in range(len(shape) - 1)]
+    return memory.permute(*inverse, len(shape) - 1)[tuple(slice(0, size) for size in shape)]
+
+
+@st.composite
+def splices(draw: st.DrawFn) -> dict:
+    batch, heads, tokens, blocks, block_size = (draw(st.integers(1, top)) for top in (2, 3, 9, 4, 7))
+    head_dim = 2 * draw(st.integers(1, 20))
+    half = draw(st.integers(0, head_dim // 2))
+    slots = draw(st.permutations(range(-batch * tokens, blocks * block_size)))[: batch * tokens]
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    sources = [draw(tensors((batch, heads, tokens, head_dim))) for _ in "kv"]
+    for source in sources:
+        source.normal_()
+    angles = torch.rand(batch * tokens, half) * 6
+    return {
+        "sources": sources,
+        "caches": [draw(tensors((blocks, heads, block_size, head_dim))) for _ in "kv"],
+        "slots": torch.tensor([max(slot, -1) for slot in slots]),
+        "rotation": (angles.cos(), angles.sin()) if half else (None, None),
+    }
+
+
+@searched
+@given(splices())
+def test_a_splice_puts_each_row_in_its_slot_and_nothing_elsewhere(case: dict) -> None:
+    """The kernel and the operator against loops over tokens and heads."""
+    (k, v), (k_cache, v_cache), slots = case["sources"], case["caches"], case["slots"]
+    cos, sin = case["rotation"]
+    by_kernel = [cache.clone() for cache in (k_cache, v_cache)]
+    kv_splice(k, v, None, None, cos, sin, slots, False, *by_kernel, None, None)
+    ops.kv_splice(k, v, k_cache, v_cache, slots, cos=cos, sin=sin)
+    expected = [torch.full_like(cache, float("nan")) for cache in (k_cache, v_cache)]
+    block_size, tokens = k_cache.shape[2], k.shape[2]
+    for index, slot in enumerate(slots.tolist()):
+        for head in range(k.shape[1]) if slot >= 0 else ():
+            row = k[index // tokens, head, index % tokens].clone()
+            if cos is not None:
+                half = cos.shape[1]
+                first, second = row[:half].clone(), row[half : 2 * half].clone()
+                row[:half] = first * cos[index] - second * sin[index]
+                row[half : 2 * half] = second * cos[index] + first * sin[index]
+            expected[0][slot // block_size, head, slot % block_size] = row
+            expected[1][slot // block_size, head, slot % block_size] = v[index // tokens, head, index % tokens]
+    for actual in ((k_cache, v_cache), by_kernel):
+        assert torch.equal(actual[0].isnan(), expected[0].isnan())
+        assert_close(actual[0].nan_to_num(), expected[0].nan_to_num())
+        assert_bitwise_equal(actual[1].contiguous(), expected[1].contiguous())
+
+
+@cheap
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 4), st.integers(1, 5), st.booleans())
+def test_packed_slots_are_those_of_a_loop(lengths: list[int], padding: int, block_size: int, paged: bool) -> None:
+    pages = -(-max(lengths) // block_size) or 1
+    table = torch.randperm(len(lengths) * pages).view(len(lengths), pages) if paged else None
+    rows = block_size if paged else max(*lengths, 1, block_size)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    positions, slots = ops.packed_slots(cu_seqlens, sum(lengths) + padding, rows, table)
+    expected = []
+    for sequence, length in enumerate(lengths):
+        for position in range(length):
+            block = sequence if table is None else int(table[sequence, position // rows])
+            expected.append((position, block * rows + (position if table is None else position % rows)))
+    expected += [(0, -1)] * padding
+    assert list(zip(positions.tolist(), slots.tolist(), strict=True)) == expected
+    assert positions.dtype == slots.dtype == torch.int64
+
+
+@cheap
+@given(st.data())
+def test_views_overlap_when_they_share_an_element(data: st.DataObject) -> None:
+    """Two views of one shape and layout: exactly. The layout is nested, as those of real caches are."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+    strides, step = [], 1
+    for size in reversed(shape):
+        step *= data.draw(st.integers(1, 3))
+        strides.insert(0, step)
+        step *= size
+    memory = torch.zeros(1500)
+    offsets = [data.draw(st.integers(0, 60)) for _ in range(2)]
+    one, other = (torch.as_strided(memory, shape, tuple(strides), offset) for offset in offsets)
+    touched = []
+    for offset in offsets:
+        places = itertools.product(*(range(size) for size in shape))
+        touched.append({offset + sum(i * s for i, s in zip(place, strides, strict=True)) for place in places})
+    assert _overlap(one, other) == bool(touched[0] & touched[1])
