@@ -12,14 +12,13 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from gpu_rows import Step
 
 import droidspeak_ops as ds
-from droidspeak_ops.proof.shapes import SHAPES, Shape, projection
+from droidspeak_ops.proof.shapes import SHAPES, Shape, projections
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
@@ -127,9 +126,6 @@ def long_launches() -> None:
 
 
 def _launch(shape: Shape, tokens: int) -> None:
-    made: dict[str, Any] = projection(shape, tokens, dtype=torch.bfloat16, device="cuda", folded=True)
-    one = {name: value[0] if value else None for name, value in made.items() if isinstance(value, list)}
-    positional = [one[name] for name in ("x", "k_weight", "v_weight", "k_cache", "v_cache")]
-    given = {name: one[name] for name in ("rstd", "k_bias", "v_bias", "k_norm_weight", "cos", "sin")}
-    ds.ops.kv_project(*positional, made["slot_mapping"], norm="folded", **given)
+    (layer,) = projections(shape, tokens, device="cuda", folded=True)
+    ds.ops.kv_project(layer)
     torch.cuda.synchronize()

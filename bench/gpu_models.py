@@ -23,6 +23,7 @@ import droidspeak_ops as ds
 from droidspeak_ops.context.context import SharedContext
 from droidspeak_ops.hf.decoder import Decoder
 from droidspeak_ops.hf.passes import Pass
+from droidspeak_ops.prefill.schedule import resolve
 
 SUFFIX_TOKENS = 32
 DECODED_TOKENS = 32
@@ -135,10 +136,10 @@ def _first_tokens(step: Step, model: Any, receiver: ds.Receiver, tokens: int) ->
             full_ms, plan_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
             fill_ms = median(fill, rounds)
             host_ms, unread_ms = (host_microseconds(each, calls=1) / 1e3 for each in (fill, unread))
-            projected = plan.roles(depth).count("project") + len(plan.bands)
-            parts = suffix_ms + plan.layers_run() * layer_ms + projected * projection_ms[norm]
+            work = resolve(plan, depth).work
+            parts = suffix_ms + work.run * layer_ms + work.projected * projection_ms[norm]
             step.add(
-                "plan", tokens=tokens, plan=name, layers_run=plan.layers_run(), full_ms=full_ms, plan_ms=plan_ms,
+                "plan", tokens=tokens, plan=name, layers_run=work.run, full_ms=full_ms, plan_ms=plan_ms,
                 speedup=statistics.median(one / other for one, other in pairs), parts_ms=parts, of_parts=plan_ms / parts,
                 fill_ms=fill_ms, fill_host_ms=host_ms, fill_host_unread_ms=unread_ms, peak_gib=peak, held_gib=held,
             )  # fmt: skip
@@ -161,25 +162,26 @@ def _one_layer(model: Any, context: SharedContext, rounds: int) -> float:
 
 def _one_projection(model: Any, context: SharedContext, norm: str, rounds: int) -> float:
     """Milliseconds of a layer's K and V by the operator alone, its weights folded beforehand."""
-    decoder, calls = Decoder(model), []
+    decoder = Decoder(model)
     over = Pass(decoder, context.tokens.shape)
     slots = torch.arange(context.tokens.shape[1], device=model.device)
+    layers = []
     for layer in range(min(8, decoder.num_layers)):
         weights, (cos, sin) = decoder.weights(layer), over.rotation(layer)
-        given: dict[str, Any] = {"norm": norm, "norm_eps": weights.norm_eps, "cos": cos, "sin": sin}
-        projections = [weights.k_weight, weights.v_weight]
-        if norm == "folded":
+        projections, folded = (weights.k_weight, weights.v_weight), norm == "folded"
+        if folded:
             projections = [ds.ops.fold_norm_weight(weight, weights.norm_weight) for weight in projections]
-        else:
-            given["norm_weight"] = weights.norm_weight
         caches = [torch.empty_like(half) for half in context.kv(layer)[:2]]
-        calls.append(partial(ds.ops.kv_project, context.hidden(layer), *projections, *caches, slots, **given))
+        layers.append(ds.ops.Projection(
+            context.hidden(layer), *projections, *caches, slots, norm=norm, norm_eps=weights.norm_eps,
+            norm_weight=None if folded else weights.norm_weight, cos=cos, sin=sin,
+        ))  # fmt: skip
 
     def run() -> None:
-        for call in calls:
-            call()
+        for layer in layers:
+            ds.ops.kv_project(layer)
 
-    return median(run, rounds) / len(calls)
+    return median(run, rounds) / len(layers)
 
 
 def _allocated(*, reset: bool = False) -> float | None:

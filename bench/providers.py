@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import droidspeak_ops as ds
-from droidspeak_ops.proof.shapes import Shape, projection
+from droidspeak_ops.ops import Projection
+from droidspeak_ops.proof.shapes import Shape, projections
 from droidspeak_ops.proof.traffic import minimum
 
 EPS = 1e-6
@@ -38,43 +38,40 @@ class Problem:
     layers: int = 1
 
     @cached_property
-    def tensors(self) -> dict[str, Any]:
-        """Arguments of the operator, and the weights of the input norm; a list has a tensor for each layer."""
-        made = projection(self.shape, self.tokens, dtype=self.dtype, device=self.device, layers=self.layers)
-        return {**made, "norm_weight": [torch.randn_like(x[0]) for x in made["x"]]}
-
-    def layer(self, index: int = 0) -> dict[str, Any]:
-        """The arguments of one layer; None for what it does not have."""
-        return {
-            name: (value[index] if value else None) if isinstance(value, list) else value
-            for name, value in self.tensors.items()
-        }
+    def records(self) -> list[Projection]:
+        """The layers, with raw hidden states and the weight of the input norm."""
+        made = projections(self.shape, self.tokens, dtype=self.dtype, device=self.device, layers=self.layers)
+        return [
+            layer._replace(
+                norm="hf", norm_weight=torch.randn_like(layer.hidden_states[0]), norm_eps=EPS, head_norm_eps=EPS
+            )
+            for layer in made
+        ]
 
     @property
     def outputs(self) -> list[torch.Tensor]:
-        return [*self.tensors["k_cache"], *self.tensors["v_cache"]]
+        return [*(layer.k_cache for layer in self.records), *(layer.v_cache for layer in self.records)]
 
     @property
     def flops(self) -> int:
-        return sum(
-            2 * self.tokens * weight.numel() for name in ("k_weight", "v_weight") for weight in self.tensors[name]
-        )
+        return sum(2 * self.tokens * (layer.k_weight.numel() + layer.v_weight.numel()) for layer in self.records)
 
     @property
     def bytes_moved(self) -> int:
         """Each input once, each output once."""
-        return minimum((leaf for leaf in tree_leaves(self.tensors) if isinstance(leaf, torch.Tensor)), [])
+        tensors = {id(leaf): leaf for leaf in tree_leaves(self.records) if isinstance(leaf, torch.Tensor)}
+        return minimum(tensors.values(), [])
 
 
 def eager(problem: Problem) -> Callable[[], None]:
-    shape, layer = problem.shape, problem.layer()
-    norm = _norm(shape.hidden_size, shape, layer["norm_weight"])
-    k_proj, v_proj = (_linear(layer[f"{name}_weight"], layer[f"{name}_bias"]) for name in "kv")
-    k_norm = None if shape.head_norm is None else _norm(shape.head_dim, shape, layer["k_norm_weight"])
-    cos, sin = (torch.cat((layer[name],) * 2, dim=-1) for name in ("cos", "sin"))
+    shape, layer = problem.shape, problem.records[0]
+    norm = _norm(shape.hidden_size, shape, layer.norm_weight)
+    k_proj, v_proj = (_linear(getattr(layer, f"{name}_weight"), getattr(layer, f"{name}_bias")) for name in "kv")
+    k_norm = None if shape.head_norm is None else _norm(shape.head_dim, shape, layer.k_norm_weight)
+    cos, sin = (torch.cat((getattr(layer, name),) * 2, dim=-1) for name in ("cos", "sin"))
 
     def run() -> None:
-        rows = norm(layer["x"][None])
+        rows = norm(layer.hidden_states[None])
         k, v = k_proj(rows), v_proj(rows)
         if shape.head_norm == "all":
             k = k_norm(k)
@@ -83,8 +80,8 @@ def eager(problem: Problem) -> Callable[[], None]:
             k = k_norm(k)
         k, passed = k.transpose(1, 2).split([shape.rotary_dim, shape.head_dim - shape.rotary_dim], dim=-1)
         k = k * cos + rotate_half(k) * sin
-        layer["k_cache"].copy_(torch.cat((k, passed), dim=-1) if passed.numel() else k)
-        layer["v_cache"].copy_(v.transpose(1, 2))
+        layer.k_cache.copy_(torch.cat((k, passed), dim=-1) if passed.numel() else k)
+        layer.v_cache.copy_(v.transpose(1, 2))
 
     return run
 
@@ -95,54 +92,54 @@ def compiled(problem: Problem) -> Callable[[], None]:
 
 
 def unfused(problem: Problem) -> Callable[[], None]:
-    shape, layer = problem.shape, problem.layer()
+    shape, layer = problem.shape, problem.records[0]
     order = shape.norm_order
 
     def run() -> None:
-        rows = ds.ops.row_norm(layer["x"], layer["norm_weight"], EPS, norm_order=order)
-        k = F.linear(rows, layer["k_weight"], layer["k_bias"])
-        v = F.linear(rows, layer["v_weight"], layer["v_bias"])
+        rows = ds.ops.row_norm(layer.hidden_states, layer.norm_weight, EPS, norm_order=order)
+        k = F.linear(rows, layer.k_weight, layer.k_bias)
+        v = F.linear(rows, layer.v_weight, layer.v_bias)
         if shape.head_norm == "all":
-            k = ds.ops.row_norm(k, layer["k_norm_weight"], EPS, norm_order=order)
+            k = ds.ops.row_norm(k, layer.k_norm_weight, EPS, norm_order=order)
         k, v = (each.unflatten(-1, (-1, shape.head_dim)) for each in (k, v))
         if shape.head_norm == "each":
-            k = ds.ops.row_norm(k, layer["k_norm_weight"], EPS, norm_order=order)
+            k = ds.ops.row_norm(k, layer.k_norm_weight, EPS, norm_order=order)
         k, v = (each[None].transpose(1, 2) for each in (k, v))
-        caches = layer["k_cache"], layer["v_cache"], layer["slot_mapping"]
-        ds.ops.kv_splice(k, v, *caches, cos=layer["cos"], sin=layer["sin"])
+        caches = layer.k_cache, layer.v_cache, layer.slot_mapping
+        ds.ops.kv_splice(k, v, *caches, cos=layer.cos, sin=layer.sin)
 
     return run
 
 
 def concatenated(problem: Problem) -> Callable[[], None]:
     """Row norm, one product with K's and V's weights together, and a splice that rotates and stores."""
-    layer, order = problem.layer(), problem.shape.norm_order
+    layer, order = problem.records[0], problem.shape.norm_order
     project = _project_concatenated(problem, layer)
 
     def run() -> None:
-        project(ds.ops.row_norm(layer["x"], layer["norm_weight"], EPS, norm_order=order))
+        project(ds.ops.row_norm(layer.hidden_states, layer.norm_weight, EPS, norm_order=order))
 
     return run
 
 
 def concatenated_folded(problem: Problem) -> Callable[[], None]:
     """The same without a pass over the hidden states: weights that are folded, and 1/rms on the product, in place."""
-    layer = _folded(problem.layer())
-    project = _project_concatenated(problem, layer, scale=layer["rstd"][:, None])
+    layer = _folded(problem.records[0])
+    project = _project_concatenated(problem, layer, scale=layer.rstd[:, None])
 
     def run() -> None:
-        project(layer["x"])
+        project(layer.hidden_states)
 
     return run
 
 
 def _project_concatenated(
-    problem: Problem, layer: dict[str, Any], scale: torch.Tensor | None = None
+    problem: Problem, layer: Projection, scale: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], None]:
     """From rows to the cache, the product with the rows of both weights scaled by `scale` before its bias."""
     shape = problem.shape
-    weight = torch.cat((layer["k_weight"], layer["v_weight"]))
-    bias = None if layer["k_bias"] is None else torch.cat((layer["k_bias"], layer["v_bias"]))
+    weight = torch.cat((layer.k_weight, layer.v_weight))
+    bias = None if layer.k_bias is None else torch.cat((layer.k_bias, layer.v_bias))
 
     def project(rows: torch.Tensor) -> None:
         if scale is None:
@@ -153,34 +150,34 @@ def _project_concatenated(
                 both.add_(bias)
         k, v = both.chunk(2, dim=-1)
         if shape.head_norm == "all":
-            k = ds.ops.row_norm(k, layer["k_norm_weight"], EPS, norm_order=shape.norm_order)
+            k = ds.ops.row_norm(k, layer.k_norm_weight, EPS, norm_order=shape.norm_order)
         k, v = (each.unflatten(-1, (-1, shape.head_dim)) for each in (k, v))
         if shape.head_norm == "each":
-            k = ds.ops.row_norm(k, layer["k_norm_weight"], EPS, norm_order=shape.norm_order)
+            k = ds.ops.row_norm(k, layer.k_norm_weight, EPS, norm_order=shape.norm_order)
         k, v = (each[None].transpose(1, 2) for each in (k, v))
-        caches = layer["k_cache"], layer["v_cache"], layer["slot_mapping"]
-        ds.ops.kv_splice(k, v, *caches, cos=layer["cos"], sin=layer["sin"])
+        caches = layer.k_cache, layer.v_cache, layer.slot_mapping
+        ds.ops.kv_splice(k, v, *caches, cos=layer.cos, sin=layer.sin)
 
     return project
 
 
 def cublas(problem: Problem) -> Callable[[], None]:
     """The product alone, with both weights together."""
-    layer = problem.layer()
-    weight = torch.cat((layer["k_weight"], layer["v_weight"]))
-    out = layer["x"].new_empty(problem.tokens, weight.shape[0])
-    return partial(torch.mm, layer["x"], weight.T, out=out)
+    layer = problem.records[0]
+    weight = torch.cat((layer.k_weight, layer.v_weight))
+    out = layer.hidden_states.new_empty(problem.tokens, weight.shape[0])
+    return partial(torch.mm, layer.hidden_states, weight.T, out=out)
 
 
 def cublas_two(problem: Problem) -> Callable[[], None]:
     """The products alone, one for each weight."""
-    layer = problem.layer()
-    weights = [layer[f"{name}_weight"] for name in "kv"]
-    outs = [layer["x"].new_empty(problem.tokens, weight.shape[0]) for weight in weights]
+    layer = problem.records[0]
+    weights = [getattr(layer, f"{name}_weight") for name in "kv"]
+    outs = [layer.hidden_states.new_empty(problem.tokens, weight.shape[0]) for weight in weights]
 
     def run() -> None:
         for weight, out in zip(weights, outs, strict=True):
-            torch.mm(layer["x"], weight.T, out=out)
+            torch.mm(layer.hidden_states, weight.T, out=out)
 
     return run
 
@@ -189,45 +186,39 @@ def liger(problem: Problem) -> Callable[[], None]:
     from liger_kernel.transformers.rms_norm import LigerRMSNorm
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
-    shape, layer = problem.shape, problem.layer()
+    shape, layer = problem.shape, problem.records[0]
     offset, casting = {"llama": (0.0, "llama"), "gemma": (1.0, "gemma"), "olmo": (0.0, "gemma")}[shape.norm_order]
 
     def norm_with(weight: torch.Tensor) -> nn.Module:
         norm = LigerRMSNorm(weight.shape[0], EPS, offset, casting, in_place=False)
         return _with(norm, weight=weight)
 
-    norm = norm_with(layer["norm_weight"])
-    k_norm = None if shape.head_norm is None else norm_with(layer["k_norm_weight"])
-    q = layer["x"].new_zeros(1, problem.tokens, 1, shape.head_dim).transpose(1, 2)
-    cos, sin = (torch.cat((layer[name],) * 2, dim=-1)[None] for name in ("cos", "sin"))
+    norm = norm_with(layer.norm_weight)
+    k_norm = None if shape.head_norm is None else norm_with(layer.k_norm_weight)
+    q = layer.hidden_states.new_zeros(1, problem.tokens, 1, shape.head_dim).transpose(1, 2)
+    cos, sin = (torch.cat((getattr(layer, name),) * 2, dim=-1)[None] for name in ("cos", "sin"))
 
     def run() -> None:
-        rows = norm(layer["x"][None])
-        k, v = (F.linear(rows, layer[f"{name}_weight"], layer[f"{name}_bias"]) for name in "kv")
+        rows = norm(layer.hidden_states[None])
+        k, v = (F.linear(rows, getattr(layer, f"{name}_weight"), getattr(layer, f"{name}_bias")) for name in "kv")
         if shape.head_norm == "all":
             k = k_norm(k)
         k, v = (each.unflatten(-1, (-1, shape.head_dim)) for each in (k, v))
         if shape.head_norm == "each":
             k = k_norm(k)
         k = liger_rotary_pos_emb(q, k.transpose(1, 2), cos, sin)[1]
-        layer["k_cache"].copy_(k)
-        layer["v_cache"].copy_(v.transpose(1, 2))
+        layer.k_cache.copy_(k)
+        layer.v_cache.copy_(v.transpose(1, 2))
 
     return run
 
 
 def ours(problem: Problem) -> Callable[[], None]:
-    layer = problem.layer()
-    given = {
-        name: layer[name] for name in ("norm_weight", "norm_order", "k_bias", "v_bias", "k_norm_weight", "cos", "sin")
-    }
-    return partial(ds.ops.kv_project, *_positional(layer), norm="hf", norm_eps=EPS, head_norm_eps=EPS, **given)
+    return partial(ds.ops.kv_project, problem.records[0])
 
 
 def ours_folded(problem: Problem, index: int = 0) -> Callable[[], None]:
-    layer = _folded(problem.layer(index))
-    given = {name: layer[name] for name in ("rstd", "norm_order", "k_bias", "v_bias", "k_norm_weight", "cos", "sin")}
-    return partial(ds.ops.kv_project, *_positional(layer), norm="folded", head_norm_eps=EPS, **given)
+    return partial(ds.ops.kv_project, _folded(problem.records[index]))
 
 
 def ours_single(problem: Problem) -> Callable[[], None]:
@@ -241,15 +232,7 @@ def ours_single(problem: Problem) -> Callable[[], None]:
 
 
 def ours_grouped(problem: Problem) -> Callable[[], None]:
-    layers = [_folded(problem.layer(index)) for index in range(problem.layers)]
-    columns = list(zip(*(_positional(layer)[:5] for layer in layers), strict=True))
-    plural = {"rstd": "rstds", "k_bias": "k_biases", "v_bias": "v_biases", "k_norm_weight": "k_norm_weights",
-              "cos": "coses", "sin": "sines"}  # fmt: skip
-    given = {plural[name]: [layer[name] for layer in layers] for name in plural if layers[0][name] is not None}
-    return partial(
-        ds.ops.kv_project_layers, *columns, layers[0]["slot_mapping"], norm="folded",
-        norm_order=problem.shape.norm_order, head_norm_eps=EPS, **given,
-    )  # fmt: skip
+    return partial(ds.ops.kv_project_layers, [_folded(layer) for layer in problem.records])
 
 
 def expected(problem: Problem) -> list[torch.Tensor]:
@@ -260,19 +243,18 @@ def expected(problem: Problem) -> list[torch.Tensor]:
         rows = rows * (rows.square().mean(-1, keepdim=True) + EPS).rsqrt()
         return rows * (1 + weight if shape.norm_order == "gemma" else weight)
 
-    for index in range(problem.layers):
-        layer = {
-            name: value.double() if isinstance(value, torch.Tensor) else value
-            for name, value in problem.layer(index).items()
-        }
-        rows = normed(layer["x"], layer["norm_weight"])
-        k, v = (F.linear(rows, layer[f"{name}_weight"], layer[f"{name}_bias"]) for name in "kv")
+    for record in problem.records:
+        layer = record._replace(**{
+            name: value.double() for name, value in record._asdict().items() if isinstance(value, torch.Tensor)
+        })  # fmt: skip
+        rows = normed(layer.hidden_states, layer.norm_weight)
+        k, v = (F.linear(rows, getattr(layer, f"{name}_weight"), getattr(layer, f"{name}_bias")) for name in "kv")
         if shape.head_norm is not None:
-            k = normed(k.unflatten(-1, (-1, layer["k_norm_weight"].shape[0])), layer["k_norm_weight"]).flatten(-2)
+            k = normed(k.unflatten(-1, (-1, layer.k_norm_weight.shape[0])), layer.k_norm_weight).flatten(-2)
         k, v = (each.unflatten(-1, (-1, shape.head_dim)).transpose(0, 1)[None] for each in (k, v))
         half = shape.rotary_dim // 2
         k1, k2, passed = k.split([half, half, shape.head_dim - 2 * half], dim=-1)
-        cos, sin = layer["cos"], layer["sin"]
+        cos, sin = layer.cos, layer.sin
         keys.append(torch.cat((k1 * cos - k2 * sin, k2 * cos + k1 * sin, passed), dim=-1))
         values.append(v)
     return keys + values
@@ -292,14 +274,12 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     return _with(nn.Linear(*reversed(weight.shape), device="meta"), weight=weight, bias=bias)
 
 
-def _positional(layer: dict[str, Any]) -> list[torch.Tensor]:
-    return [layer[name] for name in ("x", "k_weight", "v_weight", "k_cache", "v_cache", "slot_mapping")]
-
-
-def _folded(layer: dict[str, Any]) -> dict[str, Any]:
-    fold = partial(ds.ops.fold_norm_weight, norm_weight=layer["norm_weight"], norm_order=layer["norm_order"])
-    weights = {name: fold(layer[name]) for name in ("k_weight", "v_weight")}
-    return {**layer, **weights, "rstd": ds.ops.rms_rstd(layer["x"], EPS)}
+def _folded(layer: Projection) -> Projection:
+    fold = partial(ds.ops.fold_norm_weight, norm_weight=layer.norm_weight, norm_order=layer.norm_order)
+    rstd = ds.ops.rms_rstd(layer.hidden_states, EPS)
+    return layer._replace(
+        k_weight=fold(layer.k_weight), v_weight=fold(layer.v_weight), norm="folded", norm_weight=None, rstd=rstd
+    )
 
 
 Provider = Callable[[Problem], Callable[[], None]]

@@ -20,9 +20,10 @@ import pytest
 import torch
 
 import droidspeak_ops as ds
+from droidspeak_ops.kernels.arguments import Projection, to_operator
 from droidspeak_ops.ops import library, reference, tuning
 from droidspeak_ops.ops import projection as checked
-from droidspeak_ops.proof.shapes import Shape, projection
+from droidspeak_ops.proof.shapes import Shape, projections
 
 OPS = torch.ops.droidspeak_ops
 EPS = 1e-6
@@ -32,37 +33,26 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def kv_project(norm: str) -> Calls:
-    arguments = _arguments(1)
-    tensors = [arguments[name][0] for name in ("x", "k_weight", "v_weight", "k_cache", "v_cache")]
-    cos, sin = arguments["cos"][0], arguments["sin"][0]
     weight = torch.randn(16) if norm == "hf" else None
-
-    def after_norm(row_norm: Callable[..., torch.Tensor], project: Callable[..., None]) -> None:
-        rows = arguments["x"] if weight is None else [row_norm(tensors[0], weight, "llama", EPS)]
-        project(*{**arguments, "x": rows}.values())
-
-    def row_norm(*values: Any) -> torch.Tensor:
-        out = torch.empty_like(tensors[0])
-        OPS.row_norm([values[0]], [values[1]], *values[2:], [out])
-        return out
-
+    layer = _layers(1)[0]._replace(norm=norm, norm_weight=weight)
     return {
-        "public": partial(
-            ds.ops.kv_project, *tensors, arguments["slot_mapping"], norm=norm, norm_weight=weight, cos=cos, sin=sin
-        ),
-        "operator": partial(after_norm, row_norm, OPS.kv_project),
-        "reference": partial(after_norm, reference.row_norm_ref, reference.kv_project_ref),
+        "public": partial(ds.ops.kv_project, layer),
+        "operator": partial(OPS.kv_project, *to_operator([layer])),
+        "reference": partial(reference.kv_project_ref, layer),
     }
 
 
 def kv_project_layers() -> Calls:
-    arguments = _arguments(LAYERS)
-    names = ("x", "k_weight", "v_weight", "k_cache", "v_cache", "slot_mapping")
-    angles = {"coses": arguments["cos"], "sines": arguments["sin"]}
+    layers = _layers(LAYERS)
+
+    def references() -> None:
+        for layer in layers:
+            reference.kv_project_ref(layer)
+
     return {
-        "public": partial(ds.ops.kv_project_layers, *(arguments[name] for name in names), norm="none", **angles),
-        "operator": partial(OPS.kv_project, *arguments.values()),
-        "reference": partial(reference.kv_project_ref, *arguments.values()),
+        "public": partial(ds.ops.kv_project_layers, layers),
+        "operator": partial(OPS.kv_project, *to_operator(layers)),
+        "reference": references,
     }
 
 
@@ -81,13 +71,13 @@ def rms_rstd() -> Calls:
     x, out = torch.randn(1, 16), torch.empty(1)
     return {
         "public": partial(ds.ops.rms_rstd, x, EPS),
-        "operator": partial(OPS.rms_rstd, [x], EPS, [out]),
+        "operator": partial(OPS.rms_rstd, x, EPS, out),
         "reference": partial(reference.rms_rstd_ref, x, EPS),
     }
 
 
-def _arguments(layers: int) -> dict[str, Any]:
-    return projection(Shape(16, 1, 1, 8, 8), 1, dtype=torch.float32, device="cpu", layers=layers)
+def _layers(count: int) -> list[Projection]:
+    return projections(Shape(16, 1, 1, 8, 8), 1, dtype=torch.float32, device="cpu", layers=count)
 
 
 PLANS = [ds.Plan(), ds.Plan(project="rest"), ds.Plan([(15, 25)])]
@@ -119,7 +109,7 @@ def test_launcher(benchmark: Any, layers: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(jit.JITFunction, "run", lambda *args, **options: None)
     monkeypatch.setattr(tuning, "target", lambda device: "sm_90")
     benchmark.group = "launcher of kv_project"
-    benchmark(partial(library._kv_project_gpu, *_arguments(layers).values()))
+    benchmark(partial(library._kv_project_gpu, *to_operator(_layers(layers))))
 
 
 @pytest.mark.parametrize("level", ["public", "operator", "reference"])

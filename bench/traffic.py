@@ -23,9 +23,10 @@ from rich.table import Table
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from droidspeak_ops.kernels.arguments import Projection
 from droidspeak_ops.kernels.project_splice import project_splice
 from droidspeak_ops.kernels.project_splice_config import Size, project_splice_config
-from droidspeak_ops.kernels.row_norm import rms_rstd, row_norm
+from droidspeak_ops.kernels.row_norm import normed
 from droidspeak_ops.proof import traffic
 from droidspeak_ops.proof.shapes import SHAPES, Shape
 
@@ -72,23 +73,18 @@ def compare(shape: Shape, tokens: int, target: str = "sm_80") -> Iterator[Row]:
     launch = project_splice_config(target, size)
     tiles = 2 * ceil(shape.num_kv_heads * half / launch.block_n) * ceil(tokens / launch.block_m)
     products = tiles * (launch.block_m + 2 * launch.block_n) * shape.hidden_size * dtype.itemsize
-    normed, rstd = torch.empty_like(x[0]), torch.empty(tokens)
     for name in ("hf", "folded"):
         caches = [torch.full((1, shape.num_kv_heads, tokens, shape.head_dim), float("nan"), dtype=dtype) for _ in "kv"]
         folded = name == "folded"
         weights = [project.weight * norm.weight if folded else project.weight
                    for project in (attention.k_proj, attention.v_proj)]  # fmt: skip
 
-        def fused(folded: bool = folded, caches: list = caches, weights: list = weights) -> None:
-            if folded:
-                rms_rstd([x[0]], norm.variance_epsilon, [rstd])
-            else:
-                row_norm([x[0]], [norm.weight], "llama", norm.variance_epsilon, [normed])
-            project_splice(
-                [x[0] if folded else normed], [rstd] if folded else [],
-                [], weights[:1], weights[1:], [], [], [], [], [], "llama", 0.0,
-                [cos[0, :, :half]], [sin[0, :, :half]], None, torch.arange(tokens), [], caches[:1], caches[1:], launch,
-            )  # fmt: skip
+        def fused(name: str = name, folded: bool = folded, caches: list = caches, weights: list = weights) -> None:
+            layers = [Projection(
+                x[0], *weights, *caches, torch.arange(tokens), norm=name, norm_weight=None if folded else norm.weight,
+                norm_eps=norm.variance_epsilon, cos=cos[0, :, :half], sin=sin[0, :, :half],
+            )]  # fmt: skip
+            project_splice(normed(layers), launch)
 
         ours = traffic.of_kernels(fused)
         for written in caches:

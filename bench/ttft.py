@@ -25,6 +25,7 @@ from transformers import DynamicCache
 import droidspeak_ops as ds
 from droidspeak_ops.demo.run import load_glossary_variant
 from droidspeak_ops.hf.pretrained import SMOLLM2, load_pretrained
+from droidspeak_ops.prefill.schedule import resolve
 from droidspeak_ops.profiling.timing import SUFFIX_TOKENS, first_token, timed
 
 
@@ -71,15 +72,14 @@ def measure(sender, receiver, tokens: int, rounds: int, norm: str) -> list[Row]:
     median = {name: statistics.median(values) for name, values in times.items()}
     rows: list[Row] = []
     for plan in candidates:
-        projected = plan.roles(depth).count("project") + len(plan.bands)
-        bound = (
-            plan.layers_run() / depth * median["full"] + median["suffix"] + projected / depth * median["projections"]
-        )
+        work = resolve(plan, depth).work
+        of_layers = work.run * median["full"] + work.projected * median["projections"]
+        bound = of_layers / depth + median["suffix"]
         rows.append(
             {
                 "tokens": tokens,
                 "plan": str(plan),
-                "layers_run": plan.layers_run(),
+                "layers_run": work.run,
                 "full_ms": round(median["full"] * 1e3, 1),
                 "plan_ms": round(median[plan] * 1e3, 1),
                 "speedup": round(statistics.median(ratios[plan]), 2),

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from droidspeak_ops.kernels.arguments import Projection
 from droidspeak_ops.kernels.project_splice import project_splice
 from droidspeak_ops.kernels.project_splice_config import (
     ProjectSpliceConfig,
@@ -40,7 +41,7 @@ from droidspeak_ops.kernels.project_splice_config import (
     size_of,
 )
 from droidspeak_ops.ops import tuning
-from droidspeak_ops.proof.shapes import SHAPES, Shape, projection
+from droidspeak_ops.proof.shapes import SHAPES, Shape, projections
 
 GAIN = 0.03
 DTYPES = ("bfloat16", "float16")
@@ -132,8 +133,8 @@ def selected(
 
 
 @functools.cache
-def _arguments(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    return projection(shape, tokens, dtype=dtype, device=device)
+def _layers(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> list[Projection]:
+    return projections(shape, tokens, dtype=dtype, device=device)
 
 
 def launches(shape: Shape, tokens: int, dtype: torch.dtype, device: str, config: ProjectSpliceConfig) -> bool:
@@ -143,7 +144,7 @@ def launches(shape: Shape, tokens: int, dtype: torch.dtype, device: str, config:
     is taken.
     """
     try:
-        project_splice(**_arguments(shape, tokens, dtype, device), config=config)
+        project_splice(_layers(shape, tokens, dtype, device), config)
         if device != "cpu":
             torch.cuda.synchronize()
     except Exception:  # out of shared memory, ptxas, a pass of the compiler: Triton's errors have no common base
@@ -188,17 +189,17 @@ def choose(
     return Choice(best, again, default_again)
 
 
-def timer(arguments: dict[str, Any], default: ProjectSpliceConfig) -> Timer:
+def timer(layers: Sequence[Projection], default: ProjectSpliceConfig) -> Timer:
     """Times launches on a GPU: medians, with a cold L2 cache."""
     from triton.testing import do_bench
 
-    outputs = [*arguments["k_cache"], *arguments["v_cache"]]
-    project_splice(**arguments, config=default)
+    outputs = [cache for layer in layers for cache in (layer.k_cache, layer.v_cache)]
+    project_splice(layers, default)
     wanted = [output.clone() for output in outputs]
 
     def timed(config: ProjectSpliceConfig) -> float | None:
         def run() -> None:
-            project_splice(**arguments, config=config)
+            project_splice(layers, config)
 
         for output in outputs:
             output.fill_(float("nan"))
@@ -243,7 +244,7 @@ def tune(
     problems = list(itertools.product(models, dtypes))
     for model, dtype in problems:
         shape = SHAPES[model]
-        size = size_of(**projection(shape, tokens, dtype=dtype))
+        size = size_of(projections(shape, tokens, dtype=dtype))
         key = {
             "dtype": str(dtype),
             "hidden_size": shape.hidden_size,
@@ -267,7 +268,7 @@ def tune(
     each = (began + seconds - began_timing) / len(problems)
     for number, (model, dtype) in enumerate(problems):
         deadline = began_timing + each * (number + 1)
-        measure = timer(projection(SHAPES[model], tokens, dtype=dtype, device="cuda"), defaults[number])
+        measure = timer(projections(SHAPES[model], tokens, dtype=dtype, device="cuda"), defaults[number])
 
         def timed(config: ProjectSpliceConfig, model=model, dtype=dtype, measure=measure) -> float | None:
             found = measure(config)

@@ -15,10 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .arguments import Projection
 from .codes import as_stored, storage
 from .epilogue import pair_columns
 from .head_norm import head_norm
-from .project_splice_config import ProjectSpliceConfig, pairs_per_head
+from .project_splice_config import ProjectSpliceConfig, norms_all_heads, pairs_per_head
 from .project_splice_tma import _project_splice_tma_kernel, described
 from .projected_tile import Layers, Strides, columns_at, finish, of_layer, tile_at
 from .sizes import cdiv, multiprocessors
@@ -64,7 +65,7 @@ def _project_splice_kernel(
     )
     layer, pid_m, pid_n = tile_at(tl.program_id(0), num_tokens, NUM_LAYERS, Q_TILES + 2 * KV_TILES, GROUP_M, BLOCK_M)
     is_q, is_v, num_heads, pid_n = columns_at(pid_n, NUM_Q_HEADS, NUM_KV_HEADS, Q_TILES, KV_TILES)
-    x_ptr = of_layer(layers.x, layer, NUM_LAYERS)
+    x_ptr = of_layer(layers.hidden_states, layer, NUM_LAYERS)
     if is_v:
         w_ptr = of_layer(layers.v_weight, layer, NUM_LAYERS)
         stride_wn = strides.v_weight_n
@@ -92,7 +93,7 @@ def _project_splice_kernel(
     o_m = tl.minimum(o_m, num_tokens - 1).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
 
-    x_ptrs = x_ptr + o_m[:, None] * strides.x_m + o_k[None, :]  # [BLOCK_M, BLOCK_K]
+    x_ptrs = x_ptr + o_m[:, None] * strides.hidden_states_m + o_k[None, :]  # [BLOCK_M, BLOCK_K]
     w_ptrs = w_ptr + o_row[None, :].to(tl.int64) * stride_wn + o_k[:, None]  # [BLOCK_K, 2 * BLOCK_N]
     acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
     for k in range(0, hidden_size, BLOCK_K):
@@ -114,84 +115,68 @@ def _project_splice_kernel(
     )  # fmt: skip
 
 
-def project_splice(
-    x: Sequence[torch.Tensor],
-    rstd: Sequence[torch.Tensor],
-    q_weight: Sequence[torch.Tensor],
-    k_weight: Sequence[torch.Tensor],
-    v_weight: Sequence[torch.Tensor],
-    q_bias: Sequence[torch.Tensor],
-    k_bias: Sequence[torch.Tensor],
-    v_bias: Sequence[torch.Tensor],
-    q_norm_weight: Sequence[torch.Tensor],
-    k_norm_weight: Sequence[torch.Tensor],
-    norm_order: str,
-    head_norm_eps: float,
-    cos: Sequence[torch.Tensor],
-    sin: Sequence[torch.Tensor],
-    positions: torch.Tensor | None,
-    slot_mapping: torch.Tensor,
-    q: Sequence[torch.Tensor],
-    k_cache: Sequence[torch.Tensor],
-    v_cache: Sequence[torch.Tensor],
-    config: ProjectSpliceConfig,
-) -> None:
-    """Launch the kernel that `config` asks for: a tensor for each layer, or none for what the layers do not have.
+def project_splice(layers: Sequence[Projection], config: ProjectSpliceConfig) -> None:
+    """Launch the kernel that `config` asks for, once for all `layers`.
 
-    Shapes as in :class:`Layers`, checked by the caller: all layers alike, strides included; last dimensions contiguous.
-    Norm weights as wide as all heads are for `head_norm`, which then also rotates.
+    Checked by the caller: all layers are alike, strides included; their rows ``[T, C]`` are normalised, or have an `rstd` and
+    weights with the norm's folded in. Norm weights as wide as all heads are for `head_norm`, which then also rotates.
     """
-    num_tokens, hidden_size = x[0].shape
-    blocks, num_kv_heads, block_size, head_dim = k_cache[0].shape
-    num_q_heads = q[0].shape[1] if q else 0
+    first = layers[0]
+    num_tokens, hidden_size = first.hidden_states.shape
+    blocks, num_kv_heads, block_size, head_dim = first.k_cache.shape
+    num_q_heads = 0 if first.q is None else first.q.shape[1]
     if num_tokens == 0:
         return
-    norm_over_all = any(weights[0].shape[0] != head_dim for weights in (q_norm_weight, k_norm_weight) if weights)
-    rotary_dim = 2 * cos[0].shape[-1] if cos and not norm_over_all else 0
-    has_head_norm = bool(k_norm_weight) and not norm_over_all
+    over_all = norms_all_heads(first)
+    rotary_dim = 0 if first.cos is None or over_all else 2 * first.cos.shape[-1]
+    has_head_norm = first.k_norm_weight is not None and not over_all
     pairs = pairs_per_head(head_dim, has_head_norm)
     q_tiles, kv_tiles = (cdiv(heads * pairs, config.block_n) for heads in (num_q_heads, num_kv_heads))
-    tiles = len(x) * cdiv(num_tokens, config.block_m) * (q_tiles + 2 * kv_tiles)
-    nothing = (None,)
-    layers = Layers(
-        tuple(x), tuple(rstd) or nothing, tuple(q_weight) or nothing, tuple(k_weight), tuple(v_weight),
-        tuple(q_bias) or nothing, tuple(k_bias) or nothing, tuple(v_bias) or nothing, tuple(q_norm_weight) or nothing,
-        tuple(k_norm_weight) or nothing, tuple(cos) or nothing, tuple(sin) or nothing, tuple(q) or nothing,
-        tuple([as_stored(cache) for cache in k_cache]), tuple([as_stored(cache) for cache in v_cache]),
-    )  # fmt: skip
+    tiles = len(layers) * cdiv(num_tokens, config.block_m) * (q_tiles + 2 * kv_tiles)
+    tensors = Layers(
+        *(tuple([getattr(layer, name) for layer in layers]) for name in _READ),
+        *(tuple([as_stored(getattr(layer, name)) for layer in layers]) for name in ("k_cache", "v_cache")),
+    )
     strides = Strides(
-        x[0].stride(0), q_weight[0].stride(0) if q else 0, k_weight[0].stride(0), v_weight[0].stride(0),
-        cos[0].stride(0) if cos else 0, sin[0].stride(0) if cos else 0, *(q[0].stride()[:2] if q else (0, 0)),
-        *k_cache[0].stride()[:3], *v_cache[0].stride()[:3],
+        first.hidden_states.stride(0), _stride(first.q_weight), first.k_weight.stride(0), first.v_weight.stride(0),
+        _stride(first.cos), _stride(first.sin), _stride(first.q), _stride(first.q, 1), *first.k_cache.stride()[:3],
+        *first.v_cache.stride()[:3],
     )  # fmt: skip
-    sizes = (num_tokens, blocks * block_size, block_size, hidden_size, head_norm_eps)
+    sizes = (num_tokens, blocks * block_size, block_size, hidden_size, first.head_norm_eps)
     options: dict[str, Any] = {
-        "NUM_LAYERS": len(x), "NUM_Q_HEADS": num_q_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim,
-        "ROTARY_DIM": rotary_dim, "HAS_RSTD": bool(rstd), "HAS_BIAS": bool(k_bias), "HAS_HEAD_NORM": has_head_norm,
-        "HAS_POSITIONS": positions is not None, "NORM_ORDER": norm_order, "STORAGE": storage(k_cache[0].dtype),
-        "Q_TILES": q_tiles, "KV_TILES": kv_tiles, "GROUP_M": config.group_m,
+        "NUM_LAYERS": len(layers), "NUM_Q_HEADS": num_q_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim,
+        "ROTARY_DIM": rotary_dim, "HAS_RSTD": first.rstd is not None, "HAS_BIAS": first.k_bias is not None,
+        "HAS_HEAD_NORM": has_head_norm, "HAS_POSITIONS": first.positions is not None, "NORM_ORDER": first.norm_order,
+        "STORAGE": storage(first.k_cache.dtype), "Q_TILES": q_tiles, "KV_TILES": kv_tiles, "GROUP_M": config.group_m,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False,
     }  # fmt: skip
     if config.tma:
-        programs = min(tiles, multiprocessors(x[0].device)) if config.persistent else tiles
+        programs = min(tiles, multiprocessors(first.hidden_states.device)) if config.persistent else tiles
+        rows, columns = (config.block_m, config.block_k), (2 * config.block_n, config.block_k)
         _project_splice_tma_kernel[(programs,)](
-            *described(x, config.block_m, config.block_k), *described(k_weight, 2 * config.block_n, config.block_k),
-            *described(v_weight, 2 * config.block_n, config.block_k),
-            *described(q_weight, 2 * config.block_n, config.block_k, count=1),
-            layers, strides, positions, slot_mapping, *sizes, PERSISTENT=config.persistent, **options,
+            *described(tensors.hidden_states, *rows), *described(tensors.k_weight, *columns),
+            *described(tensors.v_weight, *columns), *described(tensors.q_weight, *columns, count=1),
+            tensors, strides, first.positions, first.slot_mapping, *sizes, PERSISTENT=config.persistent, **options,
         )  # fmt: skip
     else:
         _project_splice_kernel[(tiles,)](
-            layers, strides, positions, slot_mapping, *sizes, EVEN_C=hidden_size % config.block_k == 0, PAIRS_PER_HEAD=pairs,
-            **options,
+            tensors, strides, first.positions, first.slot_mapping, *sizes, EVEN_C=hidden_size % config.block_k == 0,
+            PAIRS_PER_HEAD=pairs, **options,
         )  # fmt: skip
-    if norm_over_all:
-        for layer, rows in enumerate(k_cache):
-            angles = (cos[layer], sin[layer]) if cos else (None, None)
+    if over_all:
+        for layer in layers:
+            eps, angles = layer.head_norm_eps, (layer.cos, layer.sin, layer.positions)
             head_norm(
-                rows, k_norm_weight[layer], norm_order, head_norm_eps, *angles, positions, slot_mapping, num_tokens
+                layer.k_cache, layer.k_norm_weight, layer.norm_order, eps, *angles, layer.slot_mapping, num_tokens
             )
-            if q:
-                rows = q[layer].transpose(0, 1).unsqueeze(0)
-                head_norm(rows, q_norm_weight[layer], norm_order, head_norm_eps, *angles, positions, None, num_tokens)
+            if layer.q is not None:
+                rows = layer.q.transpose(0, 1).unsqueeze(0)
+                head_norm(rows, layer.q_norm_weight, layer.norm_order, eps, *angles, None, num_tokens)
+
+
+_READ = Layers._fields[:-2]
+
+
+def _stride(tensor: torch.Tensor | None, dimension: int = 0) -> int:
+    return 0 if tensor is None else tensor.stride(dimension)

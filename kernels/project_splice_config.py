@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from .arguments import Projection
 from .sizes import cdiv, next_power_of_2
 
 
@@ -57,35 +58,35 @@ class Size(NamedTuple):
     aligned: bool
 
 
-def size_of(
-    x: Sequence[torch.Tensor],
-    q_weight: Sequence[torch.Tensor],
-    k_weight: Sequence[torch.Tensor],
-    v_weight: Sequence[torch.Tensor],
-    k_norm_weight: Sequence[torch.Tensor],
-    cos: Sequence[torch.Tensor],
-    q: Sequence[torch.Tensor],
-    k_cache: Sequence[torch.Tensor],
-    **others: Any,
-) -> Size:
-    """Read the sizes of a projection off its arguments, which are those of `project_splice`."""
-    _, num_kv_heads, _, head_dim = k_cache[0].shape
-    like = x[0]
-    aligned, bytes_each = True, like.element_size()
-    for matrices in (x, q_weight, k_weight, v_weight):
-        for matrix in matrices:
-            aligned = aligned and (matrix.data_ptr() | matrix.stride(0) * bytes_each) % 16 == 0
+def size_of(layers: Sequence[Projection]) -> Size:
+    """Read the sizes of a projection off its arguments."""
+    first = layers[0]
+    like = first.hidden_states
+    _, num_kv_heads, _, head_dim = first.k_cache.shape
+    matrices = [
+        matrix
+        for layer in layers
+        for matrix in (layer.hidden_states, layer.k_weight, layer.v_weight, layer.q_weight)
+        if matrix is not None
+    ]
+    bytes_each = like.element_size()
     return Size(
         dtype=like.dtype,
-        num_layers=len(x),
+        num_layers=len(layers),
         num_tokens=like.shape[0],
-        num_q_heads=q[0].shape[1] if q else 0,
+        num_q_heads=0 if first.q is None else first.q.shape[1],
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rotary_dim=2 * cos[0].shape[-1] if cos else 0,
-        has_head_norm=bool(k_norm_weight) and k_norm_weight[0].shape[0] == head_dim,
-        aligned=aligned,
+        rotary_dim=0 if first.cos is None else 2 * first.cos.shape[-1],
+        has_head_norm=first.k_norm_weight is not None and first.k_norm_weight.shape[0] == head_dim,
+        aligned=all((matrix.data_ptr() | matrix.stride(0) * bytes_each) % 16 == 0 for matrix in matrices),
     )
+
+
+def norms_all_heads(layer: Projection) -> bool:
+    """Whether K or Q is normed over all heads together, of which a tile holds only some."""
+    weights = [weight for weight in (layer.q_norm_weight, layer.k_norm_weight) if weight is not None]
+    return any(weight.shape[0] != layer.k_cache.shape[3] for weight in weights)
 
 
 def project_splice_config(target: str, size: Size) -> ProjectSpliceConfig:

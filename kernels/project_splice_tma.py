@@ -147,8 +147,10 @@ class _Matrix(TensorDescriptor):
 
 
 def described(
-    matrices: Sequence[torch.Tensor], rows: int, columns: int, count: int = MAX_LAYERS
+    matrices: Sequence[torch.Tensor | None], rows: int, columns: int, count: int = MAX_LAYERS
 ) -> list[TensorDescriptor | None]:
     """Descriptors of matrices by blocks of `rows` by `columns`, for `count` layers; None for layers that there are not."""
-    found = [_Matrix(matrix, matrix.shape, matrix.stride(), [rows, columns]) for matrix in matrices]
+    found = [
+        _Matrix(matrix, matrix.shape, matrix.stride(), [rows, columns]) for matrix in matrices if matrix is not None
+    ]
     return [*found, *[None] * (count - len(found))]

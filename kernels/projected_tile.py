@@ -18,9 +18,9 @@ from .epilogue import pair_columns, rotate, round_to, weigh
 
 
 class Layers(NamedTuple):
-    """Tensors that a launch reads and writes: for each name a tensor of each layer, or ``(None,)`` where there is none."""
+    """Tensors that a launch reads and writes: by the names of :class:`Projection`, a tensor of each layer, or None of each."""
 
-    x: Any  # [T, C]
+    hidden_states: Any  # [T, C]
     rstd: Any  # [T] float32
     q_weight: Any  # [H * D, C]
     k_weight: Any  # [K * D, C]
@@ -40,7 +40,7 @@ class Layers(NamedTuple):
 class Strides(NamedTuple):
     """Strides in elements, the same for all layers; last dimensions are contiguous."""
 
-    x_m: int
+    hidden_states_m: int
     q_weight_n: int
     k_weight_n: int
     v_weight_n: int
@@ -138,7 +138,7 @@ def finish(
 
     Rounds where transformers does: after the linear layer, the norm, each product of RoPE and its sum.
     """
-    DTYPE: tl.constexpr = layers.x[0].dtype.element_ty
+    DTYPE: tl.constexpr = layers.hidden_states[0].dtype.element_ty
     o_head = o_n // PAIRS_PER_HEAD
     o_pair = o_n % PAIRS_PER_HEAD
     o_col1, o_col2 = pair_columns(o_pair, HEAD_DIM, ROTARY_DIM)

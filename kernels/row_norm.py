@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .arguments import Projection
 from .epilogue import weigh
 from .projected_tile import of_layer
 from .sizes import next_power_of_2
@@ -58,6 +59,21 @@ def row_norm(
 ) -> None:
     """Launch the kernel for normalised rows: for each layer `x` and `out` [T, C], `weight` [C], or none."""
     _launch(x, weight, [], out, norm_order, eps)
+
+
+def normed(layers: Sequence[Projection]) -> list[Projection]:
+    """Return `layers` as `project_splice` takes them, with the input norm of ``"hf"`` or the 1/rms of ``"folded"`` computed."""
+    first, x = layers[0], [layer.hidden_states for layer in layers]
+    if first.norm == "hf":
+        rows = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in x]
+        weights = [layer.norm_weight for layer in layers if layer.norm_weight is not None]
+        row_norm(x, weights, first.norm_order, first.norm_eps, rows)
+        return [layer._replace(hidden_states=each) for layer, each in zip(layers, rows, strict=True)]
+    if first.norm == "folded" and first.rstd is None:
+        rstds = [torch.empty(each.shape[0], dtype=torch.float32, device=each.device) for each in x]
+        rms_rstd(x, first.norm_eps, rstds)
+        return [layer._replace(rstd=each) for layer, each in zip(layers, rstds, strict=True)]
+    return list(layers)
 
 
 def _launch(

@@ -15,12 +15,12 @@ from ..hf.adapters import LowRank
 from ..hf.decoder import Decoder
 from ..hf.passes import Pass
 from ..prefill.maps import RMS_EPS, SINKS, Correction, Domain, LayerMap, sinks_among
-from ..prefill.plan import Role
+from ..prefill.schedule import Source
 from .ridge import NormalEquations, Regression
 from .shares import Ingredients, Mixture, rotated
 
-FITTED: tuple[Role, ...] = ("fitted", "fitted_kv")
-Key = tuple[int, Role]
+FITTED: tuple[Source, ...] = ("fitted", "fitted_kv")
+Key = tuple[int, Source]
 
 _DAMPING = 0.01  # of covariances that are inverted, of their mean variance
 _ALIKE = 1.25  # a context is alike up to so many times the distance of the furthest that was held out
@@ -64,7 +64,7 @@ class Pair:
             **{(layer, "fitted_kv"): NormalEquations(self._width, self._width, device) for layer in self.layers},
         }
 
-    def blocks(self, layer: int, role: Role) -> list[slice]:
+    def blocks(self, layer: int, role: Source) -> list[slice]:
         """The outputs that are predicted with one strength of the ridge: K, V and, where a band starts, hidden states."""
         half, corrected = self._width // 2, role == "fitted" and layer in self.starts
         return [slice(0, half), slice(half, self._width), *([slice(self._width, None)] if corrected else [])]
@@ -86,7 +86,7 @@ class Pair:
             missing = (own_rows - rows)[skipped:]
             equations[layer, "fitted_kv"].add(rows[skipped:], missing, tamed(missing))
 
-    def mixture(self, role: Role, theirs: SharedContext, fits: Mapping[int, Regression]) -> Mixture:
+    def mixture(self, role: Source, theirs: SharedContext, fits: Mapping[int, Regression]) -> Mixture:
         """The sender's K and V of a context, layer by layer, and what shares of the maps would add."""
         over = Pass(self.receiver, theirs.tokens.shape)
         return {layer: self._ingredients((layer, role), theirs, fits[layer], over) for layer in self.layers}

@@ -17,7 +17,8 @@ from ..hf.passes import check_takes_masks
 from ..hf.receiver import partial_prefill
 from ..hf.sender import capture
 from ..prefill.maps import SINKS, Domain, Maps
-from ..prefill.plan import Plan, Role
+from ..prefill.plan import Plan
+from ..prefill.schedule import Source
 from ..progress import bars
 from .pair import FITTED, Key, Pair
 from .ridge import NormalEquations, Regression
@@ -127,9 +128,9 @@ def _domain(pair: Pair, folds: Sequence[Mapping[Key, NormalEquations]], contexts
 
 def _maps(
     pair: Pair,
-    fits: Mapping[Role, Mapping[int, Regression]],
+    fits: Mapping[Source, Mapping[int, Regression]],
     shares: Shares,
-    worth: Collection[Role],
+    worth: Collection[Source],
     domain: Domain,
 ) -> Maps:
     """The maps with each layer's shares; a layer is reused where it has none, and all are by a role that is not worth it."""
@@ -137,7 +138,7 @@ def _maps(
     kept = {layer: each.tolist() for layer, each in shares.items() if each.abs().max() > _NOTHING}
     for role in FITTED:
         # Layer 0 is projected from the receiver's own embeddings, which is exact.
-        chosen: list[Role] = ["project"]
+        chosen: list[Source] = ["project"]
         for layer in pair.layers:
             mapped = role in worth and layer in kept
             chosen.append(role if mapped else "reuse")
@@ -151,7 +152,7 @@ class _Fits:
     """The regressions of one role by layer: without each fold, and of all contexts."""
 
     def __init__(
-        self, pair: Pair, role: Role, folds: Sequence[Mapping[Key, NormalEquations]], progress: Progress
+        self, pair: Pair, role: Source, folds: Sequence[Mapping[Key, NormalEquations]], progress: Progress
     ) -> None:
         self.role = role
         self.of_all: dict[int, Regression] = {}
@@ -181,17 +182,17 @@ def _strength(seen: NormalEquations, unseen: NormalEquations, blocks: Sequence[s
 
 def _learnt(
     pair: Pair,
-    fits: Mapping[Role, _Fits],
+    fits: Mapping[Source, _Fits],
     contexts: Sequence[SharedContext],
     trials: Sequence[Trial],
     progress: Progress,
-) -> tuple[Shares, set[Role]]:
+) -> tuple[Shares, set[Source]]:
     """The shares of each layer, and the roles that lower the divergence with them.
 
     Both roles are fitted to the same K and V, so what is learnt with maps from hidden states serves those from K/V too.
     """
 
-    def mixture(role: Role, number: int) -> Mixture:
+    def mixture(role: Source, number: int) -> Mixture:
         return pair.mixture(role, contexts[number], fits[role].without[number % FOLDS])
 
     shares = learn_shares(
@@ -199,7 +200,7 @@ def _learnt(
     )
     none = {layer: torch.zeros_like(each) for layer, each in shares.items()}
 
-    def worthwhile(role: Role) -> bool:
+    def worthwhile(role: Source) -> bool:
         before = after = 0.0
         for number in range(0, len(trials), FOLDS):
             mixed = mixture(role, number)

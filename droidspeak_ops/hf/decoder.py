@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+import weakref
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -24,16 +25,22 @@ class Decoder:
 
     K/V projections, sizes and kinds of layers are those that the model had when this was made; layers run as they are.
 
+    Args:
+        model: a causal language model of a supported family, or a PEFT model around one.
+        keeps_copies: whether weights that had to be copied for the operator are kept for the next use. They show no writes to
+            the model's own, so that somebody has to look out for these.
+
     Raises:
         UnsupportedModelError: the model is of no known family, or a module is not what its family says.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model: Any = decoder_model(model)
-        outer: Any = getattr(self.model, "config", None)
-        self.family = family_of(outer, self.model)
+    def __init__(self, model: PreTrainedModel, *, keeps_copies: bool = False) -> None:
+        inner: Any = decoder_model(model)
+        self._model, self._keeps_copies = weakref.ref(inner), keeps_copies
+        outer: Any = getattr(inner, "config", None)
+        self.family = family_of(outer, inner)
         self.config: Any = outer.get_text_config(decoder=True)
-        self.base: Any = self.model.base_model.get_submodule(self.family.decoder)
+        self.base: Any = inner.base_model.get_submodule(self.family.decoder)
         check_class(self.family.classes + self.family.model, "the decoder", self.base)
         _check_mode(self.base)
         self.rotary: Any = self.base.get_submodule("rotary_emb")
@@ -44,8 +51,8 @@ class Decoder:
         hidden_size, num_heads = config.hidden_size, config.num_attention_heads
         self.head_dim: int = getattr(config, "head_dim", None) or hidden_size // num_heads
         self.num_kv_heads: int = config.num_key_value_heads
-        self.device: torch.device = self.model.device
-        self.dtype: torch.dtype = self.model.dtype
+        self.device: torch.device = inner.device
+        self.dtype: torch.dtype = inner.dtype
         sizes = Sizes(hidden_size, num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.head_dim)
         self._weights = [read_layer(self.family, layer, index, sizes) for index, layer in enumerate(self.layers)]
         rotates = self.family.rotates
@@ -57,6 +64,14 @@ class Decoder:
         self._prepared: dict[tuple[int, Norm], Prepared] = {}
 
     @property
+    def model(self) -> Any:
+        """The transformers model. Whoever uses this keeps it alive: having been read does not."""
+        model = self._model()
+        if model is None:
+            raise ReferenceError("model: it was read, and does not exist any more")
+        return model
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 
@@ -65,11 +80,12 @@ class Decoder:
         return self._weights[layer]
 
     def prepared(self, layer: int, norm: Norm) -> Prepared:
-        """The same as the operator takes it, kept from when it is first asked for."""
+        """The same as the operator takes it, kept from when it is first asked for, if it is no copy or copies are kept."""
         known = self._prepared.get((layer, norm))
         if known is None:
-            known = prepare(self._weights[layer], self.family.norm_order, norm)
-            if not is_capturing(self.device):
+            weights = self._weights[layer]
+            known = prepare(weights, self.family.norm_order, norm)
+            if known.k_weight is weights.k_weight or (self._keeps_copies and not is_capturing(self.device)):
                 self._prepared[layer, norm] = known
         return known
 

@@ -15,26 +15,30 @@ from .decoder import Decoder
 _READ = re.compile(
     r"rotary_emb|layers(\.\d+(\.(input_layernorm(\..+)?|self_attn(\.(qkv_proj|k_proj|v_proj|k_norm)(\..+)?)?))?)?"
 )
+# Of these the weights are read, so that nothing of them runs.
+_READ_IN_PLACE_OF_CALLING = re.compile(r"(input_layernorm|qkv_proj|k_proj|v_proj|k_norm)(\.base_layer)?$")
 
 
 class Reading:
     """The state that a :class:`Decoder` was read from, compared with the model as it is now without a look at any value.
 
     Args:
-        model: the model, or the PEFT model around it.
-        decoder: what was read of it.
+        decoder: what was read of the model.
     """
 
-    def __init__(self, model: Any, decoder: Decoder) -> None:
-        self._model, self._decoder = model, decoder
-        self._modules: list[tuple[str, dict[str, Any], str, Any]] = []
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, self._depth = decoder, decoder.config.num_hidden_layers
+        self._modules: list[tuple[str, dict[str, Any], str, Any, type]] = []
+        self._called: list[tuple[str, Any]] = []
         self._weights: list[tuple[str, dict[str, Any], str, torch.Tensor, int, int | None]] = []
         self._adapted: list[tuple[str, Any, Any]] = []
         for path, module in decoder.base.named_modules(remove_duplicate=False):
             if not _READ.fullmatch(path):
                 continue
             parent, _, name = path.rpartition(".")
-            self._modules.append((path, decoder.base.get_submodule(parent)._modules, name, module))
+            self._modules.append((path, decoder.base.get_submodule(parent)._modules, name, module, type(module)))
+            if _READ_IN_PLACE_OF_CALLING.search(path):
+                self._called.append((path, module))
             for name, weight in module.named_parameters(recurse=False):
                 self._keep(f"{path}.{name}", module._parameters, name, weight)
             if hasattr(module, "base_layer"):
@@ -47,8 +51,11 @@ class Reading:
     def _keep(self, path: str, tensors: dict[str, Any], name: str, tensor: torch.Tensor) -> None:
         self._weights.append((path, tensors, name, tensor, tensor.data_ptr(), version_of(tensor)))
 
-    def check(self) -> None:
+    def check(self, model: Any) -> None:
         """Raise if the model is another than it was.
+
+        Args:
+            model: the same model, or PEFT model around it.
 
         Raises:
             ReuseError: a module or weight was replaced, moved or written to, or other adapters are active; the message
@@ -56,15 +63,20 @@ class Reading:
         """
         decoder = self._decoder
         if (
-            decoder_model(self._model) is not decoder.model
+            decoder_model(model) is not decoder.model
             or decoder.model.base_model.get_submodule(decoder.family.decoder) is not decoder.base
         ):
             raise _changed("the model inside")
         if decoder.base.training:
             raise _changed("its mode, which is training")
-        for path, modules, name, module in self._modules:
-            if modules.get(name) is not module:
+        if decoder.config.num_hidden_layers != self._depth:
+            raise _changed("its number of layers")
+        for path, modules, name, module, kind in self._modules:
+            if modules.get(name) is not module or type(module) is not kind:
                 raise _changed(path)
+        for path, module in self._called:
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                raise _changed(f"{path}, which has hooks or a forward of its own")
         for path, weights, name, weight, address, version in self._weights:
             if (
                 weights.get(name) is not weight

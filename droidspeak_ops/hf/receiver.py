@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +13,14 @@ from transformers import PreTrainedModel
 from ..context.context import SharedContext
 from ..context.fingerprint import ReuseError
 from ..context.kv import KV
-from ..prefill.fill import Filling
+from ..prefill.fill import fill
 from ..prefill.maps import Maps
 from ..prefill.plan import Plan
-from ..prefill.project import project
+from ..prefill.schedule import resolve
 from ..prefill.weights import Norm
 from .cache import MixedCache, rows_held
 from .decoder import Decoder
+from .filling import CacheLayers
 from .passes import Pass
 from .reading import Reading
 
@@ -45,8 +47,9 @@ class Receiver:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel) -> None:
-        self._decoder = Decoder(model)
-        self._reading = Reading(model, self._decoder)
+        self._model = model
+        self._decoder = Decoder(model, keeps_copies=True)
+        self._reading = Reading(self._decoder)
 
     def decoder(self) -> Decoder:
         """Return what was read of the model.
@@ -54,7 +57,7 @@ class Receiver:
         Raises:
             ReuseError: the model is not what it was.
         """
-        self._reading.check()
+        self._reading.check(self._model)
         return self._decoder
 
     @torch.no_grad()
@@ -160,7 +163,7 @@ def partial_prefill(
         ValueError: the plan names layers that the receiver does not have, or `norm` is none of the two.
     """
     decoder = decoder_of(receiver)
-    roles = plan.roles(decoder.num_layers)
+    schedule = resolve(plan, decoder.num_layers)
     if norm not in ("hf", "folded"):
         raise ValueError(f"norm: got {norm!r}; 'hf' or 'folded' is needed")
     ours = decoder.fingerprint(tokenizer, weights=maps is not None, like=context.sender)
@@ -172,53 +175,44 @@ def partial_prefill(
         raise ReuseError(f"context: on {context.tokens.device}; {decoder.device}, the receiver's device, is needed")
     if maps is not None:
         maps.check_pair(context.sender, ours)
-        mapped = maps.roles(plan, context.hidden_layers)
-        if mapped == roles and not any(start in maps.corrections for start, _ in plan.bands):
-            maps = None  # for nothing that the plan asks for
-        elif (distance := maps.domain.distance(context)) <= maps.domain.limit:
-            roles = mapped
-        else:
+        schedule = resolve(plan, decoder.num_layers, maps, context.hidden_layers)
+        if schedule.uses_maps and (distance := maps.domain.distance(context)) > maps.domain.limit:
             warnings.warn(
                 f"maps: not used for a context unlike those they were fitted to (distance {distance:.2f}; up to "
                 f"{maps.domain.limit:.2f} is alike): the layers that they are for are reused",
                 stacklevel=3,  # of the caller of what torch.no_grad wraps
             )
-            maps = None  # layer 0 is projected from the receiver's own embeddings, which is exact
-            roles = tuple("reuse" if role == "project" and layer else role for layer, role in enumerate(roles))
-    context.check_hidden(plan.hidden_layers_of(roles))
+            schedule = resolve(plan, decoder.num_layers, maps, in_domain=False)
+    context.check_hidden(schedule.hidden_layers)
     if prompt_ids is not None:
         context.check_prompt(prompt_ids)
 
-    filling = Filling(decoder, context, norm, rerotates=decoder.rope_varies or context.sender.rope != ours.rope)
-    norm_order = decoder.family.norm_order
-    for start, end in plan.bands:
-        hidden_states = filling.hidden(start)
-        if maps is not None and start in maps.corrections:
-            hidden_states = maps.corrections[start].corrected(hidden_states)
-        for layer in range(start, end - 1):
-            hidden_states = filling.run(layer, hidden_states)
-        project([filling.band_end(end - 1, hidden_states)], norm_order)
-    projections = []
-    for layer, role in enumerate(roles):
-        if role == "reuse":
-            filling.reuse(layer)
-        elif role == "project":
-            projections.append(filling.projected(layer))
-        elif role != "recompute":
-            assert maps is not None
-            fill = filling.fitted if role == "fitted" else filling.fitted_kv
-            projections.append(fill(layer, maps.layers[layer, role]))
-    project(projections, norm_order)
-    for layer, role in enumerate(roles):
-        if role in ("fitted", "fitted_kv"):
-            filling.reuse_sinks(layer)
-    return filling.cache
+    layers = CacheLayers(decoder, context.tokens)
+    rerotates = decoder.rope_varies or context.sender.rope != ours.rope
+    fill(schedule, layers, context, maps=maps, norm=norm, rerotates=rerotates)
+    return layers.cache
+
+
+_read: weakref.WeakKeyDictionary[Any, tuple[Decoder, Reading]] = weakref.WeakKeyDictionary()
 
 
 def decoder_of(receiver: PreTrainedModel | Receiver) -> Decoder:
-    """Return what is read of a model now, or was when its :class:`Receiver` was made.
+    """Return what is read of a model: now, when it was last given and has not changed since, or when its Receiver was made.
 
     Raises:
-        ReuseError: the model is not what it was then.
+        ReuseError: the model is not what it was when its :class:`Receiver` was made.
+        UnsupportedModelError: the model's family is not supported.
     """
-    return receiver.decoder() if isinstance(receiver, Receiver) else Decoder(receiver)
+    if isinstance(receiver, Receiver):
+        return receiver.decoder()
+    known = _read.get(receiver)
+    if known is not None:
+        decoder, reading = known
+        try:
+            reading.check(receiver)
+            return decoder
+        except ReuseError:
+            pass
+    decoder = Decoder(receiver)
+    _read[receiver] = decoder, Reading(decoder)
+    return decoder

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from .. import ops
 from ..context.context import SharedContext
 from ..context.kv import KV
-from ..prefill.project import of_last_rows, project
+from ..prefill.weights import projection
 from .cache import rows_held
 from .decoder import Decoder
 from .passes import Pass
@@ -87,6 +88,14 @@ def _final_kv(decoder: Decoder, over: Pass, states: torch.Tensor) -> KV:
     layer, (batch, tokens, _) = decoder.num_layers - 1, states.shape
     shape = (batch, decoder.num_kv_heads, rows_held(tokens, decoder.windows[layer]), decoder.head_dim)
     kv = KV(*(torch.empty(shape, dtype=decoder.dtype, device=decoder.device) for _ in "kv"))
-    projection = of_last_rows(states, decoder.prepared(layer, "hf"), over.rotation(layer), kv.keys, kv.values)
-    project([projection], decoder.family.norm_order)
+    rows = shape[2]
+    slots = torch.arange(batch * rows, device=decoder.device)
+    rotation = over.rotation(layer)
+    positions = None if batch == 1 or rotation is None else slots % rows
+    ops.kv_project(
+        projection(
+            decoder.prepared(layer, "hf"), decoder.family.norm_order, states, rotation, kv.keys, kv.values, slots,
+            positions=positions,
+        )
+    )  # fmt: skip
     return kv

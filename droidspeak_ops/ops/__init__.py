@@ -1,5 +1,6 @@
 """The operators on plain tensors: projection to K/V and splicing in place into a KV cache, and the norms they start from."""
 
+from ..kernels.arguments import Projection
 from .functions import (
     fold_norm_weight,
     kv_project,
@@ -13,6 +14,7 @@ from .functions import (
 )
 
 __all__ = [
+    "Projection",
     "fold_norm_weight",
     "kv_project",
     "kv_project_layers",

@@ -7,7 +7,7 @@ not be asked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 
@@ -106,18 +106,22 @@ def check_scales(
             fail(name, scale, "memory of its own for each scale that is written (no stride of 0)")
 
 
-def check_alike(**arguments: Sequence[torch.Tensor]) -> None:
-    """Each argument has one shape, dtype, device and layout in all layers."""
-    for name, tensors in arguments.items():
-        if not tensors:
+def check_alike(layers: Sequence[NamedTuple], shared: Sequence[str]) -> None:
+    """Every field of a record is of one shape, dtype, device and layout in all layers; `shared` fields are one value."""
+    for name, first, *others in zip(layers[0]._fields, *layers, strict=True):
+        if first is None or name in shared:
+            for layer, value in enumerate(others, start=1):
+                if value is not first and (first is None or isinstance(first, torch.Tensor) or value != first):
+                    raise ValueError(f"{name}: layer {layer} has another than layer 0; one for all layers is needed")
             continue
-        first, *others = tensors
         shape, stride, dtype, device = first.shape, first.stride(), first.dtype, first.device
         for layer, tensor in enumerate(others, start=1):
+            if tensor is None:
+                raise ValueError(f"{name}: missing in layer {layer}; a tensor of each layer is needed")
             same = tensor.shape == shape and tensor.stride() == stride
             if not same or tensor.dtype != dtype or tensor.device != device:
                 kind = f"{dtype} {tuple(shape)} on {device} with strides {stride}"
-                fail(f"{name}[{layer}]", tensor, f"{kind}, as of layer 0,")
+                fail(f"{name} of layer {layer}", tensor, f"{kind}, as of layer 0,")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

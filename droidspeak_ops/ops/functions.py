@@ -16,12 +16,12 @@ from collections.abc import Sequence
 
 import torch
 
+from ..kernels.arguments import Projection
 from . import library  # noqa: F401  registers the operators
 from .checks import (
     CODES,
     FLOATS,
     NORM_ORDERS,
-    Norm,
     NormOrder,
     check,
     check_caches,
@@ -37,7 +37,7 @@ from .projection import project, rows
 
 # Several layers share a launch: at most 8, whose pointers fit in a kernel's arguments, and this many tokens in all. Beyond, one
 # launch takes a GPU longer than the host needs for the next; norm="hf" wants a normalised copy of all that share one.
-_LAYERS_PER_LAUNCH = 8
+LAYERS_PER_LAUNCH = 8
 _TOKENS_PER_LAUNCH = 65536
 _COPIED_TOKENS_PER_LAUNCH = 16384
 
@@ -54,7 +54,7 @@ def rms_rstd(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
     """
     check_rows("hidden_states", hidden_states)
     out = torch.empty(hidden_states.shape[:-1], dtype=torch.float32, device=hidden_states.device)
-    ops.rms_rstd([rows(hidden_states)], eps, [out.view(-1)])
+    ops.rms_rstd(rows(hidden_states), eps, out.view(-1))
     return out
 
 
@@ -78,7 +78,7 @@ def row_norm(
     check("weight", weight, (hidden_states.shape[-1],), hidden_states, hidden_states.dtype)
     check_norm_weight("weight", weight, norm_order)
     out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
-    ops.row_norm([rows(hidden_states)], _listed(weight), norm_order, eps, [out.view(-1, out.shape[-1])])
+    ops.row_norm(rows(hidden_states), weight, norm_order, eps, out.view(-1, out.shape[-1]))
     return out
 
 
@@ -90,166 +90,59 @@ def fold_norm_weight(
     return weight * (1.0 + norm_weight if norm_order == "gemma" else norm_weight)
 
 
-def kv_project(
-    hidden_states: torch.Tensor,
-    k_weight: torch.Tensor,
-    v_weight: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    norm: Norm = "hf",
-    norm_weight: torch.Tensor | None = None,
-    norm_order: NormOrder = "llama",
-    norm_eps: float = 1e-6,
-    rstd: torch.Tensor | None = None,
-    k_bias: torch.Tensor | None = None,
-    v_bias: torch.Tensor | None = None,
-    k_norm_weight: torch.Tensor | None = None,
-    head_norm_eps: float = 1e-6,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-) -> None:
+def kv_project(projection: Projection) -> None:
     """Compute a layer's K and V from its hidden states and store them in place: no attention, no MLP.
 
     Norm, both projections, bias, norm of K, RoPE and the store at given rows, without the intermediate tensors. This is a
     projected layer, and the last layer of a band (paper, section 4.1: layers recomputed from the E cache).
 
     Args:
-        hidden_states: ``[..., C]``: the residual stream that enters the layer; T tokens in all.
-        k_weight, v_weight: ``[K * D, C]``, of the dtype of `hidden_states`.
-        k_cache, v_cache: ``[blocks, K, block_size, D]``, written in place; floating, or float8_e4m3fn (saturated, scale 1);
-            any strides but the last.
-        slot_mapping: int64 ``[T]``, each slot at most once. On the CPU a slot outside the cache raises; on a GPU, where
-            reading it would stall the host, such a token is not stored.
-        norm: ``"hf"`` normalises rows first, in transformers' rounding order, with `norm_weight` and `norm_eps`.
-            ``"folded"`` expects weights that went through :func:`fold_norm_weight`, and scales the float32 product by
-            `rstd`: one rounding fewer and no pass over the rows. ``"none"`` takes rows that are normalised already.
-        norm_weight: ``[C]``; for ``"hf"`` alone.
-        norm_order: where the input norm and the norm of K round; see :func:`row_norm`.
-        norm_eps: eps of the input norm, where it is computed here.
-        rstd: float32, shape of `hidden_states` without its last dimension; for ``"folded"``, computed when not given.
-        k_bias, v_bias: ``[K * D]``, both or neither.
-        k_norm_weight: RMS norm of K before RoPE: ``[D]`` over each head, ``[K * D]`` over all heads together (which needs
-            caches of the dtype of `hidden_states`).
-        head_norm_eps: eps of that norm.
-        cos, sin: ``[T, R / 2]`` with R the rotated columns of a head: pairs (i, i + R/2) are rotated, the rest pass. Of the
-            dtype of `hidden_states`, in which RoPE then rounds, or float32, where only its result is rounded (OLMo 2).
-        positions: int64 ``[T]``: the row of `cos` and `sin` of each token, which then have any number of rows; not checked
-            on a GPU. For packed sequences see :func:`packed_slots`.
+        projection: what is computed from what, and where it goes; without Q.
 
     Raises:
         ValueError: a shape, dtype, device or slot does not fit; the message names the argument.
     """
-    project(
-        [hidden_states], [], [k_weight], [v_weight], [], [k_cache], [v_cache], slot_mapping,
-        norm=norm, norm_weights=_listed(norm_weight), norm_order=norm_order, norm_eps=norm_eps, rstds=_listed(rstd),
-        q_biases=[], k_biases=_listed(k_bias), v_biases=_listed(v_bias), q_norm_weights=[],
-        k_norm_weights=_listed(k_norm_weight), head_norm_eps=head_norm_eps, coses=_listed(cos), sines=_listed(sin),
-        positions=positions,
-    )  # fmt: skip
+    if projection.q is not None or projection.q_weight is not None:
+        raise ValueError("q, q_weight: given; qkv_project computes Q too")
+    project([projection])
 
 
-def qkv_project(
-    hidden_states: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    v_weight: torch.Tensor,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    norm: Norm = "hf",
-    norm_weight: torch.Tensor | None = None,
-    norm_order: NormOrder = "llama",
-    norm_eps: float = 1e-6,
-    rstd: torch.Tensor | None = None,
-    q_bias: torch.Tensor | None = None,
-    k_bias: torch.Tensor | None = None,
-    v_bias: torch.Tensor | None = None,
-    q_norm_weight: torch.Tensor | None = None,
-    k_norm_weight: torch.Tensor | None = None,
-    head_norm_eps: float = 1e-6,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-) -> None:
+def qkv_project(projection: Projection) -> None:
     """:func:`kv_project` of a layer whose attention runs (an interior layer of a band): Q too, in the same launch.
 
     Args:
-        q_weight: ``[H * D, C]``.
-        q: ``[T, H, D]``, written in place at row t for token t; any strides but the last.
-        q_bias, q_norm_weight: as of K; given if those of K are.
-
-    Other arguments and errors are those of :func:`kv_project`.
-    """
-    project(
-        [hidden_states], [q_weight], [k_weight], [v_weight], [q], [k_cache], [v_cache], slot_mapping,
-        norm=norm, norm_weights=_listed(norm_weight), norm_order=norm_order, norm_eps=norm_eps, rstds=_listed(rstd),
-        q_biases=_listed(q_bias), k_biases=_listed(k_bias), v_biases=_listed(v_bias),
-        q_norm_weights=_listed(q_norm_weight), k_norm_weights=_listed(k_norm_weight), head_norm_eps=head_norm_eps,
-        coses=_listed(cos), sines=_listed(sin), positions=positions,
-    )  # fmt: skip
-
-
-def kv_project_layers(
-    hidden_states: Sequence[torch.Tensor],
-    k_weights: Sequence[torch.Tensor],
-    v_weights: Sequence[torch.Tensor],
-    k_caches: Sequence[torch.Tensor],
-    v_caches: Sequence[torch.Tensor],
-    slot_mapping: torch.Tensor,
-    *,
-    norm: Norm = "hf",
-    norm_weights: Sequence[torch.Tensor] = (),
-    norm_order: NormOrder = "llama",
-    norm_eps: float = 1e-6,
-    rstds: Sequence[torch.Tensor] = (),
-    k_biases: Sequence[torch.Tensor] = (),
-    v_biases: Sequence[torch.Tensor] = (),
-    k_norm_weights: Sequence[torch.Tensor] = (),
-    head_norm_eps: float = 1e-6,
-    coses: Sequence[torch.Tensor] = (),
-    sines: Sequence[torch.Tensor] = (),
-    positions: torch.Tensor | None = None,
-) -> None:
-    """:func:`kv_project` of several layers of one shape: on a GPU in one launch for up to 8 layers of a short context.
-
-    Each argument is a tensor for each layer, of the same shape, dtype and strides, or nothing where the layers have none.
-    `slot_mapping` and `positions` are shared. Results are bitwise those of a call for each layer.
+        projection: with `q` and `q_weight`.
 
     Raises:
-        ValueError: as :func:`kv_project`; also if layers differ or are not as many.
+        ValueError: as :func:`kv_project`.
     """
-    columns = (k_weights, v_weights, k_caches, v_caches)
-    optional = (norm_weights, rstds, k_biases, v_biases, k_norm_weights, coses, sines)
-    layers = len(hidden_states)
-    if any(len(tensors) != layers for tensors in columns) or any(
-        len(tensors) not in (0, layers) for tensors in optional
-    ):
-        counts = [len(tensors) for tensors in (hidden_states, *columns, *optional)]
-        raise ValueError(
-            f"hidden_states: got {layers} layers, and the arguments have {counts}; a tensor a layer is needed"
-        )
-    if layers == 0:
+    if projection.q is None or projection.q_weight is None:
+        raise ValueError("q, q_weight: missing; kv_project computes K and V alone")
+    project([projection])
+
+
+def kv_project_layers(projections: Sequence[Projection]) -> None:
+    """:func:`kv_project` of several layers of one shape: on a GPU in one launch for up to 8 layers of a short context.
+
+    Results are bitwise those of a call for each layer.
+
+    Args:
+        projections: one for each layer. Tensors of a field have the same shape, dtype and strides in all layers; the slots,
+            positions and numbers are the same.
+
+    Raises:
+        ValueError: as :func:`kv_project`; also if layers differ.
+    """
+    if not projections:
         return
-    tokens = hidden_states[0].shape[:-1].numel()
-    most = _COPIED_TOKENS_PER_LAUNCH if norm == "hf" else _TOKENS_PER_LAUNCH
-    group = min(_LAYERS_PER_LAUNCH, max(most // max(tokens, 1), 1))
+    tokens = projections[0].hidden_states.shape[:-1].numel()
+    most = _COPIED_TOKENS_PER_LAUNCH if projections[0].norm == "hf" else _TOKENS_PER_LAUNCH
+    group = min(LAYERS_PER_LAUNCH, max(most // max(tokens, 1), 1))
     first = 0
-    while first < layers:
-        size = min(group, layers - first)
+    while first < len(projections):
+        size = min(group, len(projections) - first)
         size = 1 << (size.bit_length() - 1)  # powers of two, so that four kernels serve any number of layers
-        some = slice(first, first + size)
-        project(
-            hidden_states[some], [], k_weights[some], v_weights[some], [], k_caches[some], v_caches[some], slot_mapping,
-            norm=norm, norm_weights=norm_weights[some], norm_order=norm_order, norm_eps=norm_eps, rstds=rstds[some],
-            q_biases=[], k_biases=k_biases[some], v_biases=v_biases[some], q_norm_weights=[],
-            k_norm_weights=k_norm_weights[some], head_norm_eps=head_norm_eps, coses=coses[some], sines=sines[some],
-            positions=positions,
-        )  # fmt: skip
+        project(projections[first : first + size])
         first += size
 
 
@@ -353,7 +246,3 @@ def packed_slots(
     else:
         block, row = block_table.long()[sequence, positions // block_size], positions % block_size
     return positions, (block * block_size + row).masked_fill(padding, -1)
-
-
-def _listed(tensor: torch.Tensor | None) -> list[torch.Tensor]:
-    return [] if tensor is None else [tensor]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.arguments import Projection, from_operator
 from . import reference, tuning
 from .checks import check_positions, check_separate, check_slot_range
 from .namespace import NAMESPACE
@@ -18,13 +19,13 @@ from .namespace import NAMESPACE
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _SCHEMAS = (
-    # A list holds a tensor for each layer, or is empty.
-    "rms_rstd(Tensor[] x, float eps, Tensor(a!)[] out) -> ()",
-    "row_norm(Tensor[] x, Tensor[] weight, str norm_order, float eps, Tensor(a!)[] out) -> ()",
-    "kv_project(Tensor[] x, Tensor[] rstd, Tensor[] q_weight, Tensor[] k_weight, Tensor[] v_weight, Tensor[] q_bias, "
-    "Tensor[] k_bias, Tensor[] v_bias, Tensor[] q_norm_weight, Tensor[] k_norm_weight, str norm_order, "
-    "float head_norm_eps, Tensor[] cos, Tensor[] sin, Tensor? positions, Tensor slot_mapping, "
-    "Tensor(a!)[] q, Tensor(b!)[] k_cache, Tensor(c!)[] v_cache) -> ()",
+    "rms_rstd(Tensor x, float eps, Tensor(a!) out) -> ()",
+    "row_norm(Tensor x, Tensor? weight, str norm_order, float eps, Tensor(a!) out) -> ()",
+    # In the order of `Projection`. A list holds a tensor for each layer, or is empty.
+    "kv_project(Tensor[] hidden_states, Tensor[] k_weight, Tensor[] v_weight, Tensor(a!)[] k_cache, Tensor(b!)[] v_cache, "
+    "Tensor slot_mapping, str norm, Tensor[] norm_weight, str norm_order, float norm_eps, Tensor[] rstd, Tensor[] q_weight, "
+    "Tensor(c!)[] q, Tensor[] q_bias, Tensor[] k_bias, Tensor[] v_bias, Tensor[] q_norm_weight, Tensor[] k_norm_weight, "
+    "float head_norm_eps, Tensor[] cos, Tensor[] sin, Tensor? positions) -> ()",
     "kv_splice(Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor? cos, Tensor? sin, Tensor slot_mapping, "
     "bool static_scale, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_cache_scale, "
     "Tensor(d!)? v_cache_scale) -> ()",
@@ -35,26 +36,24 @@ _SCHEMAS = (
 
 
 @torch.no_grad()
-def _rms_rstd_cpu(x: Sequence[torch.Tensor], eps: float, out: Sequence[torch.Tensor]) -> None:
-    for layer, rows in enumerate(x):
-        out[layer].copy_(reference.rms_rstd_ref(rows, eps))
+def _rms_rstd_cpu(x: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    out.copy_(reference.rms_rstd_ref(x, eps))
 
 
 @torch.no_grad()
-def _row_norm_cpu(
-    x: Sequence[torch.Tensor], weight: Sequence[torch.Tensor], norm_order: str, eps: float, out: Sequence[torch.Tensor]
-) -> None:
-    for layer, rows in enumerate(x):
-        out[layer].copy_(reference.row_norm_ref(rows, weight[layer] if weight else None, norm_order, eps))
+def _row_norm_cpu(x: torch.Tensor, weight: torch.Tensor | None, norm_order: str, eps: float, out: torch.Tensor) -> None:
+    out.copy_(reference.row_norm_ref(x, weight, norm_order, eps))
 
 
 @torch.no_grad()
 def _kv_project_cpu(*args: Any) -> None:
-    cos, positions, slot_mapping, q, k_cache, v_cache = args[12], *args[14:]
-    _check_projection_memory(args[0], q, k_cache, v_cache)
-    check_slot_range(slot_mapping, k_cache[0].shape[0] * k_cache[0].shape[2])
-    check_positions(positions, cos[0].shape[0] if cos else 0)
-    reference.kv_project_ref(*args)
+    layers = from_operator(*args)
+    first = layers[0]
+    _check_projection_memory(layers)
+    check_slot_range(first.slot_mapping, first.k_cache.shape[0] * first.k_cache.shape[2])
+    check_positions(first.positions, 0 if first.cos is None else first.cos.shape[0])
+    for layer in layers:
+        reference.kv_project_ref(layer)
 
 
 @torch.no_grad()
@@ -67,31 +66,31 @@ def _kv_splice_cpu(*args: Any) -> None:
 # Triton is imported at the first launch, so that a machine without a GPU never pays for it.
 
 
-def _rms_rstd_gpu(x: Sequence[torch.Tensor], eps: float, out: Sequence[torch.Tensor]) -> None:
+def _rms_rstd_gpu(x: torch.Tensor, eps: float, out: torch.Tensor) -> None:
     from ..kernels.row_norm import rms_rstd
 
-    with _device_of(x[0]):
-        rms_rstd(x, eps, out)
+    with _device_of(x):
+        rms_rstd([x], eps, [out])
 
 
-def _row_norm_gpu(
-    x: Sequence[torch.Tensor], weight: Sequence[torch.Tensor], norm_order: str, eps: float, out: Sequence[torch.Tensor]
-) -> None:
+def _row_norm_gpu(x: torch.Tensor, weight: torch.Tensor | None, norm_order: str, eps: float, out: torch.Tensor) -> None:
     from ..kernels.row_norm import row_norm
 
-    with _device_of(x[0]):
-        row_norm(x, weight, norm_order, eps, out)
+    with _device_of(x):
+        row_norm([x], [] if weight is None else [weight], norm_order, eps, [out])
 
 
 def _kv_project_gpu(*args: Any) -> None:
     from ..kernels.project_splice import project_splice
     from ..kernels.project_splice_config import size_of
+    from ..kernels.row_norm import normed
 
-    x, _, q_weight, k_weight, v_weight, *_, q, k_cache, v_cache = args
-    _check_projection_memory(x, q, k_cache, v_cache)
-    size = size_of(x, q_weight, k_weight, v_weight, args[9], args[12], q, k_cache)
-    with _device_of(x[0]):
-        project_splice(*args, tuning.config(x[0].device.index, x[0].shape[1], size))  # type: ignore[call-arg]
+    layers = from_operator(*args)
+    _check_projection_memory(layers)
+    device = layers[0].hidden_states.device
+    with _device_of(layers[0].hidden_states):
+        layers = normed(layers)
+        project_splice(layers, tuning.config(device.index, layers[0].hidden_states.shape[1], size_of(layers)))
 
 
 def _kv_splice_gpu(*args: Any) -> None:
@@ -110,18 +109,13 @@ def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-def _check_projection_memory(
-    x: Sequence[torch.Tensor],
-    q: Sequence[torch.Tensor],
-    k_cache: Sequence[torch.Tensor],
-    v_cache: Sequence[torch.Tensor],
-) -> None:
-    for layer, (keys, values) in enumerate(zip(k_cache, v_cache, strict=True)):
-        queries = {"q": q[layer]} if q else {}
-        check_separate({"hidden_states": x[layer]}, {**queries, "k_cache": keys, "v_cache": values})
-    starts = {tensor.data_ptr() for tensor in (*q, *k_cache, *v_cache)}
-    if len(starts) < len(q) + len(k_cache) + len(v_cache) and x[0].shape[0] > 0:
-        raise ValueError("k_caches, v_caches: got one memory for two layers; each layer's own is needed")
+def _check_projection_memory(layers: Sequence[Projection]) -> None:
+    for layer in layers:
+        written = {name: getattr(layer, name) for name in ("q", "k_cache", "v_cache")}
+        check_separate({"hidden_states": layer.hidden_states}, written)
+    outputs = [each for layer in layers for each in (layer.q, layer.k_cache, layer.v_cache) if each is not None]
+    if len({each.data_ptr() for each in outputs}) < len(outputs) and layers[0].hidden_states.shape[0] > 0:
+        raise ValueError("k_cache, v_cache: got one memory for two layers; each layer's own is needed")
 
 
 def _check_splice_memory(*args: Any) -> None:

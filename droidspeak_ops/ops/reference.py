@@ -6,10 +6,10 @@ T tokens, H query heads, K kv heads, S rows of a cache block, D head_dim, C hidd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
+
+from ..kernels.arguments import Projection
 
 # The largest code of each 8-bit format.
 LARGEST_CODE = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -43,55 +43,47 @@ def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1).to(x.dtype)
 
 
-def kv_project_ref(
-    x: Sequence[torch.Tensor],
-    rstd: Sequence[torch.Tensor],
-    q_weight: Sequence[torch.Tensor],
-    k_weight: Sequence[torch.Tensor],
-    v_weight: Sequence[torch.Tensor],
-    q_bias: Sequence[torch.Tensor],
-    k_bias: Sequence[torch.Tensor],
-    v_bias: Sequence[torch.Tensor],
-    q_norm_weight: Sequence[torch.Tensor],
-    k_norm_weight: Sequence[torch.Tensor],
-    norm_order: str,
-    head_norm_eps: float,
-    cos: Sequence[torch.Tensor],
-    sin: Sequence[torch.Tensor],
-    positions: torch.Tensor | None,
-    slot_mapping: torch.Tensor,
-    q: Sequence[torch.Tensor],
-    k_cache: Sequence[torch.Tensor],
-    v_cache: Sequence[torch.Tensor],
-) -> None:
-    """For each layer: project rows `x` [T, C] to K and V, norm and rotate K, and store row t at `slot_mapping[t]`.
+def kv_project_ref(layer: Projection) -> None:
+    """Project the rows of one layer ``[T, C]`` to K and V, and Q where there is Q; norm and rotate them; store them.
 
-    A sequence holds a tensor for each layer, or is empty where the layers have no such thing. With `rstd` [T] the rows are
-    raw hidden states and the norm's weight is folded into the projections: the float32 product is scaled before its only
-    rounding. With `q` [T, H, D], Q is projected, normed and rotated too, and row t is stored at t.
+    Token t goes to ``slot_mapping[t]`` of the caches, and its Q to row t. For ``"folded"`` the float32 product of the raw rows
+    is scaled by 1/rms before its only rounding.
     """
-    head_dim = k_cache[0].shape[-1]
+    x, rstd, head_dim = layer.hidden_states, layer.rstd, layer.k_cache.shape[-1]
+    if layer.norm == "hf":
+        x = row_norm_ref(x, layer.norm_weight, layer.norm_order, layer.norm_eps)
+    elif layer.norm == "folded" and rstd is None:
+        rstd = rms_rstd_ref(x, layer.norm_eps)
 
-    def heads(layer: int, weight: Sequence[torch.Tensor], bias: Sequence[torch.Tensor]) -> torch.Tensor:
-        scale = rstd[layer] if rstd else None
-        return _linear(x[layer], weight[layer], bias[layer] if bias else None, scale).unflatten(-1, (-1, head_dim))
+    def heads(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return _linear(x, weight, bias, rstd).unflatten(-1, (-1, head_dim))
 
-    def finish(layer: int, rows: torch.Tensor, norm_weight: Sequence[torch.Tensor]) -> torch.Tensor:
-        if norm_weight:
-            weight = norm_weight[layer]
-            whole = rows if weight.shape[0] == head_dim else rows.flatten(-2)  # each head, or all heads together
-            rows = row_norm_ref(whole, weight, norm_order, head_norm_eps).view(rows.shape)
-        if cos:
-            angles = cos[layer], sin[layer]
-            rows = rope_ref(rows, *(angles if positions is None else (half[positions] for half in angles)))
-        return rows
+    def finish(rows: torch.Tensor, norm_weight: torch.Tensor | None) -> torch.Tensor:
+        cos, sin = layer.cos, layer.sin
+        if cos is not None and sin is not None and layer.positions is not None:
+            cos, sin = cos[layer.positions], sin[layer.positions]
+        return finish_heads_ref(rows, norm_weight, layer.norm_order, layer.head_norm_eps, cos, sin)
 
-    for layer in range(len(x)):
-        if q:
-            q[layer].copy_(finish(layer, heads(layer, q_weight, q_bias), q_norm_weight))
-        k = finish(layer, heads(layer, k_weight, k_bias), k_norm_weight)
-        store_rows_ref(k, k_cache[layer], slot_mapping)
-        store_rows_ref(heads(layer, v_weight, v_bias), v_cache[layer], slot_mapping)
+    if layer.q_weight is not None and layer.q is not None:
+        layer.q.copy_(finish(heads(layer.q_weight, layer.q_bias), layer.q_norm_weight))
+    k = finish(heads(layer.k_weight, layer.k_bias), layer.k_norm_weight)
+    store_rows_ref(k, layer.k_cache, layer.slot_mapping)
+    store_rows_ref(heads(layer.v_weight, layer.v_bias), layer.v_cache, layer.slot_mapping)
+
+
+def finish_heads_ref(
+    rows: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_order: str,
+    norm_eps: float,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+) -> torch.Tensor:
+    """K or Q ``[T, K, D]`` after its norm, over each head or over all together as `norm_weight` is wide, and RoPE."""
+    if norm_weight is not None:
+        whole = rows if norm_weight.shape[0] == rows.shape[-1] else rows.flatten(-2)
+        rows = row_norm_ref(whole, norm_weight, norm_order, norm_eps).view(rows.shape)
+    return rows if cos is None or sin is None else rope_ref(rows, cos, sin)
 
 
 def kv_splice_ref(

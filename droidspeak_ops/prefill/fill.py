@@ -1,132 +1,245 @@
-"""A receiver's cache of one context: how each of its layers is reused, recomputed or projected."""
+"""The fill of a receiver's KV cache with a context by a schedule: what transformers and serving engines have in common."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from .. import ops
-from ..context.context import SharedContext, last
-from ..context.kv import splice
-from ..hf.cache import (
-    MixedCache,
-    MixedLayer,
-    MixedSlidingLayer,
-    empty_layer,
-    rows_held,
-    shared_layer,
-    uninitialized_layer,
-)
-from ..hf.decoder import Decoder
-from ..hf.passes import Pass
-from .maps import LayerMap, sinks_among
-from .project import Projection, of_last_rows
-from .weights import LayerWeights, Norm, Prepared
+from ..context.context import Rotation, SharedContext, last
+from ..context.kv import KV
+from ..ops.checks import NormOrder
+from ..ops.functions import LAYERS_PER_LAUNCH
+from .maps import Maps, sinks_among
+from .schedule import Schedule
+from .weights import LayerWeights, Norm, Prepared, projection
 
 
-class Filling:
-    """A receiver's cache of one context, and how each of its layers is filled. Every layer is to be filled once.
+class Destination(NamedTuple):
+    """Where K and V of one layer go: the last N tokens of each sequence, as many as the layer keeps.
 
     Args:
-        decoder: the receiver.
-        context: what is reused, and projected from.
+        k_cache, v_cache: ``[blocks, K, block_size, D]``: a dense cache, with a sequence for a block, or pages.
+        slot_mapping: int64 ``[B * N]``, the slot of every row, sequence by sequence. Layers that are alike share one tensor.
+    """
+
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+class Layers(Protocol):
+    """A receiver's layers over the tokens ``[B, T]`` of a context, and the cache that takes their K and V."""
+
+    norm_order: NormOrder
+
+    @property
+    def rope_varies(self) -> bool:
+        """Whether the angles of a position depend on how long prompts are, or were."""
+
+    def embed(self) -> torch.Tensor:
+        """Return what enters layer 0, ``[B, T, C]``."""
+
+    def run(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Run a layer, which stores its K and V, and return what leaves it."""
+
+    def rotation(self, layer: int) -> Rotation | None:
+        """cos and sin ``[T, R / 2]`` that a layer rotates K by; None where it has no RoPE."""
+
+    def prepared(self, layer: int, norm: Norm) -> Prepared:
+        """The weights of a layer's K and V."""
+
+    def plainly_normed(self, layer: int) -> LayerWeights:
+        """The same with a norm that only divides by the root mean square."""
+
+    def share(self, layer: int, kv: KV) -> bool:
+        """Take a layer's K and V as they are, without a copy, if this cache can; return whether it did."""
+
+    def destination(self, layer: int) -> Destination:
+        """Return where a layer's K and V go that are not shared."""
+
+
+@torch.no_grad()
+def fill(
+    schedule: Schedule, layers: Layers, context: SharedContext, *, maps: Maps | None, norm: Norm, rerotates: bool
+) -> None:
+    """Fill the cache behind `layers` with a context: bands run, then projections go in groups, and the rest is reused.
+
+    Of contexts in 8 bits no more hidden states are decoded at a time than a group has layers.
+
+    Args:
+        schedule: what is done at each layer.
+        layers: of the receiver, over the context's tokens.
+        context: what is reused, and projected from; it holds what the schedule reads.
+        maps: of the pair, if the schedule uses them.
         norm: of projections.
         rerotates: whether the angles that the receiver applies may differ from those that the sender applied.
     """
+    filling = _Filling(layers, context, maps, norm, rerotates)
+    for band in schedule.bands:
+        hidden_states = filling.hidden(band.start)
+        if band.corrected:
+            hidden_states = filling.maps.corrections[band.start].corrected(hidden_states)
+        for layer in range(band.start, band.end - 1):
+            hidden_states = layers.run(layer, hidden_states)
+        ops.kv_project_layers([filling.band_end(band.end - 1, hidden_states)])
+    projections = []
+    for layer, source in enumerate(schedule.sources):
+        if source == "reuse":
+            filling.reuse(layer)
+        elif source != "recompute":
+            projections.append(filling.planned(layer, source))
+    for group in _groups(projections):
+        ops.kv_project_layers([filling.projection(each) for each in group])
+        for each in group:
+            if each.source != "project":
+                filling.reuse_sinks(each)
 
-    def __init__(self, decoder: Decoder, context: SharedContext, norm: Norm, *, rerotates: bool) -> None:
-        self._decoder, self._context, self._norm, self._rerotates = decoder, context, norm, rerotates
-        self._over = Pass(decoder, context.tokens.shape)
+
+class _Planned(NamedTuple):
+    """A projection that nothing has been read for yet."""
+
+    layer: int
+    source: str
+    prepared: Prepared
+    rotated_pairs: int
+    destination: Destination
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Properties that layers projected together have in common."""
+        k_cache, _, slots = self.destination
+        return (
+            self.source == "fitted_kv",
+            self.prepared.kind,
+            self.rotated_pairs,
+            k_cache.shape,
+            k_cache.stride(),
+            id(slots),
+        )
+
+
+def _groups(projections: Iterable[_Planned]) -> Iterator[list[_Planned]]:
+    """Projections that are alike in groups of a launch, in the order of their first layers."""
+    alike = defaultdict(list)
+    for each in projections:
+        alike[each.kind].append(each)
+    groups = [
+        of_kind[start : start + LAYERS_PER_LAUNCH]
+        for of_kind in alike.values()
+        for start in range(0, len(of_kind), LAYERS_PER_LAUNCH)
+    ]
+    yield from sorted(groups, key=lambda group: group[0].layer)
+
+
+class _Filling:
+    """How each layer of a context is filled. Every layer is to be filled once."""
+
+    def __init__(self, layers: Layers, context: SharedContext, maps: Maps | None, norm: Norm, rerotates: bool) -> None:
+        self._layers, self._context, self._maps, self._norm, self._rerotates = layers, context, maps, norm, rerotates
         self._batch, self._tokens = context.tokens.shape
-        self._layers: list[Any] = [None] * decoder.num_layers
-        self.cache = MixedCache(self._layers, context.tokens, None, decoder.model)
+        self._positions: dict[int, torch.Tensor] = {}
+
+    @property
+    def maps(self) -> Maps:
+        assert self._maps is not None
+        return self._maps
 
     def hidden(self, layer: int) -> torch.Tensor:
         """Return what enters a layer: the sender's hidden states, or the receiver's own embeddings."""
-        return self._decoder.embed(self._context.tokens) if layer == 0 else self._context.hidden(layer)
-
-    def run(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Run a layer of the receiver over all tokens, which appends K and V to the cache, and return what leaves it."""
-        self._layers[layer] = empty_layer(self._decoder.windows[layer])
-        return self._over.run(layer, hidden_states, self.cache)
+        return self._layers.embed() if layer == 0 else self._context.hidden(layer)
 
     def reuse(self, layer: int) -> None:
-        """Share the sender's K and V; in 8 bits, or rotated by another RoPE, they are decoded and rotated further."""
+        """Reuse the sender's K and V; in 8 bits, or rotated by another RoPE, they are decoded and rotated further."""
         kv, further = self._context.kv(layer), self._rerotation(layer)
-        if kv.k_scale is None and not further:
-            self._layers[layer] = shared_layer(kv.keys, kv.values, self._decoder.windows[layer], self._tokens)
-        else:
-            target = self._uninitialized(layer)
-            splice(kv, target.keys, target.values, **further)
+        if kv.k_scale is None and not further and self._layers.share(layer, kv):
+            return
+        k_cache, v_cache, slots = self._layers.destination(layer)
+        ops.kv_splice(kv.keys, kv.values, k_cache, v_cache, slots, k_scale=kv.k_scale, v_scale=kv.v_scale, **further)
 
-    def reuse_sinks(self, layer: int) -> None:
+    def reuse_sinks(self, planned: _Planned) -> None:
         """Reuse the sender's K and V of the first tokens of a layer that is filled already."""
-        target = self._layers[layer]
-        rows = target.keys.shape[2]
+        layer, (k_cache, v_cache, slots) = planned.layer, planned.destination
+        rows = slots.shape[0] // self._batch
         count = sinks_among(rows, self._tokens)
         if not count:
             return
         kv, further = self._context.kv(layer).at(slice(count)), self._rerotation(layer)
-        keys, values = target.keys[:, :, :count], target.values[:, :, :count]
+        slots = slots.view(self._batch, rows)[:, :count].flatten()
         if kv.k_scale is None and not further:
-            keys.copy_(kv.keys)  # a few rows of each layer, for which an operator's call would cost more than the work
-            values.copy_(kv.values)
+            # A few rows of each layer, for which an operator's call would cost more than the work.
+            where = slots // k_cache.shape[2], slice(None), slots % k_cache.shape[2]
+            k_cache[where] = kv.keys.transpose(1, 2).flatten(0, 1).to(k_cache.dtype)
+            v_cache[where] = kv.values.transpose(1, 2).flatten(0, 1).to(v_cache.dtype)
         else:
-            of_sinks = {
+            of_sinks: dict[str, Any] = {
                 name: half.view(self._batch, rows, -1)[:, :count].flatten(0, 1) for name, half in further.items()
             }
-            splice(kv, keys, values, **of_sinks)
+            ops.kv_splice(
+                kv.keys, kv.values, k_cache, v_cache, slots, k_scale=kv.k_scale, v_scale=kv.v_scale, **of_sinks
+            )
 
-    def band_end(self, layer: int, hidden_states: torch.Tensor) -> Projection:
+    def band_end(self, layer: int, hidden_states: torch.Tensor) -> ops.Projection:
         """To compute K and V of the last layer of a band from what enters it: nothing reads its output."""
-        return self._projection(layer, hidden_states, self._decoder.prepared(layer, self._norm))
+        prepared = self._layers.prepared(layer, self._norm)
+        return self._projection(layer, hidden_states, prepared, self._layers.destination(layer))
 
-    def projected(self, layer: int) -> Projection:
-        """To compute K and V of a layer with the receiver's own weights."""
-        return self._from_hidden(layer, self._decoder.prepared(layer, self._norm))
+    def planned(self, layer: int, source: str) -> _Planned:
+        """Find the weights that K and V of a layer are projected with, and where they go; read nothing."""
+        if source == "project":
+            prepared = self._layers.prepared(layer, self._norm)
+        else:
+            fitted = vars(self.maps.layers[layer, source])  # type: ignore[index]
+            if source == "fitted":  # which have the norm's weight folded in
+                weights = replace(self._layers.plainly_normed(layer), **fitted, k_low_rank=(), v_low_rank=())
+            else:
+                weights = LayerWeights(norm_weight=None, norm_eps=0.0, k_norm_weight=None, k_norm_eps=0.0, **fitted)
+            prepared = Prepared(weights, self._norm, weights.k_weight, weights.v_weight)
+        rotation = self._layers.rotation(layer)
+        pairs = 0 if rotation is None else rotation[0].shape[1]
+        return _Planned(layer, source, prepared, pairs, self._layers.destination(layer))
 
-    def fitted(self, layer: int, fitted: LayerMap) -> Projection:
-        """To compute K and V of a layer with weights fitted to its hidden states, which have the norm's folded in."""
-        weights = replace(self._decoder.plainly_normed(layer), **vars(fitted), k_low_rank=(), v_low_rank=())
-        return self._from_hidden(layer, Prepared(weights, self._norm, weights.k_weight, weights.v_weight))
-
-    def fitted_kv(self, layer: int, fitted: LayerMap) -> Projection:
-        """To compute K and V of a layer with weights fitted to the sender's K and V."""
-        weights = LayerWeights(norm_weight=None, norm_eps=0.0, k_norm_weight=None, k_norm_eps=0.0, **vars(fitted))
-        prepared = Prepared(weights, self._norm, weights.k_weight, weights.v_weight)
-        return self._projection(layer, self._context.unrotated(layer), prepared)
-
-    def _from_hidden(self, layer: int, prepared: Prepared) -> Projection:
+    def projection(self, planned: _Planned) -> ops.Projection:
+        """To compute K and V of a layer from the sender's hidden states, or from its K and V."""
+        layer, source, prepared, _, destination = planned
+        if source == "fitted_kv":
+            return self._projection(layer, self._context.unrotated(layer), prepared, destination)
         hidden_states, rstd = self.hidden(layer), None
         if prepared.folded:
             # The context keeps what depends on it alone for all its receivers; embeddings are the receiver's own.
             eps = prepared.weights.norm_eps
             rstd = self._context.rstd(layer, eps) if layer else ops.rms_rstd(hidden_states, eps)
-        return self._projection(layer, hidden_states, prepared, rstd)
+        return self._projection(layer, hidden_states, prepared, destination, rstd)
 
     def _projection(
-        self, layer: int, hidden_states: torch.Tensor, prepared: Prepared, rstd: torch.Tensor | None = None
-    ) -> Projection:
-        """To compute K and V of a layer, of the tokens that count, from what enters it at all of them or at these."""
-        target = self._uninitialized(layer)
-        return of_last_rows(hidden_states, prepared, self._over.rotation(layer), target.keys, target.values, rstd)
+        self,
+        layer: int,
+        hidden_states: torch.Tensor,
+        prepared: Prepared,
+        destination: Destination,
+        rstd: torch.Tensor | None = None,
+    ) -> ops.Projection:
+        rotation = self._layers.rotation(layer)
+        rows = destination.slot_mapping.shape[0] // self._batch
+        positions = None
+        if self._batch > 1 and rotation is not None:
+            if rows not in self._positions:
+                device = destination.slot_mapping.device
+                self._positions[rows] = torch.arange(rows, device=device).repeat(self._batch)
+            positions = self._positions[rows]
+        return projection(prepared, self._layers.norm_order, hidden_states, rotation, *destination, rstd, positions)
 
-    def _uninitialized(self, layer: int) -> MixedLayer | MixedSlidingLayer:
-        window, decoder = self._decoder.windows[layer], self._decoder
-        shape = (self._batch, decoder.num_kv_heads, rows_held(self._tokens, window), decoder.head_dim)
-        made = uninitialized_layer(shape, window, self._tokens, decoder.dtype, decoder.device)
-        self._layers[layer] = made
-        return made
-
-    def _rerotation(self, layer: int) -> dict[str, torch.Tensor]:
-        """cos and sin that rotate each row of the sender's K of a layer to the receiver's RoPE; none if they are equal."""
+    def _rerotation(self, layer: int) -> dict[str, Any]:
+        """cos and sin that re-rotate each row of the sender's K to the receiver's RoPE; none if the two are equal."""
         applied = self._context.rotations[layer] if self._rerotates else None
-        rotation = None if applied is None else self._over.rotation(layer)
+        rotation = None if applied is None else self._layers.rotation(layer)
         if applied is None or rotation is None:
             return {}
-        if self._decoder.rope_varies and all(map(torch.equal, applied, rotation)):
+        if self._layers.rope_varies and all(map(torch.equal, applied, rotation)):
             return {}
         rows = self._context.kv(layer).keys.shape[2]
         cos, sin = (last(half, rows) for half in ops.rotation_between(*applied, *rotation))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from .. import ops
 from ..context.context import SharedContext
 from ..context.fingerprint import Fingerprint, ReuseError
 from ..files import replacing
-from .plan import Plan, Role
+from .plan import Plan
+from .schedule import Source, resolve
 
 RMS_EPS = 1e-6
 SINKS = 4
@@ -114,34 +115,16 @@ class Maps:
 
     sender: Fingerprint
     receiver: Fingerprint
-    choices: tuple[Role, ...]
-    choices_without_hidden: tuple[Role, ...]
-    layers: Mapping[tuple[int, Role], LayerMap]
+    choices: tuple[Source, ...]
+    choices_without_hidden: tuple[Source, ...]
+    layers: Mapping[tuple[int, Source], LayerMap]
     corrections: Mapping[int, Correction]
     shares: Mapping[int, Sequence[float]]
     domain: Domain
 
-    def roles(self, plan: Plan, held: Collection[int] | None = None) -> tuple[Role, ...]:
-        """The role of every layer: those that `plan` projects follow the choices.
-
-        Args:
-            plan: which layers are recomputed and projected.
-            held: the layers at which a context holds hidden states; without those that the choices need, the choices for
-                contexts without hidden states count.
-        """
-        planned = plan.roles(len(self.choices))
-
-        def chosen(choices: Sequence[Role]) -> tuple[Role, ...]:
-            return tuple(choice if role == "project" else role for role, choice in zip(planned, choices, strict=True))
-
-        roles = chosen(self.choices)
-        if held is not None and not set(plan.hidden_layers_of(roles)) <= set(held):
-            return chosen(self.choices_without_hidden)
-        return roles
-
     def hidden_layers(self, plan: Plan) -> tuple[int, ...]:
         """Where the sender's hidden states are needed for `plan` with these maps: often fewer than for the plan alone."""
-        return plan.hidden_layers_of(self.roles(plan))
+        return resolve(plan, len(self.choices), self).hidden_layers
 
     def check_pair(self, sender: Fingerprint, receiver: Fingerprint) -> None:
         """Raise unless these are the maps of this pair.

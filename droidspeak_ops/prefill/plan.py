@@ -9,15 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Role = Literal["recompute", "project", "reuse", "fitted", "fitted_kv"]
-"""The role of a layer. The last two are projections with weights of :class:`Maps`, of hidden states and of K/V."""
-
 
 @dataclass(frozen=True)
 class Plan:
     """The work of a receiver at each layer over a context that a sender has read.
 
-    A plan is independent of any model; :meth:`roles` says what it means for a model of a given depth.
+    A plan is independent of any model; :func:`droidspeak_ops.prefill.schedule.resolve` says what it means for one.
 
     Args:
         bands: Contiguous layers ``[start, end)`` that the receiver runs itself, starting from the sender's hidden states
@@ -49,40 +46,17 @@ class Plan:
         object.__setattr__(self, "bands", bands)
         object.__setattr__(self, "project", project)
 
-    def roles(self, num_layers: int) -> tuple[Role, ...]:
-        """The role of every layer of a model with `num_layers` layers.
-
-        Raises:
-            ValueError: the plan names a layer that such a model does not have.
-        """
-        projected = () if self.project == "rest" else tuple(self.project)
-        last = max((*(end - 1 for _, end in self.bands), *projected), default=0)
-        if last >= num_layers:
-            raise ValueError(
-                f"plan: got a layer {last} in {self}; a model of {num_layers} layers ends at {num_layers - 1}"
-            )
-        roles: list[Role] = ["project" if self.project == "rest" else "reuse"] * num_layers
-        for layer in projected:
-            roles[layer] = "project"
-        for start, end in self.bands:
-            roles[start:end] = ["recompute"] * (end - start)
-        return tuple(roles)
-
     def hidden_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers at which the sender's hidden states are needed: where bands start and at projected layers.
 
         Layer 0 is never among them: what enters it are embeddings, and the receiver has its own.
+
+        Raises:
+            ValueError: the plan names a layer that a model with `num_layers` layers does not have.
         """
-        return self.hidden_layers_of(self.roles(num_layers))
+        from .schedule import resolve  # which is made of plans
 
-    def hidden_layers_of(self, roles: Sequence[Role]) -> tuple[int, ...]:
-        """:meth:`hidden_layers` for roles that maps have changed."""
-        projected = {layer for layer, role in enumerate(roles) if role in ("project", "fitted")}
-        return tuple(sorted((projected | {start for start, _ in self.bands}) - {0}))
-
-    def layers_run(self) -> int:
-        """Number of layers that run in full, attention and MLP included: a band of n layers runs n - 1."""
-        return sum(end - start - 1 for start, end in self.bands)
+        return resolve(self, num_layers).hidden_layers
 
     def to_json(self) -> str:
         """The plan as a JSON object; :meth:`from_json` reads it back."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from .. import ops
+from ..context.context import Rotation, last
 from ..ops.checks import NormOrder
 
 Norm = Literal["hf", "folded"]
@@ -88,3 +89,45 @@ def prepare(weights: LayerWeights, norm_order: NormOrder, norm: Norm) -> Prepare
     k_weight = torch.cat([k_weight, *columns[:of_k], *map(torch.zeros_like, columns[of_k:])], dim=1)
     v_weight = torch.cat([v_weight, *map(torch.zeros_like, columns[:of_k]), *columns[of_k:]], dim=1)
     return Prepared(weights, norm, k_weight, v_weight, down)
+
+
+def projection(
+    prepared: Prepared,
+    norm_order: NormOrder,
+    hidden_states: torch.Tensor,
+    rotation: Rotation | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    rstd: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> ops.Projection:
+    """The operator's record of a layer, for as many of the last tokens as there are slots.
+
+    Args:
+        hidden_states: ``[B, T, C]``, what enters the layer.
+        rotation: cos and sin ``[T, R / 2]``, or None.
+        k_cache, v_cache, slot_mapping: where the last N tokens of each sequence go, ``[B * N]`` slots.
+        rstd: float32 ``[B, T]``, where it is known and `prepared` are folded.
+        positions: rows of `rotation`'s last N for each token, ``[B * N]``; those in order where None.
+    """
+    weights = prepared.weights
+    rows = slot_mapping.shape[0] // hidden_states.shape[0]
+    if (skipped := hidden_states.shape[1] - rows) > 0:
+        hidden_states = hidden_states[:, skipped:]
+        rstd = None if rstd is None else rstd[:, skipped:]
+    norm: Literal["hf", "folded", "none"] = "none" if weights.norm_weight is None else prepared.norm
+    if prepared.down is not None:  # rows are lengthened by what the adapters make of them, normed unless that is folded
+        if norm == "folded":
+            rstd = ops.rms_rstd(hidden_states, weights.norm_eps) if rstd is None else rstd
+        elif weights.norm_weight is not None:
+            hidden_states = ops.row_norm(hidden_states, weights.norm_weight, weights.norm_eps, norm_order=norm_order)
+            norm = "none"
+        hidden_states = torch.cat([hidden_states, hidden_states @ prepared.down.T], dim=-1)
+    cos, sin = (None, None) if rotation is None else (last(half, rows) for half in rotation)
+    return ops.Projection(
+        hidden_states, prepared.k_weight, prepared.v_weight, k_cache, v_cache, slot_mapping, norm=norm,
+        norm_weight=weights.norm_weight if norm == "hf" else None, norm_order=norm_order, norm_eps=weights.norm_eps,
+        rstd=rstd, k_bias=weights.k_bias, v_bias=weights.v_bias, k_norm_weight=weights.k_norm_weight,
+        head_norm_eps=weights.k_norm_eps, cos=cos, sin=sin, positions=positions,
+    )  # fmt: skip

@@ -5,25 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..prefill.schedule import Work
+
 Polynomial = tuple[float, float, float]
 """Seconds for T tokens: ``a + b T + c T²``."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """The work of a plan, in layers.
-
-    Args:
-        run: that run in full, attention and MLP included (paper, section 4: the recomputed layers).
-        projected: whose K/V are projected, the last of each band among them.
-        hidden: of which the sender's hidden states are loaded.
-        kv: of which the sender's K/V are loaded.
-    """
-
-    run: int
-    projected: int
-    hidden: int
-    kv: int
 
 
 @dataclass(frozen=True)

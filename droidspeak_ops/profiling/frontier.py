@@ -16,9 +16,10 @@ import torch
 from ..context.fingerprint import Fingerprint
 from ..files import replacing
 from ..prefill.plan import Plan
+from ..prefill.schedule import Work
 from . import bootstrap
 from .bootstrap import Estimate
-from .cost import CostModel, Work
+from .cost import CostModel
 
 Rest = Literal["reuse", "project", "fitted"]
 """The role of the layers outside a plan's bands; the last is what the maps say."""

@@ -20,8 +20,9 @@ from ..hf.receiver import partial_prefill
 from ..hf.sender import capture
 from ..prefill.maps import Maps
 from ..prefill.plan import Plan
+from ..prefill.schedule import resolve
 from ..progress import bars
-from .cost import CostModel, Work
+from .cost import CostModel
 from .frontier import Frontier, Point, Rest, Sensitivity
 from .replay import judged, replay
 from .timing import measure_costs
@@ -222,23 +223,9 @@ class Tried:
                 )
                 for column in zip(*measured, strict=True)
             )
-            yield Point(candidate.plan, candidate.rest, self._corrects(candidate), self._work(candidate), kl, agreement)
-
-    def _corrects(self, candidate: Candidate) -> bool:
-        return self._maps is not None and any(start in self._maps.corrections for start, _ in candidate.bands)
-
-    def _work(self, candidate: Candidate) -> Work:
-        plan = candidate.plan
-        roles = plan.roles(self._depth)
-        if candidate.rest == "fitted":
-            assert self._maps is not None
-            roles = self._maps.roles(plan)
-        return Work(
-            run=plan.layers_run(),
-            projected=len(plan.bands) + sum(role in ("project", "fitted", "fitted_kv") for role in roles),
-            hidden=len(plan.hidden_layers_of(roles)),
-            kv=sum(role in ("reuse", "fitted_kv") for role in roles),
-        )
+            schedule = resolve(candidate.plan, self._depth, self._maps)
+            corrected = any(band.corrected for band in schedule.bands)
+            yield Point(candidate.plan, candidate.rest, corrected, schedule.work, kl, agreement)
 
 
 def _joined(units: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -19,8 +19,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..kernels.arguments import Projection
 from .machine_code import Code, read_amdgcn, read_cubin
-from .shapes import SHAPES, Shape, projection
+from .shapes import SHAPES, Shape, projections
 from .targets import TARGETS, check_targets, occupancy, time_floor
 from .traffic import minimum
 
@@ -177,15 +178,15 @@ def _tensors(name: str, argument: Any) -> Iterator[tuple[int, tuple[str, torch.T
 
 def _project_splice(
     shape: Shape, dtype: torch.dtype, options: dict[str, Any], target: str, tokens: int,
-    *, change: Callable[[dict[str, Any]], None] | None = None,
+    *, change: Callable[[Projection], Projection] | None = None,
 ) -> None:  # fmt: skip
     from ..kernels.project_splice import project_splice
     from ..kernels.project_splice_config import project_splice_config, size_of
 
-    arguments = projection(shape, tokens, dtype=dtype, **options)
+    layers = projections(shape, tokens, dtype=dtype, **options)
     if change is not None:
-        change(arguments)
-    project_splice(**arguments, config=project_splice_config(target, size_of(**arguments)))
+        layers = [change(layer) for layer in layers]
+    project_splice(layers, project_splice_config(target, size_of(layers)))
 
 
 def _row_norm(shape: Shape, store_rows: bool, target: str, tokens: int) -> None:
@@ -254,14 +255,14 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{model} bf16 to bf16, rotated", partial(_kv_splice, SHAPES[model], bf16, bf16, True, False))
 
 
-def _with_positions(arguments: dict[str, Any]) -> None:
-    arguments["positions"] = arguments["slot_mapping"]
+def _with_positions(layer: Projection) -> Projection:
+    return layer._replace(positions=layer.slot_mapping)
 
 
-def _to_fp8_pages(arguments: dict[str, Any]) -> None:
-    for name in ("k_cache", "v_cache"):
-        _, heads, tokens, width = arguments[name][0].shape
-        arguments[name] = [_empty(tokens // 16, 16, heads, width, dtype=torch.float8_e4m3fn).transpose(1, 2)]
+def _to_fp8_pages(layer: Projection) -> Projection:
+    _, heads, tokens, width = layer.k_cache.shape
+    k, v = (_empty(tokens // 16, 16, heads, width, dtype=torch.float8_e4m3fn).transpose(1, 2) for _ in "kv")
+    return layer._replace(k_cache=k, v_cache=v)
 
 
 def _short(dtype: torch.dtype) -> str:

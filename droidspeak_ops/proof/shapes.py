@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+
+from ..kernels.arguments import Projection
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ SHAPES = {
 }
 
 
-def projection(
+def projections(
     shape: Shape,
     tokens: int,
     *,
@@ -47,37 +49,38 @@ def projection(
     layers: int = 1,
     with_q: bool = False,
     folded: bool = False,
-) -> dict[str, Any]:
-    """Arguments of the `kv_project` operator for a dense cache of one sequence: random, or without contents on "meta"."""
+) -> list[Projection]:
+    """Layers to project into a dense cache of one sequence: random, or without contents on "meta"."""
 
-    def random(*size: int, scale: float = 1.0, kind: torch.dtype = dtype) -> list[torch.Tensor]:
-        return [torch.randn(size, dtype=kind, device=device) * scale for _ in range(layers)]
-
-    def if_any(condition: bool, *size: int) -> list[torch.Tensor]:
-        return random(*size) if condition else []
+    def random(*size: int, scale: float = 1.0, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(size, dtype=kind, device=device) * scale
 
     hidden, width = shape.hidden_size, shape.head_dim
     q_rows, kv_rows = shape.num_q_heads * width, shape.num_kv_heads * width
-    normed = shape.head_norm is not None
-    angles = random(tokens, shape.rotary_dim // 2, kind=torch.float32)
-    return {
-        "x": random(tokens, hidden),
-        "rstd": random(tokens, kind=torch.float32) if folded else [],
-        "q_weight": random(q_rows, hidden, scale=hidden**-0.5) if with_q else [],
-        "k_weight": random(kv_rows, hidden, scale=hidden**-0.5),
-        "v_weight": random(kv_rows, hidden, scale=hidden**-0.5),
-        "q_bias": if_any(shape.has_bias and with_q, q_rows),
-        "k_bias": if_any(shape.has_bias, kv_rows),
-        "v_bias": if_any(shape.has_bias, kv_rows),
-        "q_norm_weight": if_any(normed and with_q, q_rows if shape.head_norm == "all" else width),
-        "k_norm_weight": if_any(normed, kv_rows if shape.head_norm == "all" else width),
-        "norm_order": shape.norm_order,
-        "head_norm_eps": 1e-6,
-        "cos": [angle.cos().to(shape.rotary_dtype or dtype) for angle in angles],
-        "sin": [angle.sin().to(shape.rotary_dtype or dtype) for angle in angles],
-        "positions": None,
-        "slot_mapping": torch.arange(tokens, device=device),
-        "q": random(tokens, shape.num_q_heads, width) if with_q else [],
-        "k_cache": random(1, shape.num_kv_heads, tokens, width),
-        "v_cache": random(1, shape.num_kv_heads, tokens, width),
-    }
+    q_norm, k_norm = (q_rows, kv_rows) if shape.head_norm == "all" else (width, width)
+    normed, slots = shape.head_norm is not None, torch.arange(tokens, device=device)
+
+    def layer() -> Projection:
+        angles = random(tokens, shape.rotary_dim // 2, kind=torch.float32)
+        return Projection(
+            hidden_states=random(tokens, hidden),
+            k_weight=random(kv_rows, hidden, scale=hidden**-0.5),
+            v_weight=random(kv_rows, hidden, scale=hidden**-0.5),
+            k_cache=random(1, shape.num_kv_heads, tokens, width),
+            v_cache=random(1, shape.num_kv_heads, tokens, width),
+            slot_mapping=slots,
+            norm="folded" if folded else "none",
+            norm_order=shape.norm_order,
+            rstd=random(tokens, kind=torch.float32) if folded else None,
+            q_weight=random(q_rows, hidden, scale=hidden**-0.5) if with_q else None,
+            q=random(tokens, shape.num_q_heads, width) if with_q else None,
+            q_bias=random(q_rows) if shape.has_bias and with_q else None,
+            k_bias=random(kv_rows) if shape.has_bias else None,
+            v_bias=random(kv_rows) if shape.has_bias else None,
+            q_norm_weight=random(q_norm) if normed and with_q else None,
+            k_norm_weight=random(k_norm) if normed else None,
+            cos=angles.cos().to(shape.rotary_dtype or dtype),
+            sin=angles.sin().to(shape.rotary_dtype or dtype),
+        )
+
+    return [layer() for _ in range(layers)]

@@ -21,7 +21,7 @@ import droidspeak_ops as ds
 from droidspeak_ops.hf.cache import HEADROOM
 from droidspeak_ops.kernels.project_splice_config import ProjectSpliceConfig, Size, size_of
 from droidspeak_ops.ops import tuning
-from droidspeak_ops.proof.shapes import SHAPES, projection
+from droidspeak_ops.proof.shapes import SHAPES, projections
 
 EAGER = [name for name in bench.PROVIDERS if name not in ("compile", "liger")]
 DEFAULT = ProjectSpliceConfig(128, 64, 64, 8, 3)
@@ -99,7 +99,7 @@ def test_without_a_gpu_nothing_is_timed(tmp_path: Path, capsys: pytest.CaptureFi
 
 def size(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Size:
     shape = replace(SHAPES["Llama-3-8B"], **changes)
-    return size_of(**projection(shape, 4096, dtype=dtype))
+    return size_of(projections(shape, 4096, dtype=dtype))
 
 
 def allowed(*, shared: int = 227 << 10, **changes: Any) -> set[ProjectSpliceConfig]:
@@ -181,12 +181,12 @@ def test_a_configuration_with_another_result_is_not_timed(
 ) -> None:
     monkeypatch.setattr("triton.testing.do_bench", lambda run, return_mode: 1.0)
     shape = replace(SHAPES["Llama-3-8B"], hidden_size=32, num_kv_heads=1, head_dim=32, rotary_dim=32)
-    arguments = projection(shape, 20, dtype=torch.float16, device=str(device))
+    layers = projections(shape, 20, dtype=torch.float16, device=str(device))
     small = ProjectSpliceConfig(16, 16, 16, 1, 1)
-    time = tune.timer(arguments, small)
+    time = tune.timer(layers, small)
     assert time(replace(small, block_m=32)) == 1.0
     assert time(replace(small, block_n=17)) is None  # does not compile
-    arguments["x"][0].mul_(1.01)
+    layers[0].hidden_states.mul_(1.01)
     assert time(small) is None
 
 

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import droidspeak_ops as ds
 from droidspeak_ops.hf import families
+from droidspeak_ops.prefill.schedule import resolve
 
 LAYERS = 6
 EVERYTHING = ds.Plan([(0, LAYERS)])
@@ -227,7 +228,7 @@ def test_keys_are_rotated_on_where_rope_parameters_differ(family: str, batch: in
         # The sender's hidden states, the same weights, but the receiver's RoPE: what reused K should be.
         reader, translator = SlowDecoder(sender), SlowDecoder(receiver)
         entering = reader.embed(ids[row : row + 1])
-        for layer, role in enumerate(plan.roles(LAYERS)):
+        for layer, role in enumerate(resolve(plan, LAYERS).sources):
             if role == "reuse":
                 held = cache.layers[layer]
                 keys, values = (torch.stack(heads) for heads in translator.kv(layer, entering))
@@ -261,7 +262,7 @@ def test_contexts_in_8_bits(family: str, dtype: torch.dtype, step: float) -> Non
     coded = context.quantized(dtype)
     assert coded.nbytes < 0.4 * context.nbytes
     exact, cache = ds.partial_prefill(receiver, context, plan), ds.partial_prefill(receiver, coded, plan)
-    for layer, role in enumerate(plan.roles(LAYERS)):
+    for layer, role in enumerate(resolve(plan, LAYERS).sources):
         for name in ("keys", "values"):
             ours, theirs = getattr(cache.layers[layer], name), getattr(exact.layers[layer], name)
             assert ours.dtype == torch.float32

@@ -347,7 +347,7 @@ def test_missing_hidden_states_are_named(no_compute) -> None:
 def test_a_layer_outside_the_model_is_refused(no_compute, plan: ds.Plan) -> None:
     model = tiny_llama(layers=LAYERS)
     context = ds.capture(model, tokens(10), layers=range(LAYERS))
-    refused(no_compute, model, context, plan, "a model of 6 layers ends at 5", error=ValueError)
+    refused(no_compute, model, context, plan, "expected layers 0 to 5 of a model of 6", error=ValueError)
 
 
 def test_a_prompt_that_does_not_continue_the_context_is_refused(no_compute) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -204,6 +206,46 @@ def test_another_state_of_the_adapters_is_refused_until_it_is_back() -> None:
     assert_refused()
 
 
+def test_a_plain_model_is_read_again_where_it_changed() -> None:
+    """It is remembered from call to call, and whatever a receiver of it would refuse is read anew."""
+    model = tiny_llama(layers=LAYERS)
+    context = captured(model)
+    for norm in ("hf", "folded"):
+        ds.partial_prefill(model, context, PLANS[1], norm=norm)
+        model.model.layers[2].self_attn.k_proj.weight.data.mul_(2)  # which leaves no trace
+        model.model.layers[3].input_layernorm.weight.data.mul_(2)
+        fresh = ds.partial_prefill(copy.deepcopy(model), context, PLANS[1], norm=norm)
+        assert_same(ds.partial_prefill(model, context, PLANS[1], norm=norm), fresh)
+    replaced = torch.nn.Linear(48, 128, bias=False).requires_grad_(False)
+    model.model.layers[2].self_attn.v_proj = replaced
+    assert_same(
+        ds.partial_prefill(model, context, PLANS[1]), ds.partial_prefill(copy.deepcopy(model), context, PLANS[1])
+    )
+    handle = replaced.register_forward_hook(lambda module, args, output: output + 1)
+    with pytest.raises(ds.UnsupportedModelError, match="v_proj: got forward hooks"):
+        ds.partial_prefill(model, context, PLANS[1])
+    handle.remove()
+    ds.partial_prefill(model, context, PLANS[1])
+
+
+@pytest.mark.parametrize("of", ["model", "adapters"])
+def test_a_model_that_was_read_is_not_kept(of: str) -> None:
+    model = tiny_llama(layers=LAYERS) if of == "model" else adapted()
+    ds.partial_prefill(model, captured(model), PLANS[1], norm="folded")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_hooks_are_refused_by_a_receiver_too() -> None:
+    model = tiny_llama(layers=LAYERS)
+    receiver, context = ds.Receiver(model), captured(model)
+    model.model.layers[1].input_layernorm.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(ds.ReuseError, match=r"layers\.1\.input_layernorm, which has hooks"):
+        ds.partial_prefill(receiver, context, PLANS[1])
+
+
 def test_layers_that_run_may_be_trained_elsewhere() -> None:
     """Only what was read must stay: an MLP is the model's own, as it is."""
     model = tiny_llama(layers=LAYERS)
@@ -228,7 +270,7 @@ def test_warm_up(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     receiver.warm_up()
     assert {1, 2, 4} <= set(launches)
     receiver.warm_up([ds.Plan([(1, 3)])], tokens=(5, 40), norm="folded", quantized=torch.int8)
-    with pytest.raises(ValueError, match="a model of 6 layers"):
+    with pytest.raises(ValueError, match="a model of 6"):
         receiver.warm_up([ds.Plan([(4, 9)])])
     context = captured(model)
     assert_same(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import Projection, projection
+from support.cases import projection
 from support.compare import assert_close, errors
 from support.models import FAMILIES, fine_tuned, tiny, tiny_llama, tokens
 from support.prefills import own_prefill, prefill
@@ -13,6 +13,7 @@ from transformers.utils import is_flash_attn_2_available
 
 import droidspeak_ops as ds
 from droidspeak_ops.kernels import project_splice, project_splice_tma, row_norm
+from droidspeak_ops.kernels.arguments import to_operator
 
 pytestmark = pytest.mark.gpu
 
@@ -26,9 +27,9 @@ def test_operator_is_its_reference_on_the_cpu(dtype: torch.dtype, head_norm: str
         tokens=300, hidden=512, layers=2, q_heads=8, kv_heads=4, head_dim=128, dtype=dtype, scattered=True, bias=True,
         head_norm=head_norm, positions=True,
     )  # fmt: skip
-    moved = Projection({name: moved_to_gpu(value) for name, value in case.arguments.items()})
-    OPS.kv_project(*case.arguments.values())
-    OPS.kv_project(*moved.arguments.values())
+    moved = case.change(lambda layer: {name: moved_to_gpu(value) for name, value in layer._asdict().items()})
+    OPS.kv_project(*to_operator(case))
+    OPS.kv_project(*to_operator(moved))
     for actual, expected in zip(moved.outputs, case.outputs, strict=True):
         actual = actual.cpu()
         assert torch.equal(actual.isnan(), expected.isnan())
@@ -36,8 +37,6 @@ def test_operator_is_its_reference_on_the_cpu(dtype: torch.dtype, head_norm: str
 
 
 def moved_to_gpu(value: Any) -> Any:
-    if isinstance(value, list):
-        return [tensor.cuda() for tensor in value]
     return value.cuda() if isinstance(value, torch.Tensor) else value
 
 
@@ -83,7 +82,7 @@ def test_recomputing_everything_is_the_own_prefill(family: str, attention: str) 
 
 def test_no_synchronisation_and_capture_in_a_graph() -> None:
     case = projection(tokens=64, hidden=256, dtype=torch.float16, scattered=True, device="cuda")
-    arguments = tuple(case.arguments.values())
+    arguments = to_operator(case)
     OPS.kv_project(*arguments)  # compiles
     expected = [cache.clone() for cache in case.caches]
     torch.cuda.set_sync_debug_mode("error")

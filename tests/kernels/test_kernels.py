@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from support.cases import Projection, covering, poisoned, projection
+from support.cases import Case, covering, kv_project_ref, poisoned, projection
 from support.compare import assert_bitwise_equal, assert_close, errors
 
 from droidspeak_ops.kernels.project_splice import project_splice
@@ -16,7 +16,7 @@ from droidspeak_ops.kernels.project_splice_config import (
     project_splice_config,
     size_of,
 )
-from droidspeak_ops.kernels.row_norm import rms_rstd, row_norm
+from droidspeak_ops.kernels.row_norm import normed, rms_rstd, row_norm
 from droidspeak_ops.ops import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -24,9 +24,9 @@ ORDERS = ["llama", "gemma", "olmo"]
 SMALL = ProjectSpliceConfig(block_m=32, block_n=32, block_k=16, num_warps=4, num_stages=2)
 
 
-def small(case: Projection) -> ProjectSpliceConfig:
+def small(case: Case) -> ProjectSpliceConfig:
     """A small tile, wide enough for a whole head where that is normed."""
-    size = size_of(**case.arguments)  # with one head, a norm over each is one over all
+    size = size_of(case)  # with one head, a norm over each is one over all
     return (
         dataclasses.replace(SMALL, block_n=max(32, pairs_per_head(size.head_dim, True)))
         if size.has_head_norm
@@ -34,21 +34,21 @@ def small(case: Projection) -> ProjectSpliceConfig:
     )
 
 
-def launch(case: Projection, config: ProjectSpliceConfig | None = None) -> None:
-    project_splice(**case.arguments, config=config or small(case))
+def launch(case: Case, config: ProjectSpliceConfig | None = None) -> None:
+    project_splice(case, config or small(case))
 
 
-def check(case: Projection, config: ProjectSpliceConfig | None = None) -> None:
+def check(case: Case, config: ProjectSpliceConfig | None = None) -> None:
     """Rows at the slots are those of the reference, NaN nowhere; all other rows keep their bits."""
     launch(case, config)
     expected = case.with_new_outputs()
-    reference.kv_project_ref(**expected.arguments)
-    written, dtype = case.written(), case.arguments["x"][0].dtype
+    kv_project_ref(expected)
+    written, dtype = case.written(), case[0].hidden_states.dtype
     for actual, wanted in zip(case.caches, expected.caches, strict=True):
         actual, wanted = actual.transpose(1, 2), wanted.transpose(1, 2)
         assert_close(actual[written], wanted[written], dtype)
         assert_bitwise_equal(actual[~written], poisoned(actual[~written].shape, actual.dtype, actual.device))
-    for actual, wanted in zip(case.arguments["q"], expected.arguments["q"], strict=True):
+    for actual, wanted in zip(case.tensors("q"), expected.tensors("q"), strict=True):
         assert_close(actual, wanted, dtype)
 
 
@@ -102,7 +102,7 @@ def test_project_splice_by_tma_in_every_pair_of_variants(options: dict, device: 
     if options["q_heads"]:
         options["layers"] = 1
     case = projection(**options, rotary_dim=None if rotary == "full" else 0, device=device)
-    size = size_of(**case.arguments)
+    size = size_of(case)
     assert can_use_tma(size)
     persistent &= size.num_q_heads == 0 and size.num_layers == 1
     check(case, ProjectSpliceConfig(block_m, block_n, 64, 8, 3, tma=True, persistent=persistent))
@@ -131,7 +131,7 @@ def test_project_splice_shipped_configurations(
 ) -> None:
     case = projection(tokens=130, hidden=128, kv_heads=3, q_heads=q_heads, head_norm=head_norm, dtype=dtype,
                       scattered=True, device=device)  # fmt: skip
-    check(case, project_splice_config(target, size_of(**case.arguments)))
+    check(case, project_splice_config(target, size_of(case)))
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.float8_e4m3fn])
@@ -139,11 +139,11 @@ def test_project_splice_casts_to_the_cache(cache_dtype: torch.dtype, device: tor
     case = projection(dtype=torch.float32, cache_dtype=cache_dtype, q_heads=2, device=device)
     launch(case)
     expected = case.with_new_outputs()
-    reference.kv_project_ref(**expected.arguments)
+    kv_project_ref(expected)
     for actual, wanted in zip(case.caches, expected.caches, strict=True):
         actual, wanted = (cache.transpose(1, 2).float()[case.written()] for cache in (actual, wanted))
         assert_close(actual, wanted, cache_dtype)
-    assert_close(case.arguments["q"][0], expected.arguments["q"][0])
+    assert_close(case[0].q, expected[0].q)
 
 
 def test_project_splice_of_nothing(device: torch.device) -> None:
@@ -154,7 +154,7 @@ def test_project_splice_skips_slots_outside_the_cache(device: torch.device) -> N
     """Past the end no memory may be touched: what a GPU cannot check on the host, the kernel masks."""
     for head_norm in (None, "all"):
         case = projection(tokens=8, head_norm=head_norm, device=device)
-        slots = case.arguments["slot_mapping"]
+        slots = case[0].slot_mapping
         slots[3], slots[5] = 10_000, -7
         launch(case)
         for cache in case.caches:
@@ -171,14 +171,14 @@ def test_project_splice_rows_do_not_depend_on_the_batch(
     case = projection(tokens=100, dtype=dtype, head_norm=head_norm, q_heads=q_heads, device=device)
     alone = case.with_new_outputs()
     launch(case)
-    for name in ("x", "cos", "sin"):
-        alone.arguments[name] = [tensor[kept] for tensor in alone.arguments[name]]
-    alone.arguments["slot_mapping"] = alone.arguments["slot_mapping"][kept]
-    alone.arguments["q"] = [tensor[: len(kept)] for tensor in alone.arguments["q"]]
+    names, slots = ("hidden_states", "cos", "sin"), case[0].slot_mapping[kept]
+    alone = alone.change(lambda layer: {name: getattr(layer, name)[kept] for name in names}, slot_mapping=slots)
+    if q_heads:
+        alone = alone.change(lambda layer: {"q": layer.q[: len(kept)]})
     launch(alone)
     for together, single in zip(case.caches, alone.caches, strict=True):
         assert_bitwise_equal(together[:, :, kept], single[:, :, kept])
-    for together, single in zip(case.arguments["q"], alone.arguments["q"], strict=True):
+    for together, single in zip(case.tensors("q"), alone.tensors("q"), strict=True):
         assert_bitwise_equal(together[kept], single)
 
 
@@ -193,7 +193,7 @@ def test_project_splice_rows_do_not_depend_on_the_configuration(
     """Which tile a number of tokens and of layers gets must not show in the result: it may then depend on them."""
     case = projection(tokens=70, hidden=192, dtype=dtype, head_dim=head_dim, kv_heads=kv_heads, head_norm=head_norm,
                       device=device)  # fmt: skip
-    size = size_of(**case.arguments)
+    size = size_of(case)
     sizes = [
         size._replace(num_tokens=tokens, num_layers=layers) for tokens in (1, 1024, 4096, 32768) for layers in (1, 8)
     ]
@@ -212,9 +212,8 @@ def test_layers_in_one_launch_are_layers_one_by_one(layers: int, device: torch.d
                       device=device)  # fmt: skip
     together = case.with_new_outputs()
     launch(together)
-    for layer in range(layers):
-        alone = {name: [v[layer]] if isinstance(v, list) and v else v for name, v in case.arguments.items()}
-        launch(Projection(alone))
+    for layer in case:
+        launch(Case([layer]))
     for one, other in zip(case.outputs, together.outputs, strict=True):
         assert_bitwise_equal(one, other)
 
@@ -229,11 +228,15 @@ def test_rounding_order_is_that_of_transformers(dtype: torch.dtype, head_norm: s
     case = projection(tokens=100, dtype=dtype, head_norm=head_norm, device=device)
     launch(case)
     stepwise, once = case.with_new_outputs(), case.with_new_outputs()
-    reference.kv_project_ref(**stepwise.arguments)
-    for name, value in once.arguments.items():
-        if isinstance(value, list):
-            once.arguments[name] = [tensor.float() for tensor in value]
-    reference.kv_project_ref(**once.arguments)
+    kv_project_ref(stepwise)
+    once = once.change(
+        lambda layer: {
+            name: value.float()
+            for name, value in layer._asdict().items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        }
+    )
+    kv_project_ref(once)
     rows = case.written().nonzero()[:, 1]
     actual, wanted, other = (each.caches[0][:, :, rows] for each in (case, stepwise, once))
     assert errors(actual, wanted)[1] < 0.5 * errors(actual, other.to(dtype))[1]
@@ -254,13 +257,13 @@ def test_each_order_of_a_norm_is_nearest_to_its_own_reference(dtype: torch.dtype
 
     for head_norm in ("each", "all"):
         case = projection(tokens=40, dtype=dtype, head_norm=head_norm, rotary_dim=0, device=device)
-        weight = 1 + case.arguments["k_norm_weight"][0].abs()
+        weight = 1 + case[0].k_norm_weight.abs()
         results, expected = {}, {}
         for order in ORDERS:
-            changes = {"norm_order": order, "k_norm_weight": [weight - 1 if order == "gemma" else weight]}
-            ours, theirs = (Projection({**case.with_new_outputs().arguments, **changes}) for _ in range(2))
+            changes = {"norm_order": order, "k_norm_weight": weight - 1 if order == "gemma" else weight}
+            ours, theirs = (case.with_new_outputs().change(**changes) for _ in range(2))
             launch(ours)
-            reference.kv_project_ref(**theirs.arguments)
+            kv_project_ref(theirs)
             results[order], expected[order] = ours.caches[0][:, :, :40], theirs.caches[0][:, :, :40]
         for order in ORDERS:
             assert_nearest(results[order], order, expected)
@@ -270,21 +273,14 @@ def test_each_order_of_a_norm_is_nearest_to_its_own_reference(dtype: torch.dtype
 def test_each_norm_of_the_input_is_nearest_to_its_own_reference(dtype: torch.dtype, device: torch.device) -> None:
     """Rows normalised first ("hf"), or the norm in the epilogue ("folded"): the same mathematics, rounded elsewhere."""
     case = projection(tokens=40, dtype=dtype, device=device)
-    x, weight = case.arguments["x"][0], (1 + torch.rand(48, device=device)).to(dtype)
-    normed = poisoned(x.shape, dtype, device)
-    row_norm([x], [weight], "llama", 1e-6, [normed])
-    fold = {name: [case.arguments[name][0] * weight] for name in ("k_weight", "v_weight")}
-    changes = {
-        "hf": {"x": [normed]},
-        "folded": {"rstd": [reference.rms_rstd_ref(x, 1e-6)], **fold},
-    }
+    weight = (1 + torch.rand(48, device=device)).to(dtype)
+    fold = {name: getattr(case[0], name) * weight for name in ("k_weight", "v_weight")}
+    changes = {"hf": {"norm": "hf", "norm_weight": weight}, "folded": {"norm": "folded", **fold}}
     results, expected = {}, {}
     for norm in changes:
-        ours, theirs = (Projection({**case.with_new_outputs().arguments, **changes[norm]}) for _ in range(2))
-        launch(ours)
-        if norm == "hf":
-            theirs.arguments["x"] = [reference.row_norm_ref(x, weight, "llama", 1e-6)]
-        reference.kv_project_ref(**theirs.arguments)
+        ours, theirs = (case.with_new_outputs().change(**changes[norm]) for _ in range(2))
+        launch(Case(normed(ours)))
+        kv_project_ref(theirs)
         results[norm], expected[norm] = ours.caches[1][:, :, :40], theirs.caches[1][:, :, :40]
     assert errors(results["hf"], expected["hf"])[1] < 0.5 * errors(results["hf"], expected["folded"])[1]
     assert errors(results["folded"], expected["folded"])[1] < 0.5 * errors(results["folded"], expected["hf"])[1]

@@ -44,7 +44,7 @@ rotation = {"cos": angle.cos(), "sin": angle.sin()}
 def run(ops):
     caches = [torch.full((B, K, T, D), float("nan")) for _ in range(4)]
     first = {name: tensor[:T] for name, tensor in rotation.items()}
-    ops.kv_project(x, k_weight, v_weight, *caches[:2], slots[:T], norm="hf", norm_weight=norm_weight, **first)
+    ops.kv_project(ops.Projection(x, k_weight, v_weight, *caches[:2], slots[:T], norm_weight=norm_weight, **first))
     ops.kv_splice(k, v, *caches[2:], slots, **rotation)
     return torch.stack(caches).view(torch.int32)  # bits, so that untouched rows compare too
 

@@ -4,13 +4,14 @@ import importlib
 
 import pytest
 import torch
-from support.cases import Projection, call, poisoned, projection
+from support.cases import call, poisoned, projection
 from support.compare import assert_bitwise_equal, assert_close
 from support.models import tiny_llama, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from droidspeak_ops import ops
+from droidspeak_ops.kernels.arguments import to_operator
 from droidspeak_ops.ops import library, tuning
 
 OPS = torch.ops.droidspeak_ops
@@ -27,13 +28,13 @@ OPS = torch.ops.droidspeak_ops
 )
 def test_opcheck_kv_project(options) -> None:
     case = projection(tokens=9, scattered=True, **options)
-    torch.library.opcheck(OPS.kv_project.default, tuple(case.arguments.values()))
+    torch.library.opcheck(OPS.kv_project.default, to_operator(case))
 
 
 def test_opcheck_others() -> None:
     x, weight = torch.randn(5, 16), torch.randn(16)
-    torch.library.opcheck(OPS.rms_rstd.default, ([x], 1e-6, [torch.empty(5)]))
-    torch.library.opcheck(OPS.row_norm.default, ([x], [weight], "gemma", 1e-6, [torch.empty(5, 16)]))
+    torch.library.opcheck(OPS.rms_rstd.default, (x, 1e-6, torch.empty(5)))
+    torch.library.opcheck(OPS.row_norm.default, (x, weight, "gemma", 1e-6, torch.empty(5, 16)))
     k, v, caches = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), torch.zeros(2, 1, 2, 8, 16)
     slots, nothing = torch.arange(5), (None,) * 4
     torch.library.opcheck(OPS.kv_splice.default, (k, v, *nothing, slots, False, caches[0], caches[1], None, None))
@@ -51,8 +52,8 @@ def test_compiled_in_one_graph() -> None:
         return k_cache.nan_to_num().sum() + ops.rms_rstd(x, 1e-6).sum()
 
     eager, compiled = case.with_new_outputs(), case.with_new_outputs()
-    expected = function(case.arguments["x"][0], *eager.caches)
-    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(case.arguments["x"][0], *compiled.caches)
+    expected = function(case[0].hidden_states, *eager.caches)
+    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(case[0].hidden_states, *compiled.caches)
     assert_close(actual, expected)
     for one, other in zip(compiled.caches, eager.caches, strict=True):
         assert_bitwise_equal(one, other)
@@ -60,33 +61,35 @@ def test_compiled_in_one_graph() -> None:
 
 def test_every_operator_compiles_in_one_graph() -> None:
     case = projection(tokens=9, layers=3, q_heads=4, head_norm="each", positions=True, bias=True)
-    names = ("x", "q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias", "q_norm_weight", "k_norm_weight")
-    x, q_w, k_w, v_w, q_b, k_b, v_b, q_n, k_n = (case.arguments[name] for name in names)
-    cos, sin, positions, slots = (case.arguments[name] for name in ("cos", "sin", "positions", "slot_mapping"))
-    weights = [torch.rand(48) for _ in x]
+    weights = [torch.rand(48) for _ in case]
 
     def function(q, k_caches, v_caches, codes, scales, cu_seqlens):
-        ops.kv_project_layers(
-            x, k_w, v_w, k_caches, v_caches, slots, norm_weights=weights, norm_order="gemma", k_biases=k_b, v_biases=v_b,
-            k_norm_weights=k_n, coses=cos, sines=sin, positions=positions,
-        )  # fmt: skip
-        ops.qkv_project(
-            x[0], q_w[0], k_w[0], v_w[0], q, k_caches[0], v_caches[0], slots, norm="folded", q_bias=q_b[0],
-            k_bias=k_b[0], v_bias=v_b[0], q_norm_weight=q_n[0], k_norm_weight=k_n[0], cos=cos[0], sin=sin[0],
-            positions=positions,
-        )  # fmt: skip
-        rotation = ops.rotation_between(cos[0][:9], sin[0][:9], cos[1][:9], sin[1][:9])
+        caches = zip(case.without_q(), weights, k_caches, v_caches, strict=True)
+        ops.kv_project_layers([
+            layer._replace(norm="hf", norm_weight=weight, norm_order="gemma", k_cache=k_cache, v_cache=v_cache)
+            for layer, weight, k_cache, v_cache in caches
+        ])  # fmt: skip
+        ops.qkv_project(case[0]._replace(norm="folded", q=q, k_cache=k_caches[0], v_cache=v_caches[0]))
+        (cos, sin), (other_cos, other_sin) = ((layer.cos[:9], layer.sin[:9]) for layer in case[:2])
+        rotation = ops.rotation_between(cos, sin, other_cos, other_sin)
         k, v = (cache[:, :, :9].clone() for cache in (k_caches[1], v_caches[1]))
         ops.kv_splice(
-            k, v, *codes, slots, cos=rotation[0], sin=rotation[1], k_cache_scale=scales[0], v_cache_scale=scales[1]
+            k,
+            v,
+            *codes,
+            case[0].slot_mapping,
+            cos=rotation[0],
+            sin=rotation[1],
+            k_cache_scale=scales[0],
+            v_cache_scale=scales[1],
         )
         return ops.packed_slots(cu_seqlens, 9, 14)
 
     def arguments() -> tuple:
-        fresh = case.with_new_outputs().arguments
+        fresh = case.with_new_outputs()
         codes = [torch.zeros(1, 2, 14, 64, dtype=torch.float8_e4m3fn) for _ in "kv"]
         scales = [torch.zeros(1, 2, 14) for _ in "kv"]
-        return fresh["q"][0], fresh["k_cache"], fresh["v_cache"], codes, scales, torch.tensor([0, 4, 9])
+        return fresh[0].q, fresh.tensors("k_cache"), fresh.tensors("v_cache"), codes, scales, torch.tensor([0, 4, 9])
 
     eager, compiled = arguments(), arguments()
     expected = function(*eager)
@@ -127,10 +130,10 @@ def test_launches_neither_allocate_nor_ask_for_a_value(monkeypatch: pytest.Monke
     scales, slots, x = torch.zeros(2, 1, 2, 8), torch.arange(5), torch.randn(5, 16)
     outputs = [*caches.unbind(), *scales.unbind()]
     with Calls() as calls:
-        library._kv_project_gpu(*case.arguments.values())
+        library._kv_project_gpu(*to_operator(case))
         library._kv_splice_gpu(k, k, None, None, None, None, slots, False, *outputs)
-        library._row_norm_gpu([x], [], "none", 1e-6, [torch.Tensor.detach(x)])
-        library._rms_rstd_gpu([x], 1e-6, [scales[0, 0, 0, :5]])
+        library._row_norm_gpu(x, None, "none", 1e-6, torch.Tensor.detach(x))
+        library._rms_rstd_gpu(x, 1e-6, scales[0, 0, 0, :5])
     assert calls.others == []
     assert set(launched) == {"_project_splice_kernel", "_head_norm_kernel", "_kv_splice_kernel", "_row_norm_kernel"}
 
@@ -142,18 +145,18 @@ def test_gpu_implementations_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tuning, "target", lambda device: "sm_90")
     case = projection(tokens=9, layers=2, q_heads=4, head_norm="all", layout="NHD", positions=True)
     other = case.with_new_outputs()
-    library._kv_project_gpu(*case.arguments.values())
-    OPS.kv_project(*other.arguments.values())
+    library._kv_project_gpu(*to_operator(case))
+    OPS.kv_project(*to_operator(other))
     for one, another in zip(case.outputs, other.outputs, strict=True):
         assert_close(one.nan_to_num(), another.nan_to_num())
     x, weight = torch.randn(5, 16), torch.randn(16)
     for name, arguments, shape in (
-        ("rms_rstd", ([x], 1e-6), (5,)),
-        ("row_norm", ([x], [weight], "gemma", 1e-6), (5, 16)),
+        ("rms_rstd", (x, 1e-6), (5,)),
+        ("row_norm", (x, weight, "gemma", 1e-6), (5, 16)),
     ):
         outputs = [poisoned(shape, torch.float32, "cpu") for _ in range(2)]
-        getattr(library, f"_{name}_gpu")(*arguments, outputs[:1])
-        getattr(OPS, name)(*arguments, outputs[1:])
+        getattr(library, f"_{name}_gpu")(*arguments, outputs[0])
+        getattr(OPS, name)(*arguments, outputs[1])
         assert_close(*outputs)
     k, v, codes = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), torch.zeros(2, 2, 1, 2, 8, 16, dtype=torch.int8)
     scales = torch.zeros(2, 2, 1, 2, 8)
@@ -166,7 +169,7 @@ def test_gpu_implementations_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatc
 
 def test_weights_that_want_a_gradient_are_read_without_one() -> None:
     case = projection(tokens=9)
-    changes = {name: torch.nn.Parameter(case.arguments[name][0]) for name in ("k_weight", "v_weight")}
+    changes = {name: torch.nn.Parameter(getattr(case[0], name)) for name in ("k_weight", "v_weight")}
     call(case, **changes)
     for cache in case.caches:
         assert not cache.requires_grad
@@ -176,7 +179,7 @@ def test_weights_that_want_a_gradient_are_read_without_one() -> None:
 def test_leading_dimensions_are_tokens(shape: tuple[int, ...]) -> None:
     case = projection(tokens=9)
     flat = case.with_new_outputs()
-    call(case, hidden_states=case.arguments["x"][0].view(shape))
+    call(case, hidden_states=case[0].hidden_states.view(shape))
     call(flat)
     for one, other in zip(case.caches, flat.caches, strict=True):
         assert_bitwise_equal(one, other)
@@ -207,10 +210,10 @@ def test_projection_is_that_of_transformers(dtype: torch.dtype) -> None:
         k, _ = apply_rotary_pos_emb(k, k, cos, sin)
     caches = [poisoned((1, 2, 19, 64), dtype, "cpu") for _ in range(2)]
     attention, norm = layer.self_attn, layer.input_layernorm
-    ops.kv_project(
+    ops.kv_project(ops.Projection(
         x, attention.k_proj.weight, attention.v_proj.weight, *caches, torch.arange(19),
         norm_weight=norm.weight, norm_eps=norm.variance_epsilon, cos=cos[0, :, :32], sin=sin[0, :, :32],
-    )  # fmt: skip
+    ))  # fmt: skip
     assert_bitwise_equal(caches[0], k)
     assert_bitwise_equal(caches[1], v)
 
@@ -220,8 +223,8 @@ def test_folded_norm_is_the_norm(given: bool) -> None:
     case, weight = projection(tokens=9, bias=True), torch.rand(48)
     folded = case.with_new_outputs()
     call(case, norm="hf", norm_weight=weight, norm_eps=1e-5)
-    changes = {name: ops.fold_norm_weight(case.arguments[name][0], weight) for name in ("k_weight", "v_weight")}
-    rstd = ops.rms_rstd(case.arguments["x"][0], 1e-5) if given else None
+    changes = {name: ops.fold_norm_weight(getattr(case[0], name), weight) for name in ("k_weight", "v_weight")}
+    rstd = ops.rms_rstd(case[0].hidden_states, 1e-5) if given else None
     call(folded, norm="folded", norm_eps=1e-5, rstd=rstd, **changes)
     for one, other in zip(folded.caches, case.caches, strict=True):
         assert_close(one[:, :, :9], other[:, :, :9])
@@ -250,16 +253,11 @@ def test_splice_moves_rows_between_layouts_and_turns_keys() -> None:
 @pytest.mark.parametrize("norm", ["hf", "folded"])
 def test_several_layers_are_each_alone(layers: int, norm: str) -> None:
     case = projection(tokens=9, layers=layers, bias=True, head_norm="each")
-    alone, get = case.with_new_outputs(), case.arguments.get
-    norm_weights = [torch.rand(48) for _ in range(layers)] if norm == "hf" else []
-    ops.kv_project_layers(
-        get("x"), get("k_weight"), get("v_weight"), get("k_cache"), get("v_cache"), get("slot_mapping"), norm=norm,
-        norm_weights=norm_weights, k_biases=get("k_bias"), v_biases=get("v_bias"),
-        k_norm_weights=get("k_norm_weight"), coses=get("cos"), sines=get("sin"),
-    )  # fmt: skip
-    for layer in range(layers):
-        single = Projection({k: [v[layer]] if isinstance(v, list) and v else v for k, v in alone.arguments.items()})
-        call(single, norm=norm, rstd=None, norm_weight=norm_weights[layer] if norm_weights else None)
+    case = case.change(lambda layer: {"norm_weight": torch.rand(48) if norm == "hf" else None}, norm=norm)
+    alone = case.with_new_outputs()
+    ops.kv_project_layers(case)
+    for layer in alone:
+        ops.kv_project(layer)
     for one, other in zip(case.outputs, alone.outputs, strict=True):
         assert_bitwise_equal(one, other)
 
@@ -286,12 +284,13 @@ def test_q_k_and_v_at_once_are_those_of_transformers() -> None:
         poisoned((19, 4, 16), torch.float32, "cpu"),
         [poisoned((1, 2, 19, 16), torch.float32, "cpu") for _ in "kv"],
     )
-    ops.qkv_project(
-        x, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight, out, *caches, torch.arange(19),
-        norm_weight=norm.weight, q_norm_weight=attention.q_norm.weight, k_norm_weight=attention.k_norm.weight,
+    ops.qkv_project(ops.Projection(
+        x, attention.k_proj.weight, attention.v_proj.weight, *caches, torch.arange(19),
+        q_weight=attention.q_proj.weight, q=out, norm_weight=norm.weight, q_norm_weight=attention.q_norm.weight,
+        k_norm_weight=attention.k_norm.weight,
         norm_eps=norm.variance_epsilon, head_norm_eps=attention.k_norm.variance_epsilon,
         cos=cos[0, :, :8], sin=sin[0, :, :8],
-    )  # fmt: skip
+    ))  # fmt: skip
     assert_bitwise_equal(out.transpose(0, 1)[None], q)
     assert_bitwise_equal(caches[0], k)
     assert_bitwise_equal(caches[1], v.transpose(1, 2))
@@ -328,7 +327,7 @@ def test_packed_sequences_are_sequences_one_by_one() -> None:
         start = int(cu_seqlens[sequence])
         alone = [poisoned((1, 2, length, 64), torch.float32, "cpu") for _ in "kv"]
         call(
-            case, hidden_states=case.arguments["x"][0][start : start + length], k_cache=alone[0], v_cache=alone[1],
+            case, hidden_states=case[0].hidden_states[start : start + length], k_cache=alone[0], v_cache=alone[1],
             slot_mapping=torch.arange(length), cos=shared["cos"][:length], sin=shared["sin"][:length],
         )  # fmt: skip
         for page, single in zip(pages, alone, strict=True):

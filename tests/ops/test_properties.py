@@ -5,14 +5,13 @@ import itertools
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.cases import Projection, poisoned, projection
+from support.cases import Case, kv_project_ref, poisoned, projection
 from support.compare import assert_bitwise_equal, assert_close
 
 from droidspeak_ops import ops
 from droidspeak_ops.kernels.kv_splice import kv_splice
 from droidspeak_ops.kernels.project_splice import project_splice
 from droidspeak_ops.kernels.project_splice_config import ProjectSpliceConfig
-from droidspeak_ops.ops import reference
 from droidspeak_ops.ops.checks import _overlap
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -21,7 +20,7 @@ cheap = settings(searched, max_examples=200)
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> Projection:
+def problems(draw: st.DrawFn) -> Case:
     head_dim = draw(st.sampled_from([4, 16, 20, 34]))
     torch.manual_seed(draw(st.integers(0, 1000)))
     return projection(
@@ -47,10 +46,10 @@ def problems(draw: st.DrawFn) -> Projection:
 
 @searched
 @given(problems())
-def test_the_projection_kernel_is_its_reference(case: Projection) -> None:
+def test_the_projection_kernel_is_its_reference(case: Case) -> None:
     expected = case.with_new_outputs()
-    project_splice(**case.arguments, config=ProjectSpliceConfig(16, 32, 16, 4, 2))
-    reference.kv_project_ref(**expected.arguments)
+    project_splice(case, ProjectSpliceConfig(16, 32, 16, 4, 2))
+    kv_project_ref(expected)
     for actual, wanted in zip(case.outputs, expected.outputs, strict=True):
         assert torch.equal(actual.isnan(), wanted.isnan())
         assert_close(actual.nan_to_num(), wanted.nan_to_num(), operations=2)
@@ -58,23 +57,26 @@ def test_the_projection_kernel_is_its_reference(case: Projection) -> None:
 
 @searched
 @given(problems(), st.randoms())
-def test_order_and_grouping_of_tokens_do_not_matter(case: Projection, random) -> None:
+def test_order_and_grouping_of_tokens_do_not_matter(case: Case, random) -> None:
     """All at once, or in two calls of shuffled tokens: each row is what it is."""
-    together, tokens = case.with_new_outputs(), case.arguments["x"][0].shape[0]
+    together, tokens = case.with_new_outputs(), case[0].hidden_states.shape[0]
     config = ProjectSpliceConfig(16, 32, 16, 4, 2)
-    project_splice(**together.arguments, config=config)
+    project_splice(together, config)
     order = random.sample(range(tokens), tokens)
     cut = random.randint(0, tokens)
     for some in (order[:cut], order[cut:]):
-        part = dict(case.arguments)
-        per_token = ("x", "rstd") if part["positions"] is not None else ("x", "rstd", "cos", "sin")
-        for name in per_token:
-            part[name] = [tensor[some] for tensor in part[name]]
-        for name in ("positions", "slot_mapping"):
-            part[name] = None if part[name] is None else part[name][some]
-        part["q"] = [torch.empty_like(tensor[: len(some)]) for tensor in part["q"]]
-        project_splice(**part, config=config)
-        for piece, whole in zip(part["q"], together.arguments["q"], strict=True):
+        names = ["hidden_states", "rstd", "cos", "sin"] if case[0].positions is None else ["hidden_states", "rstd"]
+        part = case.change(
+            lambda layer, names=names, some=some: {
+                name: value[some] for name in names if (value := getattr(layer, name)) is not None
+            },
+            positions=None if case[0].positions is None else case[0].positions[some],
+            slot_mapping=case[0].slot_mapping[some],
+        )
+        if case[0].q is not None:
+            part = part.change(lambda layer, some=some: {"q": torch.empty_like(layer.q[: len(some)])})
+        project_splice(part, config)
+        for piece, whole in zip(part.tensors("q"), together.tensors("q"), strict=True):
             compare(piece, whole[some])
     for one, other in zip(case.caches, together.caches, strict=True):
         compare(one, other)

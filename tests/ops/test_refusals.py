@@ -1,5 +1,7 @@
 """Refusals of the operators: each wrong argument by its name, before anything is written."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.cases import call, poisoned, projection
@@ -138,21 +140,22 @@ def test_memory_with_negative_strides_is_no_tensor() -> None:
 
 def test_layers_that_differ_are_refused() -> None:
     case = projection(tokens=9, layers=3)
-    names = ("x", "k_weight", "v_weight", "k_cache", "v_cache", "cos", "sin")
-    hidden_states, k_weights, v_weights, k_caches, v_caches, coses, sines = (case.arguments[name] for name in names)
-    slots = case.arguments["slot_mapping"]
 
-    def run(**changes: list[torch.Tensor]) -> None:
-        arguments = {"k_weights": k_weights, "v_weights": v_weights, "k_caches": k_caches, "v_caches": v_caches,
-                     "coses": coses, "sines": sines}  # fmt: skip
-        ops.kv_project_layers(hidden_states, slot_mapping=slots, norm="none", **{**arguments, **changes})
+    def run(**of_layer_1: Any) -> None:
+        ops.kv_project_layers([case[0], case[1]._replace(**of_layer_1), case[2]])
 
-    with pytest.raises(ValueError, match="got 3 layers"):
-        run(k_weights=k_weights[:2])
-    with pytest.raises(ValueError, match=r"k_weights\[1\]: got .* as of layer 0"):
-        run(k_weights=[k_weights[0], torch.zeros(128, 64)[:, :48], k_weights[2]])
+    with pytest.raises(ValueError, match="cos: missing in layer 1"):
+        run(cos=None, sin=None)
+    with pytest.raises(ValueError, match="k_bias: layer 1 has another than layer 0"):
+        run(k_bias=torch.zeros(128), v_bias=torch.zeros(128))
+    with pytest.raises(ValueError, match="norm_eps: layer 1 has another"):
+        run(norm_eps=1e-5)
+    with pytest.raises(ValueError, match="slot_mapping: layer 1 has another"):
+        run(slot_mapping=torch.arange(9).flip(0))
+    with pytest.raises(ValueError, match="k_weight of layer 1: got .* as of layer 0"):
+        run(k_weight=torch.zeros(128, 64)[:, :48])
     with pytest.raises(ValueError, match="one memory for two layers"):
-        run(k_caches=[k_caches[0], k_caches[0], k_caches[2]])
+        run(k_cache=case[0].k_cache)
     assert all(cache.isnan().all() for cache in case.caches)
     run()
     assert all(cache[:, :, :9].isfinite().all() for cache in case.caches)

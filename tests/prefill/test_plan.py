@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droidspeak_ops import Plan
+from droidspeak_ops.prefill.schedule import resolve
 
 LAYERS = 12
 
@@ -26,12 +27,13 @@ def test_json_keeps_a_plan(plan: Plan) -> None:
 
 
 @given(plans())
-def test_roles_cover_the_model(plan: Plan) -> None:
-    roles = plan.roles(LAYERS)
+def test_sources_cover_the_model(plan: Plan) -> None:
+    schedule = resolve(plan, LAYERS)
+    roles = schedule.sources
     assert len(roles) == LAYERS
     recomputed = {layer for start, end in plan.bands for layer in range(start, end)}
     assert {layer for layer, role in enumerate(roles) if role == "recompute"} == recomputed
-    assert plan.layers_run() == len(recomputed) - len(plan.bands)
+    assert schedule.work.run == len(recomputed) - len(plan.bands)
     projected = {layer for layer, role in enumerate(roles) if role == "project"}
     assert projected == (set(range(LAYERS)) - recomputed if plan.project == "rest" else set(plan.project))
     assert set(plan.hidden_layers(LAYERS)) == (projected | {start for start, _ in plan.bands}) - {0}
@@ -71,8 +73,8 @@ def test_wrong_json_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("plan", [Plan([(10, 13)]), Plan(project=[12])])
 def test_layers_outside_the_model_are_refused(plan: Plan) -> None:
-    with pytest.raises(ValueError, match="a layer 12 .* ends at 11"):
-        plan.roles(LAYERS)
+    with pytest.raises(ValueError, match="expected layers 0 to 11 .* got layer 12"):
+        resolve(plan, LAYERS)
 
 
 def test_text() -> None:

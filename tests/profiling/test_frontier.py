@@ -9,8 +9,9 @@ import torch
 
 import droidspeak_ops as ds
 from droidspeak_ops.files import Journal, replacing
+from droidspeak_ops.prefill.schedule import Work
 from droidspeak_ops.profiling import bootstrap
-from droidspeak_ops.profiling.cost import CostModel, Work, at, through
+from droidspeak_ops.profiling.cost import CostModel, at, through
 from droidspeak_ops.profiling.frontier import Frontier, Point, Sensitivity
 
 MODEL = ds.Fingerprint({"num_hidden_layers": 10}, {}, "float32", "0" * 64)

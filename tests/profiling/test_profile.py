@@ -14,6 +14,7 @@ import torch
 from support.models import fine_tuned, save_with_tokenizer, tiny_pair, tokens
 
 import droidspeak_ops as ds
+from droidspeak_ops.prefill.schedule import Work, resolve
 from droidspeak_ops.profiling import run as profiling
 from droidspeak_ops.profiling.run import JUDGED
 
@@ -143,10 +144,10 @@ def test_sets_are_of_the_most_sensitive_layers(plain, frontier) -> None:
 
 
 def test_the_work_of_a_plan(frontier, maps) -> None:
-    assert frontier.point(ds.Plan()).work == (ds.frontier.Work(0, 0, 0, LAYERS))
-    assert frontier.point(ds.Plan([(0, LAYERS)])).work == ds.frontier.Work(LAYERS - 1, 1, 0, 0)
+    assert frontier.point(ds.Plan()).work == Work(0, 0, 0, LAYERS)
+    assert frontier.point(ds.Plan([(0, LAYERS)])).work == Work(LAYERS - 1, 1, 0, 0)
     fitted = frontier.point(ds.Plan([(1, 3)], project="rest"))
-    roles = maps.roles(fitted.plan)
+    roles = resolve(fitted.plan, LAYERS, maps).sources
     assert fitted.work.run == 1
     assert fitted.work.projected == 1 + sum(role in ("project", "fitted", "fitted_kv") for role in roles)
     assert fitted.work.hidden == len(maps.hidden_layers(fitted.plan))

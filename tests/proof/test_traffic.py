@@ -71,8 +71,8 @@ def test_project_splice_moves_what_its_tiling_implies(target: str, q_heads: int,
     tokens, hidden, kv_heads, head_dim, layers = 200, 128, 2, 64, 2
     case = projection(tokens=tokens, hidden=hidden, kv_heads=kv_heads, q_heads=q_heads, layers=layers, dtype=BF16,
                       rstd=True, bias=True, head_norm=head_norm, positions=True)  # fmt: skip
-    config = project_splice_config(target, size_of(**case.arguments))
-    counted = traffic.of_kernels(lambda: project_splice(**case.arguments, config=config))
+    config = project_splice_config(target, size_of(case))
+    counted = traffic.of_kernels(lambda: project_splice(case, config))
 
     pairs, rows = head_dim // 2, ceil(tokens / config.block_m) * config.block_m
     q_tiles, kv_tiles = (ceil(heads * pairs / config.block_n) for heads in (q_heads, kv_heads))

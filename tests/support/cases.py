@@ -1,56 +1,65 @@
 """Inputs of the operators for tests: random tensors in the shapes that the operators take, and poisoned outputs."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from droidspeak_ops import ops
+from droidspeak_ops.ops import Projection, reference
 
 OUTPUTS = ("q", "k_cache", "v_cache")
 
 
-@dataclass
-class Projection:
-    """Arguments of `torch.ops.droidspeak_ops.kv_project`, in order, and which slots they write."""
+class Case(list[Projection]):
+    """Layers to project together, each with outputs of its own."""
 
-    arguments: dict[str, Any]
+    def change(self, make: Callable[[Projection], Mapping[str, Any]] | None = None, **changes: Any) -> "Case":
+        """The same layers with other values of some fields, given as they are or made for each layer."""
+        return Case(layer._replace(**changes, **(make(layer) if make else {})) for layer in self)
+
+    def without_q(self) -> "Case":
+        return self.change(**dict.fromkeys(name for name in Projection._fields if name.startswith("q")))
+
+    def tensors(self, *names: str) -> list[torch.Tensor]:
+        """The tensors of some fields in all layers, field by field."""
+        return [tensor for name in names for layer in self if (tensor := getattr(layer, name)) is not None]
 
     @property
     def outputs(self) -> list[torch.Tensor]:
         """Q of all layers, then K, then V."""
-        return [tensor for name in OUTPUTS for tensor in self.arguments[name]]
+        return self.tensors(*OUTPUTS)
 
     @property
     def caches(self) -> list[torch.Tensor]:
-        return [tensor for name in OUTPUTS[1:] for tensor in self.arguments[name]]
+        return self.tensors(*OUTPUTS[1:])
 
-    def with_new_outputs(self) -> "Projection":
-        return Projection({
-            **self.arguments, **{name: [poisoned_like(tensor) for tensor in self.arguments[name]] for name in OUTPUTS}
-        })  # fmt: skip
+    def with_new_outputs(self) -> "Case":
+        def poisoned_outputs(layer: Projection) -> dict[str, torch.Tensor]:
+            return {name: poisoned_like(tensor) for name in OUTPUTS if (tensor := getattr(layer, name)) is not None}
+
+        return self.change(poisoned_outputs)
 
     def written(self) -> torch.Tensor:
         """For each row of the cache, whether a token is stored there: [blocks, block_size]."""
-        blocks, _, block_size, _ = self.arguments["k_cache"][0].shape
-        slots = self.arguments["slot_mapping"]
+        blocks, _, block_size, _ = self[0].k_cache.shape
+        slots = self[0].slot_mapping
         mask = torch.zeros(blocks * block_size, dtype=torch.bool, device=slots.device)
         mask[slots[slots >= 0]] = True
         return mask.view(blocks, block_size)
 
-    def public(self, **changes: Any) -> dict[str, Any]:
-        """As keyword arguments of `ops.kv_project` for a case of one layer, with rows taken as they are."""
-        rename = {"x": "hidden_states"}
-        names = {rename.get(name, name): value for name, value in self.arguments.items() if not name.startswith("q")}
-        single = {name: (value or [None])[0] if isinstance(value, list) else value for name, value in names.items()}
-        return {**single, "norm": "none", **changes}
+
+def call(case: Case, **changes: Any) -> None:
+    """`ops.kv_project` of a case of one layer, without its Q."""
+    (layer,) = case.without_q()
+    ops.kv_project(layer._replace(**changes))
 
 
-def call(case: Projection, **changes: Any) -> None:
-    """`ops.kv_project` with the arguments of a case."""
-    ops.kv_project(**case.public(**changes))
+def kv_project_ref(case: Case) -> None:
+    """The reference of a case, layer by layer."""
+    for layer in case:
+        reference.kv_project_ref(layer)
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
@@ -102,16 +111,13 @@ def projection(
     fused: bool = False,
     strided: bool = False,
     device: torch.device | str = "cpu",
-) -> Projection:
+) -> Case:
     """A random problem. `scattered` shuffles the slots, leaves gaps and skips a token; `fused` makes the weights rows of one
     tensor; `strided` puts rows in wider tensors; `head_norm` is over "each" head or over "all"."""
 
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
         wide = torch.randn(*shape[:-1], shape[-1] + (16 if strided else 0), device=device) * scale
         return wide.to(dtype)[..., : shape[-1]]
-
-    def of_layers(make: Any, given: bool = True) -> list[torch.Tensor]:
-        return [make() for _ in range(layers)] if given else []
 
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     paged = layout in ("HND", "NHD")
@@ -121,41 +127,38 @@ def projection(
     if scattered:
         slots = torch.randperm(blocks * block_size)[:tokens]
         slots[tokens // 2 : tokens // 2 + 1] = -1
-    caches = [
-        kv_tensors(layout, blocks, kv_heads, block_size, head_dim, cache_dtype or dtype, device) for _ in range(layers)
-    ]
+    slots = slots.to(device)
     table = tokens + 7 if positions else tokens
-    angles = of_layers(lambda: torch.rand(table, rotary_dim // 2, device=device) * 6.28, rotary_dim > 0)
+    rows = torch.randint(table, (tokens,), device=device) if positions and rotary_dim else None
     sizes = [q_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
-    if fused:
-        weights = [random(sum(sizes), hidden, scale=hidden**-0.5).split(sizes) for _ in range(layers)]
-    else:
-        weights = [tuple(random(rows, hidden, scale=hidden**-0.5) for rows in sizes) for _ in range(layers)]
-    normed = {"each": (head_dim, head_dim), "all": (sizes[0], sizes[1]), None: (0, 0)}[head_norm]
-    x = of_layers(lambda: random(tokens, hidden))
-    return Projection(
-        {
-            "x": x,
-            "rstd": [(rows.float().pow(2).mean(-1) + 1e-6).rsqrt() for rows in x] if rstd else [],
-            "q_weight": [weight[0] for weight in weights] if q_heads else [],
-            "k_weight": [weight[1] for weight in weights],
-            "v_weight": [weight[2] for weight in weights],
-            "q_bias": of_layers(lambda: random(sizes[0]), bias and q_heads > 0),
-            "k_bias": of_layers(lambda: random(sizes[1]), bias),
-            "v_bias": of_layers(lambda: random(sizes[2]), bias),
-            "q_norm_weight": of_layers(lambda: random(normed[0]), head_norm is not None and q_heads > 0),
-            "k_norm_weight": of_layers(lambda: random(normed[1]), head_norm is not None),
-            "norm_order": norm_order,
-            "head_norm_eps": 1e-6,
-            "cos": [angle.cos().to(rotary_dtype or dtype) for angle in angles],
-            "sin": [angle.sin().to(rotary_dtype or dtype) for angle in angles],
-            "positions": torch.randint(table, (tokens,), device=device) if positions and rotary_dim else None,
-            "slot_mapping": slots.to(device),
-            "q": of_layers(lambda: poisoned((q_heads, tokens, head_dim), dtype, device).transpose(0, 1), q_heads > 0),
-            "k_cache": [pair[0] for pair in caches],
-            "v_cache": [pair[1] for pair in caches],
-        }
-    )
+    q_norm, k_norm = (sizes[0], sizes[1]) if head_norm == "all" else (head_dim, head_dim)
+
+    def layer() -> Projection:
+        if fused:
+            q_weight, k_weight, v_weight = random(sum(sizes), hidden, scale=hidden**-0.5).split(sizes)
+        else:
+            q_weight, k_weight, v_weight = (random(size, hidden, scale=hidden**-0.5) for size in sizes)
+        k_cache, v_cache = kv_tensors(layout, blocks, kv_heads, block_size, head_dim, cache_dtype or dtype, device)
+        x = random(tokens, hidden)
+        angle = torch.rand(table, rotary_dim // 2, device=device) * 6.28 if rotary_dim else None
+        return Projection(
+            x, k_weight, v_weight, k_cache, v_cache, slots,
+            norm="folded" if rstd else "none",
+            norm_order=norm_order,
+            rstd=(x.float().pow(2).mean(-1) + 1e-6).rsqrt() if rstd else None,
+            q_weight=q_weight if q_heads else None,
+            q=poisoned((q_heads, tokens, head_dim), dtype, device).transpose(0, 1) if q_heads else None,
+            q_bias=random(sizes[0]) if bias and q_heads else None,
+            k_bias=random(sizes[1]) if bias else None,
+            v_bias=random(sizes[2]) if bias else None,
+            q_norm_weight=random(q_norm) if head_norm and q_heads else None,
+            k_norm_weight=random(k_norm) if head_norm else None,
+            cos=None if angle is None else angle.cos().to(rotary_dtype or dtype),
+            sin=None if angle is None else angle.sin().to(rotary_dtype or dtype),
+            positions=rows,
+        )  # fmt: skip
+
+    return Case(layer() for _ in range(layers))
 
 
 def covering(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

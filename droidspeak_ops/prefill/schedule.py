@@ -1,0 +1,154 @@
+"""What a receiver does at each layer over a context, decided once from a plan, the pair's maps and what the context holds.
+
+The fill, the cost model, the profiler and whoever loads contexts read a :class:`Schedule`; none of them decides again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .maps import Maps
+
+Source = Literal["reuse", "recompute", "project", "fitted", "fitted_kv"]
+"""Where K and V of a layer come from: the sender; the receiver's own layers; a projection of the sender's hidden states with
+the receiver's weights, or with weights of :class:`Maps`; a projection of the sender's K and V with such weights."""
+
+
+class Band(NamedTuple):
+    """Layers `start` to ``end - 1`` that run, and whether maps correct the hidden states that `start` is given."""
+
+    start: int
+    end: int
+    corrected: bool
+
+
+class Read(NamedTuple):
+    """A part of the context that is read: a layer's hidden states, its K and V, or these of the attention sinks alone."""
+
+    what: Literal["hidden", "kv", "sinks"]
+    layer: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a schedule, in layers.
+
+    Args:
+        run: that run in full, attention and MLP included (paper, section 4: the recomputed layers).
+        projected: whose K/V are projected, the last of each band among them.
+        hidden: of which the sender's hidden states are loaded.
+        kv: of which the sender's K/V are loaded.
+    """
+
+    run: int
+    projected: int
+    hidden: int
+    kv: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The work over a context, layer by layer.
+
+    Args:
+        sources: of every layer.
+        bands: in ascending order.
+        uses_maps: whether maps have a part in it, be it that they have a layer reused.
+    """
+
+    sources: tuple[Source, ...]
+    bands: tuple[Band, ...]
+    uses_maps: bool
+
+    @cached_property
+    def reads(self) -> tuple[Read, ...]:
+        """What is read of the context, in the order of use: what bands start from, then layer by layer.
+
+        Hidden states that enter layer 0 are never among it: they are embeddings, and the receiver has its own.
+        """
+        reads = [Read("hidden", band.start) for band in self.bands if band.start > 0]
+        for layer, source in enumerate(self.sources):
+            if source in ("project", "fitted") and layer > 0:
+                reads.append(Read("hidden", layer))
+            if source in ("reuse", "fitted_kv"):
+                reads.append(Read("kv", layer))
+            elif source == "fitted":
+                reads.append(Read("sinks", layer))
+        return tuple(reads)
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """The layers at which the sender's hidden states are read."""
+        return tuple(sorted({layer for what, layer in self.reads if what == "hidden"}))
+
+    @property
+    def work(self) -> Work:
+        """What it costs. A band of n layers runs n - 1: nothing reads the output of its last."""
+        return Work(
+            run=sum(band.end - band.start - 1 for band in self.bands),
+            projected=len(self.bands) + sum(source in ("project", "fitted", "fitted_kv") for source in self.sources),
+            hidden=len(self.hidden_layers),
+            kv=sum(what == "kv" for what, _ in self.reads),
+        )
+
+
+def resolve(
+    plan: Plan,
+    num_layers: int,
+    maps: Maps | None = None,
+    held: Collection[int] | None = None,
+    *,
+    in_domain: bool = True,
+) -> Schedule:
+    """Decide what is done at each layer of a model.
+
+    Args:
+        plan: what is asked for.
+        num_layers: of the model.
+        maps: of the pair: a layer that the plan projects is filled as their choice for it says.
+        held: the layers at which a context holds hidden states, where that is known: without those that the maps' choices
+            need, their choices for contexts without hidden states count.
+        in_domain: whether the context is like those that the maps were fitted to. Elsewhere what they would fill is reused, but
+            for layer 0, which is projected from the receiver's own embeddings and so exact.
+
+    Raises:
+        ValueError: the plan names a layer that such a model does not have.
+    """
+    planned = _planned(plan, num_layers)
+    sources, corrections = planned, frozenset[int]()
+    if maps is not None and in_domain:
+        sources, corrections = _chosen(planned, maps.choices), frozenset(maps.corrections)
+        needed = {layer for layer, source in enumerate(sources) if source in ("project", "fitted") and layer > 0}
+        needed |= {start for start, _ in plan.bands if start > 0}
+        if held is not None and not needed <= set(held):
+            sources = _chosen(planned, maps.choices_without_hidden)
+    elif maps is not None:
+        sources = tuple("reuse" if source == "project" and layer else source for layer, source in enumerate(planned))
+    bands = tuple(Band(start, end, start in corrections) for start, end in plan.bands)
+    return Schedule(sources, bands, sources != planned or any(band.corrected for band in bands))
+
+
+def _planned(plan: Plan, num_layers: int) -> tuple[Source, ...]:
+    """The source of each layer without maps."""
+    projected = () if plan.project == "rest" else tuple(plan.project)
+    last = max((*(end - 1 for _, end in plan.bands), *projected), default=0)
+    if last >= num_layers:
+        raise ValueError(
+            f"plan: expected layers 0 to {num_layers - 1} of a model of {num_layers}, got layer {last} in {plan}"
+        )
+    sources: list[Source] = ["project" if plan.project == "rest" else "reuse"] * num_layers
+    for layer in projected:
+        sources[layer] = "project"
+    for start, end in plan.bands:
+        sources[start:end] = ["recompute"] * (end - start)
+    return tuple(sources)
+
+
+def _chosen(planned: tuple[Source, ...], choices: tuple[Source, ...]) -> tuple[Source, ...]:
+    return tuple(choice if source == "project" else source for source, choice in zip(planned, choices, strict=True))
