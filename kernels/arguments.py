@@ -74,17 +74,17 @@ _IS_SHARED = tuple(name in SHARED for name in Projection._fields)
 
 def to_operator(layers: Sequence[Projection]) -> tuple[Any, ...]:
     """Arguments of the operator, in the record's order: a list of every layer's tensor, empty where they have none."""
-    return tuple(
+    return tuple([
         column[0] if shared else ([] if column[0] is None else list(column))
         for shared, column in zip(_IS_SHARED, zip(*layers, strict=True), strict=True)
-    )
+    ])  # fmt: skip
 
 
 def from_operator(*arguments: Any) -> list[Projection]:
     """Return the records that :func:`to_operator` was given."""
     count = len(arguments[0])
-    columns = (
-        (value,) * count if shared else value or (None,) * count
+    columns = [
+        [value] * count if shared else value or [None] * count
         for shared, value in zip(_IS_SHARED, arguments, strict=True)
-    )
-    return [Projection(*layer) for layer in zip(*columns, strict=True)]
+    ]
+    return list(map(Projection._make, zip(*columns, strict=True)))

@@ -8,7 +8,8 @@ tiles are loaded through pointers; `project_splice_tma` has that for Hopper, `pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from .arguments import Projection
 from .codes import as_stored, storage
 from .epilogue import pair_columns
 from .head_norm import head_norm
-from .project_splice_config import ProjectSpliceConfig, norms_all_heads, pairs_per_head
+from .project_splice_config import ProjectSpliceConfig, Size, norms_all_heads, pairs_per_head, size_of
 from .project_splice_tma import _project_splice_tma_kernel, described
 from .projected_tile import Layers, Strides, columns_at, finish, of_layer, tile_at
+from .row_norm import normed
 from .sizes import cdiv, multiprocessors
 
 
@@ -115,6 +117,12 @@ def _project_splice_kernel(
     )  # fmt: skip
 
 
+def kv_project(layers: Sequence[Projection], choose: Callable[[Size], ProjectSpliceConfig]) -> None:
+    """Launch what `layers` ask for: their input norm, then the projection in the configuration that is chosen for its size."""
+    layers = normed(layers)
+    project_splice(layers, choose(size_of(layers)))
+
+
 def project_splice(layers: Sequence[Projection], config: ProjectSpliceConfig) -> None:
     """Launch the kernel that `config` asks for, once for all `layers`.
 
@@ -133,10 +141,10 @@ def project_splice(layers: Sequence[Projection], config: ProjectSpliceConfig) ->
     pairs = pairs_per_head(head_dim, has_head_norm)
     q_tiles, kv_tiles = (cdiv(heads * pairs, config.block_n) for heads in (num_q_heads, num_kv_heads))
     tiles = len(layers) * cdiv(num_tokens, config.block_m) * (q_tiles + 2 * kv_tiles)
-    tensors = Layers(
-        *(tuple([getattr(layer, name) for layer in layers]) for name in _READ),
-        *(tuple([as_stored(getattr(layer, name)) for layer in layers]) for name in ("k_cache", "v_cache")),
-    )
+    tensors = Layers._make(compress(zip(*layers, strict=True), _IS_READ))
+    if first.k_cache.dtype.itemsize == 1:
+        k_caches, v_caches = (tuple(map(as_stored, caches)) for caches in (tensors.k_cache, tensors.v_cache))
+        tensors = tensors._replace(k_cache=k_caches, v_cache=v_caches)
     strides = Strides(
         first.hidden_states.stride(0), _stride(first.q_weight), first.k_weight.stride(0), first.v_weight.stride(0),
         _stride(first.cos), _stride(first.sin), _stride(first.q), _stride(first.q, 1), *first.k_cache.stride()[:3],
@@ -175,7 +183,7 @@ def project_splice(layers: Sequence[Projection], config: ProjectSpliceConfig) ->
                 head_norm(rows, layer.q_norm_weight, layer.norm_order, eps, *angles, None, num_tokens)
 
 
-_READ = Layers._fields[:-2]
+_IS_READ = [name in Layers._fields for name in Projection._fields]
 
 
 def _stride(tensor: torch.Tensor | None, dimension: int = 0) -> int:

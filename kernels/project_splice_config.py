@@ -63,13 +63,11 @@ def size_of(layers: Sequence[Projection]) -> Size:
     first = layers[0]
     like = first.hidden_states
     _, num_kv_heads, _, head_dim = first.k_cache.shape
-    matrices = [
-        matrix
-        for layer in layers
-        for matrix in (layer.hidden_states, layer.k_weight, layer.v_weight, layer.q_weight)
-        if matrix is not None
-    ]
-    bytes_each = like.element_size()
+    aligned, bytes_each = True, like.element_size()
+    for layer in layers:
+        for matrix in (layer.hidden_states, layer.k_weight, layer.v_weight, layer.q_weight):
+            if matrix is not None and (matrix.data_ptr() | matrix.stride(0) * bytes_each) % 16:
+                aligned = False
     return Size(
         dtype=like.dtype,
         num_layers=len(layers),
@@ -79,7 +77,7 @@ def size_of(layers: Sequence[Projection]) -> Size:
         head_dim=head_dim,
         rotary_dim=0 if first.cos is None else 2 * first.cos.shape[-1],
         has_head_norm=first.k_norm_weight is not None and first.k_norm_weight.shape[0] == head_dim,
-        aligned=all((matrix.data_ptr() | matrix.stride(0) * bytes_each) % 16 == 0 for matrix in matrices),
+        aligned=aligned,
     )
 
 

@@ -18,13 +18,16 @@ from .epilogue import pair_columns, rotate, round_to, weigh
 
 
 class Layers(NamedTuple):
-    """Tensors that a launch reads and writes: by the names of :class:`Projection`, a tensor of each layer, or None of each."""
+    """Tensors that a launch reads and writes: fields of :class:`Projection` in its order, a tensor of each layer or None."""
 
     hidden_states: Any  # [T, C]
-    rstd: Any  # [T] float32
-    q_weight: Any  # [H * D, C]
     k_weight: Any  # [K * D, C]
     v_weight: Any  # [K * D, C]
+    k_cache: Any  # [B, K, S, D]
+    v_cache: Any  # [B, K, S, D]
+    rstd: Any  # [T] float32
+    q_weight: Any  # [H * D, C]
+    q: Any  # [T, H, D]
     q_bias: Any  # [H * D]
     k_bias: Any  # [K * D]
     v_bias: Any  # [K * D]
@@ -32,9 +35,6 @@ class Layers(NamedTuple):
     k_norm_weight: Any  # [D]
     cos: Any  # [positions, ROTARY_DIM / 2]
     sin: Any  # [positions, ROTARY_DIM / 2]
-    q: Any  # [T, H, D]
-    k_cache: Any  # [B, K, S, D]
-    v_cache: Any  # [B, K, S, D]
 
 
 class Strides(NamedTuple):

@@ -233,7 +233,8 @@ def version_of(tensor: torch.Tensor) -> int | None:
 
 def last(rows: torch.Tensor, count: int) -> torch.Tensor:
     """The last rows, or none of them."""
-    return rows[rows.shape[0] - count :]
+    skipped = rows.shape[0] - count
+    return rows[skipped:] if skipped else rows
 
 
 def check_continues(tokens: torch.Tensor, prompt_ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:

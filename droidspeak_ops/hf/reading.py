@@ -29,7 +29,7 @@ class Reading:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder, self._depth = decoder, decoder.config.num_hidden_layers
         self._modules: list[tuple[str, dict[str, Any], str, Any, type]] = []
-        self._called: list[tuple[str, Any]] = []
+        self._called: list[tuple[str, Any, Any, dict[str, Any]]] = []
         self._weights: list[tuple[str, dict[str, Any], str, torch.Tensor, int, int | None]] = []
         self._adapted: list[tuple[str, Any, Any]] = []
         for path, module in decoder.base.named_modules(remove_duplicate=False):
@@ -38,7 +38,7 @@ class Reading:
             parent, _, name = path.rpartition(".")
             self._modules.append((path, decoder.base.get_submodule(parent)._modules, name, module, type(module)))
             if _READ_IN_PLACE_OF_CALLING.search(path):
-                self._called.append((path, module))
+                self._called.append((path, module._forward_hooks, module._forward_pre_hooks, vars(module)))
             for name, weight in module.named_parameters(recurse=False):
                 self._keep(f"{path}.{name}", module._parameters, name, weight)
             if hasattr(module, "base_layer"):
@@ -74,8 +74,8 @@ class Reading:
         for path, modules, name, module, kind in self._modules:
             if modules.get(name) is not module or type(module) is not kind:
                 raise _changed(path)
-        for path, module in self._called:
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        for path, hooks, pre_hooks, attributes in self._called:
+            if hooks or pre_hooks or "forward" in attributes:
                 raise _changed(f"{path}, which has hooks or a forward of its own")
         for path, weights, name, weight, address, version in self._weights:
             if (

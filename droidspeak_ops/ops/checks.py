@@ -7,6 +7,7 @@ not be asked.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
@@ -160,17 +161,31 @@ def check_positions(positions: torch.Tensor | None, rows: int) -> None:
         raise ValueError(f"positions: got {low} to {high}; 0 to {rows - 1}, the rows of cos and sin, are needed")
 
 
-def check_separate(inputs: dict[str, torch.Tensor | None], outputs: dict[str, torch.Tensor | None]) -> None:
-    """No input shares memory with an output, nor one output with another."""
-    read = [(name, tensor, *_range(tensor)) for name, tensor in inputs.items() if tensor is not None]
-    for name, output in outputs.items():
-        if output is None:
-            continue
-        start, end = _range(output)
-        for other, tensor, first, last in read:
-            if first < end and start < last and _overlap(tensor, output):
-                raise ValueError(f"{other}: shares memory with {name}; tensors of their own are needed")
-        read.append((name, output, start, end))
+Named = tuple[str, torch.Tensor | None]
+
+
+def check_separate(read: Sequence[Named], written: Sequence[Named]) -> None:
+    """No tensor that is read shares memory with one that is written, nor one that is written with another."""
+    spans = [
+        (*_range(tensor), place, name, tensor)
+        for place, (name, tensor) in enumerate((*read, *written))
+        if tensor is not None
+    ]
+    spans.sort(key=itemgetter(0))
+    meeting: list[Any] = []  # spans that reach beyond where the next one starts
+    reach = 0
+    for span in spans:
+        start, end, place, name, tensor = span
+        if start < reach:
+            for _, other_end, other_place, other_name, other in meeting:
+                if start < other_end and max(place, other_place) >= len(read) and _overlap(tensor, other):
+                    first, second = (name, other_name) if place < other_place else (other_name, name)
+                    where = "that of another layer" if first == second else second
+                    raise ValueError(f"{first}: shares memory with {where}; tensors of their own are needed")
+            meeting.append(span)
+        else:
+            meeting = [span]
+        reach = max(reach, end)
 
 
 def _range(tensor: torch.Tensor) -> tuple[int, int]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..kernels.arguments import Projection, from_operator
 from . import reference, tuning
-from .checks import check_positions, check_separate, check_slot_range
+from .checks import Named, check_positions, check_separate, check_slot_range
 from .namespace import NAMESPACE
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -81,16 +82,13 @@ def _row_norm_gpu(x: torch.Tensor, weight: torch.Tensor | None, norm_order: str,
 
 
 def _kv_project_gpu(*args: Any) -> None:
-    from ..kernels.project_splice import project_splice
-    from ..kernels.project_splice_config import size_of
-    from ..kernels.row_norm import normed
+    from ..kernels.project_splice import kv_project
 
     layers = from_operator(*args)
     _check_projection_memory(layers)
-    device = layers[0].hidden_states.device
-    with _device_of(layers[0].hidden_states):
-        layers = normed(layers)
-        project_splice(layers, tuning.config(device.index, layers[0].hidden_states.shape[1], size_of(layers)))
+    rows = layers[0].hidden_states
+    with _device_of(rows):
+        kv_project(layers, partial(tuning.config, rows.device.index, rows.shape[1]))
 
 
 def _kv_splice_gpu(*args: Any) -> None:
@@ -110,17 +108,17 @@ def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _check_projection_memory(layers: Sequence[Projection]) -> None:
+    written: list[Named] = []
     for layer in layers:
-        written = {name: getattr(layer, name) for name in ("q", "k_cache", "v_cache")}
-        check_separate({"hidden_states": layer.hidden_states}, written)
-    outputs = [each for layer in layers for each in (layer.q, layer.k_cache, layer.v_cache) if each is not None]
-    if len({each.data_ptr() for each in outputs}) < len(outputs) and layers[0].hidden_states.shape[0] > 0:
-        raise ValueError("k_cache, v_cache: got one memory for two layers; each layer's own is needed")
+        if layer.q is not None:
+            written.append(("q", layer.q))
+        written += (("k_cache", layer.k_cache), ("v_cache", layer.v_cache))
+    check_separate([("hidden_states", layer.hidden_states) for layer in layers], written)
 
 
 def _check_splice_memory(*args: Any) -> None:
     names = ("k_cache", "v_cache", "k_cache_scale", "v_cache_scale")
-    check_separate({"k": args[0], "v": args[1]}, dict(zip(names, args[8:], strict=True)))
+    check_separate((("k", args[0]), ("v", args[1])), list(zip(names, args[8:], strict=True)))
 
 
 def _nothing(*args: Any) -> None:

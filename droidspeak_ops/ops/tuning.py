@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..machine import environment
+
 if TYPE_CHECKING:
     from ..kernels.project_splice_config import ProjectSpliceConfig, Size
 
@@ -45,10 +47,9 @@ def target(device: int) -> str:
 
 
 def versions(device: str) -> dict[str, str]:
-    """The setting that a timing holds for: the device's name and the versions that compile the kernels."""
-    import triton
-
-    return {"device": device, "torch": torch.__version__, "triton": triton.__version__}
+    """Return the setting that a timing holds for: the device's name and the versions that compile the kernels."""
+    here = environment()
+    return {"device": device, **{name: str(here[name]) for name in ("torch", "triton")}}
 
 
 def save(path: Path, device: str, entries: list[dict[str, Any]]) -> None:

@@ -154,7 +154,7 @@ def test_layers_that_differ_are_refused() -> None:
         run(slot_mapping=torch.arange(9).flip(0))
     with pytest.raises(ValueError, match="k_weight of layer 1: got .* as of layer 0"):
         run(k_weight=torch.zeros(128, 64)[:, :48])
-    with pytest.raises(ValueError, match="one memory for two layers"):
+    with pytest.raises(ValueError, match="k_cache: shares memory with that of another layer"):
         run(k_cache=case[0].k_cache)
     assert all(cache.isnan().all() for cache in case.caches)
     run()
