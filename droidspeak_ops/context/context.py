@@ -208,7 +208,7 @@ class SharedContext:
         missing = [layer for layer in layers if layer not in self.hidden_states]
         if missing:
             raise ReuseError(
-                f"hidden states: missing at layers {missing}, held at {list(self.hidden_layers)}; "
+                f"hidden states: expected them at layers {list(layers)}, got them at {list(self.hidden_layers)}; "
                 "capture with layers=plan.hidden_layers(num_layers)"
             )
 
@@ -246,8 +246,8 @@ def check_continues(tokens: torch.Tensor, prompt_ids: torch.Tensor, mask: torch.
     batch, length = tokens.shape
     if prompt_ids.dim() != 2 or prompt_ids.shape[0] != batch or prompt_ids.shape[1] <= length:
         raise ReuseError(
-            f"prompt_ids: got shape {tuple(prompt_ids.shape)}; ({batch}, more than {length}) is needed: "
-            "the tokens of the context, then a suffix"
+            f"prompt_ids: expected ({batch}, more than {length}), the tokens of the context and then a suffix, "
+            f"got shape {tuple(prompt_ids.shape)}"
         )
     differs = prompt_ids[:, :length].to(tokens.device) != tokens
     if mask is not None:
@@ -255,4 +255,4 @@ def check_continues(tokens: torch.Tensor, prompt_ids: torch.Tensor, mask: torch.
     differing = differs.any(0).nonzero()
     if differing.numel():
         at = int(differing[0])
-        raise ReuseError(f"prompt_ids: differ from the context at token {at}; a prompt that continues it is needed")
+        raise ReuseError(f"prompt_ids: expected the tokens of the context at their head, got another at token {at}")

@@ -51,11 +51,11 @@ class Fingerprint:
         if differing:
             theirs = receiver.architecture
             detail = "; ".join(f"{key} is {self.architecture.get(key)!r} and {theirs.get(key)!r}" for key in differing)
-            raise ReuseError(f"architecture: sender and receiver differ ({detail}); the same architecture is needed")
+            raise ReuseError(f"architecture: expected one for sender and receiver, got two ({detail})")
         if self.dtype != receiver.dtype:
-            raise ReuseError(f"dtype: the context is {self.dtype}, the receiver {receiver.dtype}; one dtype is needed")
+            raise ReuseError(f"dtype: expected {receiver.dtype}, the receiver's, got a context in {self.dtype}")
         if self.tokenizer and receiver.tokenizer and self.tokenizer != receiver.tokenizer:
-            raise ReuseError("tokenizer: sender and receiver have different vocabularies; the same one is needed")
+            raise ReuseError("tokenizer: expected one vocabulary for sender and receiver, got two")
 
 
 def vocabulary_digest(tokenizer: Any, like: str | None = None) -> str:

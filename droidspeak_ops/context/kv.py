@@ -31,7 +31,7 @@ def encode(kv: KV, dtype: torch.dtype) -> KV:
         ValueError: `dtype` is no 8-bit format, or the rows are in 8 bits already.
     """
     if dtype not in CODES or kv.keys.dtype in CODES:
-        raise ValueError(f"dtype: got {dtype} for rows of {kv.keys.dtype}; one of {CODES} for floating rows is needed")
+        raise ValueError(f"dtype: expected one of {CODES} for floating rows, got {dtype} for rows of {kv.keys.dtype}")
     codes = [torch.empty(rows.shape, dtype=dtype, device=rows.device) for rows in kv[:2]]
     scales = [torch.empty(rows.shape[:3], dtype=torch.float32, device=rows.device) for rows in kv[:2]]
     splice(kv, *codes, k_cache_scale=scales[0], v_cache_scale=scales[1])

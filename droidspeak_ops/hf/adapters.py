@@ -49,11 +49,13 @@ def read_linear(parent: nn.Module, name: str, where: str, shape: tuple[int, int]
     size = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
     if type(base) is not nn.Linear or size != shape:
         got = f"{type(base).__name__} with weight {size}"
-        raise UnsupportedModelError(f"{where}: got {got}; a torch.nn.Linear with {shape} is needed{merge_hint(module)}")
+        raise UnsupportedModelError(f"{where}: expected a torch.nn.Linear with {shape}, got {got}{merge_hint(module)}")
     for each in {base, module}:
         check_is_its_weights(each, where)
     if adapted and module.merged and module.disable_adapters:
-        raise UnsupportedModelError(f"{where}: got an adapter that is merged and disabled; unmerge it first")
+        raise UnsupportedModelError(
+            f"{where}: expected an adapter that is merged or disabled, got one that is both; unmerge it first"
+        )
     active = [adapter for adapter in active_adapters(module) if adapter in module.lora_A] if adapted else []
     return Linear(base.weight, base.bias, tuple(_read_lora(module, adapter, where) for adapter in active))
 
@@ -67,10 +69,12 @@ def check_is_its_weights(module: nn.Module, where: str) -> None:
     """
     weights = [weight for weight in module._parameters.values() if weight is not None]
     if hasattr(module, "_hf_hook") or any(weight.is_meta for weight in weights):
-        raise UnsupportedModelError(f"{where}: got offloaded weights; load the model without offloading")
+        raise UnsupportedModelError(
+            f"{where}: expected weights in memory, got offloaded ones; load the model without offloading"
+        )
     for weight in weights:
         if type(weight.data) is not torch.Tensor:
-            raise UnsupportedModelError(f"{where}: got weights of {type(weight.data)}; plain tensors are needed")
+            raise UnsupportedModelError(f"{where}: expected plain tensors, got weights of {type(weight.data)}")
     found = [
         what
         for what, there in (
@@ -82,7 +86,9 @@ def check_is_its_weights(module: nn.Module, where: str) -> None:
         if there
     ]
     if found:
-        raise UnsupportedModelError(f"{where}: got {', '.join(found)}, which would not run; only its weights are read")
+        raise UnsupportedModelError(
+            f"{where}: expected a module of which its weights are all, got {', '.join(found)}, which would not run"
+        )
 
 
 def decoder_model(model: Any) -> Any:
@@ -96,7 +102,7 @@ def decoder_model(model: Any) -> Any:
         return model
     if model.active_peft_config.is_prompt_learning:
         raise UnsupportedModelError(
-            f"model: got {model.active_peft_config.peft_type.value}; an adapter in layers is needed"
+            f"model: expected an adapter in layers, got {model.active_peft_config.peft_type.value}"
         )
     base = model.get_base_model()
     return getattr(base, "_orig_mod", base)
@@ -151,6 +157,6 @@ def _read_lora(module: Any, adapter: str, where: str) -> LowRank:
     if variant is not None or up.bias is not None or module.fan_in_fan_out:
         got = type(variant).__name__ if variant is not None else "a bias of its own"
         raise UnsupportedModelError(
-            f"{where}: got the adapter {adapter!r} with {got}; a plain LoRA is needed; merge the adapter into the model first"
+            f"{where}: expected a plain LoRA, got the adapter {adapter!r} with {got}; merge the adapter into the model first"
         )
     return LowRank(down.weight, up.weight * module.scaling[adapter])

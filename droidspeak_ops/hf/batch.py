@@ -45,7 +45,7 @@ def capture_batch(
         ValueError: an argument does not fit, a sequence is empty, or padding lies between its tokens.
     """
     if (attention_mask is None) == (cu_seqlens is None):
-        raise ValueError("attention_mask, cu_seqlens: exactly one of them is needed")
+        raise ValueError("attention_mask, cu_seqlens: expected exactly one of them")
     if attention_mask is not None:
         sequences = _unpadded(input_ids, attention_mask)
     else:
@@ -82,9 +82,7 @@ def partial_prefill_batch(
     """
     plans = [plans] * len(contexts) if isinstance(plans, Plan) else plans
     if not contexts or len(plans) != len(contexts):
-        raise ValueError(
-            f"plans: got {len(plans)} for {len(contexts)} contexts; at least one context, a plan each, are needed"
-        )
+        raise ValueError(f"plans: expected one for each of at least one context, got {len(plans)} for {len(contexts)}")
     receiver = receiver if isinstance(receiver, Receiver) else Receiver(receiver)
     decoder = receiver.decoder()
     sizes = [context.tokens.shape for context in contexts]
@@ -118,14 +116,14 @@ def partial_prefill_batch(
 def _unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
     if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask: got {tuple(attention_mask.shape)} beside input_ids {tuple(input_ids.shape)}; [B, T] is needed"
+            f"attention_mask: expected [B, T] as of input_ids, got {tuple(attention_mask.shape)} and {tuple(input_ids.shape)}"
         )
     sequences = []
     for row, (ids, kept) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
         where = kept.nonzero().flatten().tolist()
         if not where or where[-1] - where[0] + 1 != len(where):
             raise ValueError(
-                f"attention_mask: row {row} has no token, or padding between tokens; padding at one end is needed"
+                f"attention_mask: expected tokens with padding at one end, got none or padding between them in row {row}"
             )
         sequences.append(ids[where[0] : where[-1] + 1])
     return sequences
@@ -135,6 +133,6 @@ def _unpacked(input_ids: torch.Tensor, bounds: list[int]) -> list[torch.Tensor]:
     increasing = all(start < end for start, end in itertools.pairwise(bounds))
     if input_ids.dim() != 1 or len(bounds) < 2 or not increasing or bounds[0] != 0 or bounds[-1] > input_ids.numel():
         raise ValueError(
-            f"cu_seqlens: got {bounds} for input_ids {tuple(input_ids.shape)}; increasing bounds from 0 into [N] are needed"
+            f"cu_seqlens: expected bounds that increase from 0 into [N], got {bounds} for input_ids {tuple(input_ids.shape)}"
         )
     return [input_ids[start:end] for start, end in itertools.pairwise(bounds)]

@@ -13,9 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from ..context.context import check_continues
 from ..context.fingerprint import ReuseError
-
-HEADROOM = 256
-"""Tokens that a layer can grow by before it is moved to a larger buffer."""
+from ..context.growing import GrowingKV
 
 
 class MixedLayer(DynamicLayer):
@@ -30,7 +28,7 @@ class MixedLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._growing = GrowingKV()
 
     @classmethod
     def shared(cls, keys: torch.Tensor, values: torch.Tensor) -> MixedLayer:
@@ -42,13 +40,8 @@ class MixedLayer(DynamicLayer):
     @classmethod
     def uninitialized(cls, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> MixedLayer:
         """A layer of T tokens ``[B, K, T, D]`` whose `keys` and `values` are to be written by the caller."""
-        batch, heads, tokens, head_dim = shape
         layer = cls()
-        layer._buffers = keys, values = (
-            _allocated((batch, heads, tokens + HEADROOM, head_dim), dtype, device),
-            _allocated((batch, heads, tokens + HEADROOM, head_dim), dtype, device),
-        )
-        layer._start_with(keys[:, :, :tokens], values[:, :, :tokens])
+        layer._start_with(*layer._growing.allocate(shape, dtype, device))
         return layer
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -66,23 +59,16 @@ class MixedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, count = self.keys.shape[2], key_states.shape[2]
-        self._grow(start + count)
+        self.keys, self.values = self._growing.grow(self.keys, self.values, start + count)
         self.keys.narrow(2, start, count).copy_(key_states)  # an index expression takes the host three times as long
         self.values.narrow(2, start, count).copy_(value_states)
         return self.keys, self.values
-
-    def _grow(self, tokens: int) -> None:
-        """Make `keys` and `values` views of `tokens` tokens, keeping what they hold; move to a new buffer if need be."""
-        if not (self._buffers and all(map(_has_room, self._buffers, (self.keys, self.values), (tokens, tokens)))):
-            self._buffers = (_with_room(self.keys, tokens), _with_room(self.values, tokens))
-        keys, values = self._buffers
-        self.keys, self.values = keys.narrow(2, 0, tokens), values.narrow(2, 0, tokens)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat the layer for `repeats` suffixes; one sequence's tokens stay shared until something is appended."""
         if self.is_initialized and self.keys.shape[0] == 1:
             self.keys, self.values = self.keys.expand(repeats, -1, -1, -1), self.values.expand(repeats, -1, -1, -1)
-            self._buffers = None
+            self._growing.share()
         else:
             super().batch_repeat_interleave(repeats)
 
@@ -93,7 +79,7 @@ class MixedLayer(DynamicLayer):
     def __deepcopy__(self, memo: dict[int, Any]) -> MixedLayer:
         other = type(self)()
         state = dict(self.__dict__)
-        if self._buffers is None:  # shared tensors are never written to, so the copy may share them too
+        if self._growing.is_shared:  # shared tensors are never written to, so the copy may share them too
             memo.update((id(tensor), tensor) for tensor in (self.keys, self.values))
         other.__dict__.update(copy.deepcopy(state, memo))
         return other
@@ -168,25 +154,6 @@ def rows_held(tokens: int, window: int | None) -> int:
     return tokens if window is None else min(tokens, window - 1)
 
 
-def _has_room(buffer: torch.Tensor, view: torch.Tensor, tokens: int) -> bool:
-    # Inherited operations such as beam reordering replace the view by a tensor of its own; the buffer is stale then.
-    same_memory = view.data_ptr() == buffer.data_ptr() and view.stride() == buffer.stride()
-    return same_memory and tokens <= buffer.shape[2] and view.shape[:2] == buffer.shape[:2]
-
-
-def _allocated(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory that can be written to both in inference mode and outside of it."""
-    with torch.inference_mode(False):
-        return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _with_room(filled: torch.Tensor, tokens: int) -> torch.Tensor:
-    batch, heads, length, head_dim = filled.shape
-    buffer = _allocated((batch, heads, tokens + HEADROOM, head_dim), filled.dtype, filled.device)
-    buffer.narrow(2, 0, length).copy_(filled)
-    return buffer
-
-
 class MixedCache(Cache):
     """A receiver's KV cache of contexts, part its own and part the sender's; for ``past_key_values``.
 
@@ -242,15 +209,11 @@ class MixedCache(Cache):
         lengths = [suffix.numel() for suffix in suffixes]
         (batch, width), longest = self.tokens.shape, max(lengths, default=0)
         if (held := self.get_seq_length()) != width:
-            raise ValueError(
-                f"suffixes: the cache holds {held} tokens; only the {width} of the context may precede them"
-            )
+            raise ValueError(f"suffixes: expected a cache of its context's {width} tokens, got one that holds {held}")
         if len(suffixes) != batch or not all(lengths):
-            raise ValueError(f"suffixes: got the lengths {lengths}; {batch} of at least one token are needed")
+            raise ValueError(f"suffixes: expected {batch} of at least one token, got the lengths {lengths}")
         if min(lengths) < longest and any(self.is_sliding):
-            raise ValueError(
-                f"suffixes: got the lengths {lengths}; one length is needed where layers have sliding windows"
-            )
+            raise ValueError(f"suffixes: expected one length, since layers have sliding windows, got {lengths}")
         input_ids = self.tokens.new_zeros((batch, width + longest))
         mask = torch.zeros_like(input_ids)
         input_ids[:, :width] = self.tokens
@@ -271,9 +234,7 @@ class MixedCache(Cache):
         """
         held, receiver = int(self.get_seq_length()), self._receiver()
         if receiver is None or max_cache_len <= held:
-            raise ValueError(
-                f"max_cache_len: got {max_cache_len}; more than {held}, the tokens in the cache, is needed"
-            )
+            raise ValueError(f"max_cache_len: expected more than {held}, the tokens in the cache, got {max_cache_len}")
         static = StaticCache(config=receiver.config, max_cache_len=max_cache_len)
         for ours, theirs in zip(self.layers, static.layers, strict=True):
             theirs.lazy_initialization(ours.keys, ours.values)

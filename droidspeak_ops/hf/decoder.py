@@ -192,7 +192,7 @@ def _check_mode(base: torch.nn.Module) -> None:
         return
     if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         raise UnsupportedModelError(
-            "model: got training mode with gradient checkpointing, in which layers keep no K and V; call model.eval()"
+            "model: expected layers that keep K and V, got training mode with gradient checkpointing; call model.eval()"
         )
     if any(_drops(module) for module in base.modules()):
         warnings.warn("model: in training mode its dropout makes K and V random; call model.eval()", stacklevel=4)
@@ -210,5 +210,5 @@ def _window(index: int, layer: Any) -> int | None:
     if type(layer) is DynamicSlidingWindowLayer:
         return layer.sliding_window
     raise UnsupportedModelError(
-        f"layer {index}: got the cache {type(layer).__name__}; attention over all tokens or a sliding window is needed"
+        f"layer {index}: expected attention over all tokens or a sliding window, got the cache {type(layer).__name__}"
     )

@@ -87,7 +87,7 @@ def family_of(config: Any, model: Any) -> Family:
     """
     model_type = getattr(config, "model_type", type(model).__name__)
     if model_type not in FAMILIES:
-        raise UnsupportedModelError(f"model: got the family {model_type!r}; one of {sorted(FAMILIES)} is needed")
+        raise UnsupportedModelError(f"model: expected one of {sorted(FAMILIES)}, got the family {model_type!r}")
     return FAMILIES[model_type]
 
 
@@ -96,7 +96,7 @@ def check_class(needed: str, where: str, module: nn.Module) -> None:
     kind = type(module)
     if kind.__name__ != needed or not kind.__module__.startswith("transformers."):
         raise UnsupportedModelError(
-            f"{where}: got {kind.__name__}; transformers' {needed} is needed{merge_hint(module)}"
+            f"{where}: expected transformers' {needed}, got {kind.__name__}{merge_hint(module)}"
         )
 
 
@@ -112,13 +112,15 @@ def read_layer(family: Family, layer: nn.Module, index: int, sizes: Sizes) -> La
     where_attention = f"{where} self_attn"
     check_class(f"{family.classes}Attention", where_attention, attention)
     if not attention.is_causal:
-        raise UnsupportedModelError(f"{where_attention}: attends to tokens that follow; causal attention is needed")
+        raise UnsupportedModelError(
+            f"{where_attention}: expected causal attention, got one that sees the tokens that follow"
+        )
 
     norm_weight, norm_eps = None, 0.0
     has_input_norm = hasattr(layer, "input_layernorm")
     if has_input_norm != family.has_input_norm:
         raise UnsupportedModelError(
-            f"{where} input_layernorm: {'not ' if has_input_norm else ''}expected in this family"
+            f"{where} input_layernorm: expected {'none' if has_input_norm else 'one'} in this family"
         )
     if has_input_norm:
         norm_weight, norm_eps = _read_norm(family, layer, "input_layernorm", where, sizes.hidden)
@@ -134,7 +136,7 @@ def read_layer(family: Family, layer: nn.Module, index: int, sizes: Sizes) -> La
     has_k_norm = any("norm" in name for name, _ in attention.named_children())
     if has_k_norm != (family.k_norm is not None):
         raise UnsupportedModelError(
-            f"{where_attention}: a norm of K is {'not ' if has_k_norm else ''}expected in this family"
+            f"{where_attention}: expected {'no' if has_k_norm else 'a'} norm of K in this family"
         )
     k_norm_weight, k_norm_eps = None, 0.0
     if family.k_norm is not None:
@@ -150,5 +152,5 @@ def _read_norm(family: Family, parent: nn.Module, name: str, where: str, columns
     check_class(f"{family.classes}RMSNorm", f"{where} {name}", norm)
     check_is_its_weights(norm, f"{where} {name}")
     if norm.weight.shape != (columns,):
-        raise UnsupportedModelError(f"{where} {name}: got a weight {tuple(norm.weight.shape)}; ({columns},) is needed")
+        raise UnsupportedModelError(f"{where} {name}: expected ({columns},), got a weight {tuple(norm.weight.shape)}")
     return norm.weight, getattr(norm, family.norm_eps)

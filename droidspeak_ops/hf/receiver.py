@@ -165,14 +165,18 @@ def partial_prefill(
     decoder = decoder_of(receiver)
     schedule = resolve(plan, decoder.num_layers)
     if norm not in ("hf", "folded"):
-        raise ValueError(f"norm: got {norm!r}; 'hf' or 'folded' is needed")
+        raise ValueError(f"norm: expected 'hf' or 'folded', got {norm!r}")
     ours = decoder.fingerprint(tokenizer, weights=maps is not None, like=context.sender)
     context.sender.check_reuse_by(ours)
     known = ours.architecture["vocab_size"]
     if context.sender.architecture["vocab_size"] > known and (largest := int(context.tokens.max())) >= known:
-        raise ReuseError(f"context: got the token {largest}; the receiver's vocabulary ends at {known - 1}")
+        raise ReuseError(
+            f"context: expected tokens up to {known - 1}, the end of the receiver's vocabulary, got {largest}"
+        )
     if context.tokens.device != decoder.device:
-        raise ReuseError(f"context: on {context.tokens.device}; {decoder.device}, the receiver's device, is needed")
+        raise ReuseError(
+            f"context: expected it on {decoder.device}, the receiver's device, got {context.tokens.device}"
+        )
     if maps is not None:
         maps.check_pair(context.sender, ours)
         schedule = resolve(plan, decoder.num_layers, maps, context.hidden_layers)

@@ -41,15 +41,13 @@ def capture(
     """
     decoder = Decoder(sender)
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids: got {input_ids.dtype} {tuple(input_ids.shape)}; int64 [B, T] is needed")
+        raise ValueError(f"input_ids: expected int64 [B, T], got {input_ids.dtype} {tuple(input_ids.shape)}")
     placeholder = image_token(decoder.model.config)
     if placeholder is not None and bool((input_ids == placeholder).any()):
-        raise ValueError(
-            f"input_ids: got placeholders of an image (token {placeholder}); contexts of text alone are supported"
-        )
+        raise ValueError(f"input_ids: expected text alone, got placeholders of an image (token {placeholder})")
     outside = [layer for layer in layers if not 0 <= layer < decoder.num_layers]
     if outside:
-        raise ValueError(f"layers: got {outside}; layers of the sender are 0 to {decoder.num_layers - 1}")
+        raise ValueError(f"layers: expected layers of the sender, 0 to {decoder.num_layers - 1}, got {outside}")
 
     over = Pass(decoder, input_ids.shape)
     cache = DynamicCache(config=decoder.config)

@@ -22,7 +22,7 @@ NORMS, NORM_ORDERS = get_args(Norm), get_args(NormOrder)
 
 def fail(name: str, tensor: torch.Tensor, needed: str) -> NoReturn:
     got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}"
-    raise ValueError(f"{name}: got {got}; {needed} is needed")
+    raise ValueError(f"{name}: expected {needed}, got {got}")
 
 
 def check_rows(name: str, tensor: torch.Tensor) -> None:
@@ -71,10 +71,10 @@ def check_rotation(
 ) -> None:
     """cos and sin of half the rotated columns, in `dtype` or float32: a row a token, or rows that `positions` picks."""
     if (cos is None) != (sin is None):
-        raise ValueError("cos and sin: one is given and the other is not; both or neither are needed")
+        raise ValueError("cos, sin: expected both or neither, got one of them")
     if cos is None or sin is None:
         if positions is not None:
-            raise ValueError("positions: given without cos and sin, whose rows they pick")
+            raise ValueError("positions: expected None without cos and sin, whose rows they pick, got a tensor")
         return
     check("positions", positions, (num_tokens,), like, torch.int64)
     if cos.dim() != 2 or not 0 < 2 * cos.shape[1] <= head_dim:
@@ -98,9 +98,9 @@ def check_scales(
     for name, scale in zip(names, scales, strict=True):
         if scale is None:
             if needed or any(other is not None for other in scales):
-                raise ValueError(f"{name}: missing beside rows of {dtype}; float32 {shape} is needed")
+                raise ValueError(f"{name}: expected float32 {shape} beside rows of {dtype}, got None")
         elif dtype not in CODES:
-            raise ValueError(f"{name}: given beside rows of {dtype}, which have no scales")
+            raise ValueError(f"{name}: expected None beside rows of {dtype}, which have no scales, got a tensor")
         elif scale.shape != shape or scale.dtype != torch.float32 or scale.device != like.device:
             fail(name, scale, f"torch.float32 {shape} on {like.device}")
         elif written and 0 in scale.stride() and scale.numel() > 1:
@@ -113,28 +113,31 @@ def check_alike(layers: Sequence[NamedTuple], shared: Sequence[str]) -> None:
         if first is None or name in shared:
             for layer, value in enumerate(others, start=1):
                 if value is not first and (first is None or isinstance(first, torch.Tensor) or value != first):
-                    raise ValueError(f"{name}: layer {layer} has another than layer 0; one for all layers is needed")
+                    raise ValueError(
+                        f"{name}: expected one for all layers, got another in layer {layer} than in layer 0"
+                    )
             continue
         shape, stride, dtype, device = first.shape, first.stride(), first.dtype, first.device
         for layer, tensor in enumerate(others, start=1):
             if tensor is None:
-                raise ValueError(f"{name}: missing in layer {layer}; a tensor of each layer is needed")
+                raise ValueError(f"{name}: expected a tensor of each layer, got None in layer {layer}")
             same = tensor.shape == shape and tensor.stride() == stride
             if not same or tensor.dtype != dtype or tensor.device != device:
                 kind = f"{dtype} {tuple(shape)} on {device} with strides {stride}"
-                fail(f"{name} of layer {layer}", tensor, f"{kind}, as of layer 0,")
+                fail(f"{name} of layer {layer}", tensor, f"{kind}, as of layer 0")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}; one of {', '.join(map(repr, choices))} is needed")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_norm_weight(name: str, weight: torch.Tensor | None, norm_order: str) -> None:
     """The order is known, and there is a weight unless it is "none"."""
     check_choice("norm_order", norm_order, NORM_ORDERS)
     if (weight is None) != (norm_order == "none"):
-        raise ValueError(f"{name}: {'missing' if weight is None else 'given'} with norm_order={norm_order!r}")
+        given, other = ("a tensor", "None") if weight is None else ("None", "a tensor")
+        raise ValueError(f"{name}: expected {given}, got {other} with norm_order={norm_order!r}")
 
 
 # --- what reads values or addresses ------------------------------------------------------------------------------------
@@ -145,12 +148,12 @@ def check_slot_range(slot_mapping: torch.Tensor, slots: int) -> None:
         return
     low, high = (int(bound) for bound in slot_mapping.aminmax())
     if low < -1 or high >= slots:
-        raise ValueError(f"slot_mapping: got slots from {low} to {high}; -1 to {slots - 1} are needed")
+        raise ValueError(f"slot_mapping: expected slots from -1 to {slots - 1}, got {low} to {high}")
     ordered = slot_mapping[1:] > slot_mapping[:-1]
     if not bool(ordered.all()):
         used = slot_mapping[slot_mapping >= 0]
         if used.unique().numel() != used.numel():
-            raise ValueError("slot_mapping: got a slot more than once; each at most once is needed")
+            raise ValueError("slot_mapping: expected each slot at most once, got one more often")
 
 
 def check_positions(positions: torch.Tensor | None, rows: int) -> None:
@@ -158,7 +161,7 @@ def check_positions(positions: torch.Tensor | None, rows: int) -> None:
         return
     low, high = (int(bound) for bound in positions.aminmax())
     if low < 0 or high >= rows:
-        raise ValueError(f"positions: got {low} to {high}; 0 to {rows - 1}, the rows of cos and sin, are needed")
+        raise ValueError(f"positions: expected 0 to {rows - 1}, the rows of cos and sin, got {low} to {high}")
 
 
 Named = tuple[str, torch.Tensor | None]
@@ -181,7 +184,7 @@ def check_separate(read: Sequence[Named], written: Sequence[Named]) -> None:
                 if start < other_end and max(place, other_place) >= len(read) and _overlap(tensor, other):
                     first, second = (name, other_name) if place < other_place else (other_name, name)
                     where = "that of another layer" if first == second else second
-                    raise ValueError(f"{first}: shares memory with {where}; tensors of their own are needed")
+                    raise ValueError(f"{first}: expected memory of its own, got some of {where}")
             meeting.append(span)
         else:
             meeting = [span]

@@ -103,7 +103,7 @@ def kv_project(projection: Projection) -> None:
         ValueError: a shape, dtype, device or slot does not fit; the message names the argument.
     """
     if projection.q is not None or projection.q_weight is not None:
-        raise ValueError("q, q_weight: given; qkv_project computes Q too")
+        raise ValueError("q, q_weight: expected None, got a tensor; qkv_project computes Q too")
     project([projection])
 
 
@@ -117,7 +117,7 @@ def qkv_project(projection: Projection) -> None:
         ValueError: as :func:`kv_project`.
     """
     if projection.q is None or projection.q_weight is None:
-        raise ValueError("q, q_weight: missing; kv_project computes K and V alone")
+        raise ValueError("q, q_weight: expected a tensor, got None; kv_project computes K and V alone")
     project([projection])
 
 

@@ -57,10 +57,10 @@ def _check(layer: Projection) -> None:
     check("v_weight", layer.v_weight, (kv_size, hidden_size), like, dtype)
     has_q = layer.q is not None
     if has_q != (layer.q_weight is not None):
-        raise ValueError("q and q_weight: one is given and the other is not; both or neither are needed")
+        raise ValueError("q, q_weight: expected both or neither, got one of them")
     biases = [layer.k_bias, layer.v_bias, *([layer.q_bias] if has_q else [])]
     if len({bias is None for bias in biases}) > 1:
-        raise ValueError("k_bias, v_bias and the bias of Q, if there is one: all or none are needed")
+        raise ValueError("k_bias, v_bias, and q_bias with Q: expected all or none, got some of them")
     check("k_bias", layer.k_bias, (kv_size,), like, dtype)
     check("v_bias", layer.v_bias, (kv_size,), like, dtype)
     over_all = False
@@ -71,7 +71,7 @@ def _check(layer: Projection) -> None:
         )
         check("k_norm_weight", layer.k_norm_weight, (kv_size if over_all else head_dim,), like, dtype)
         if over_all and layer.k_cache.dtype != dtype:
-            fail("k_cache", layer.k_cache, f"{dtype}, the dtype of hidden_states, for a norm over all heads,")
+            fail("k_cache", layer.k_cache, f"{dtype}, the dtype of hidden_states, for a norm over all heads")
     if layer.q is not None:
         num_q_heads = layer.q.shape[1] if layer.q.dim() == 3 else 0
         q_size = num_q_heads * head_dim
@@ -79,7 +79,7 @@ def _check(layer: Projection) -> None:
         check("q_weight", layer.q_weight, (q_size, hidden_size), like, dtype)
         check("q_bias", layer.q_bias, (q_size,), like, dtype)
         if (layer.q_norm_weight is None) != (layer.k_norm_weight is None):
-            raise ValueError("q_norm_weight and k_norm_weight: both or neither are needed")
+            raise ValueError("q_norm_weight, k_norm_weight: expected both or neither, got one of them")
         check("q_norm_weight", layer.q_norm_weight, (q_size if over_all else head_dim,), like, dtype)
     check("slot_mapping", layer.slot_mapping, (num_tokens,), like, torch.int64)
     check_rotation(layer.cos, layer.sin, layer.positions, num_tokens, head_dim, like, dtype)
@@ -88,8 +88,10 @@ def _check(layer: Projection) -> None:
         check_norm_weight("norm_weight", layer.norm_weight, layer.norm_order)
         check("norm_weight", layer.norm_weight, (hidden_size,), like, dtype)
     elif layer.norm_weight is not None:
-        raise ValueError(f"norm_weight: given with norm={layer.norm!r}; only 'hf' multiplies by it")
+        raise ValueError(
+            f"norm_weight: expected None with norm={layer.norm!r}, got a tensor; only 'hf' multiplies by it"
+        )
     if layer.rstd is not None:
         if layer.norm != "folded":
-            raise ValueError(f"rstd: given with norm={layer.norm!r}; only 'folded' scales by it")
+            raise ValueError(f"rstd: expected None with norm={layer.norm!r}, got a tensor; only 'folded' scales by it")
         check("rstd", layer.rstd, tuple(like.shape[:-1]), like, torch.float32)

@@ -34,15 +34,17 @@ class Plan:
         bands = tuple(sorted(_band(band) for band in _items("bands", self.bands)))
         for (_, end), (start, _) in itertools.pairwise(bands):
             if start < end:
-                raise ValueError(f"bands: got {list(bands)}; bands that do not overlap are needed")
+                raise ValueError(f"bands: expected bands that do not overlap, got {list(bands)}")
         project: tuple[int, ...] | Literal["rest"] = "rest"
         if self.project != "rest":
             if isinstance(self.project, str):
-                raise ValueError(f"project: got {self.project!r}; layer indices or 'rest' are needed")
+                raise ValueError(f"project: expected layer indices or 'rest', got {self.project!r}")
             project = tuple(sorted({_layer("project", layer) for layer in _items("project", self.project)}))
             for layer in project:
                 if any(start <= layer < end for start, end in bands):
-                    raise ValueError(f"project: layer {layer} lies in a band; it is recomputed there already")
+                    raise ValueError(
+                        f"project: expected layers outside the bands, got {layer}, which is recomputed already"
+                    )
         object.__setattr__(self, "bands", bands)
         object.__setattr__(self, "project", project)
 
@@ -71,7 +73,7 @@ class Plan:
         """
         loaded = json.loads(text)
         if not isinstance(loaded, dict) or loaded.keys() - {"bands", "project"}:
-            raise ValueError(f"plan: got {text!r}; a JSON object with 'bands' and 'project' is needed")
+            raise ValueError(f"plan: expected a JSON object with 'bands' and 'project', got {text!r}")
         return cls(**loaded)
 
     def __str__(self) -> str:
@@ -84,7 +86,7 @@ class Plan:
 
 def _items(name: str, value: Any) -> Iterable[Any]:
     if not isinstance(value, Iterable):
-        raise ValueError(f"{name}: got {value!r}; a list is needed")
+        raise ValueError(f"{name}: expected a list, got {value!r}")
     return value
 
 
@@ -92,10 +94,10 @@ def _band(value: Any) -> tuple[int, int]:
     try:
         start, end = value
     except (TypeError, ValueError):
-        raise ValueError(f"bands: got {value!r}; a pair (start, end) is needed") from None
+        raise ValueError(f"bands: expected a pair (start, end), got {value!r}") from None
     band = (_layer("bands", start), _layer("bands", end))
     if band[0] >= band[1]:
-        raise ValueError(f"bands: got {band}; (start, end) with 0 <= start < end is needed")
+        raise ValueError(f"bands: expected (start, end) with 0 <= start < end, got {band}")
     return band
 
 
@@ -105,5 +107,5 @@ def _layer(name: str, value: Any) -> int:
     except TypeError:
         layer = -1
     if layer < 0 or isinstance(value, bool):
-        raise ValueError(f"{name}: got {value!r}; a layer index of 0 or more is needed")
+        raise ValueError(f"{name}: expected a layer index of 0 or more, got {value!r}")
     return layer

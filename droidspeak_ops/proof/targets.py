@@ -44,7 +44,7 @@ def check_targets(targets: Iterable[str]) -> None:
     """
     unknown = sorted(set(targets) - TARGETS.keys())
     if unknown:
-        raise ValueError(f"targets: got {unknown}; some of {list(TARGETS)} are needed")
+        raise ValueError(f"targets: expected some of {list(TARGETS)}, got {unknown}")
 
 
 def occupancy(target: str, registers: int, shared_bytes: int, num_warps: int) -> int:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.compare import assert_bitwise_equal
 from transformers.cache_utils import DynamicLayer
 
-from droidspeak_ops.hf import cache as module
+from droidspeak_ops.context.growing import HEADROOM
 from droidspeak_ops.hf.cache import MixedLayer
 
 OPERATIONS = st.one_of(
@@ -83,7 +83,7 @@ def check(ours: MixedLayer, theirs: DynamicLayer) -> None:
 def test_grows_in_place_within_its_headroom() -> None:
     layer = MixedLayer.uninitialized((1, 2, 9, 8), torch.float32, torch.device("cpu"))
     where = layer.keys.data_ptr()
-    for _ in range(module.HEADROOM):
+    for _ in range(HEADROOM):
         layer.update(random(1, 1), random(1, 1))
     assert layer.keys.data_ptr() == where
     layer.update(random(1, 1), random(1, 1))

@@ -311,14 +311,20 @@ def test_another_architecture_is_refused(no_compute, other, named: str) -> None:
 
 def test_another_dtype_is_refused(no_compute) -> None:
     context = ds.capture(tiny_llama(), tokens(10))
-    refused(no_compute, tiny_llama().half(), context, ds.Plan(), "the context is float32, the receiver float16")
+    refused(
+        no_compute,
+        tiny_llama().half(),
+        context,
+        ds.Plan(),
+        "expected float16, the receiver's, got a context in float32",
+    )
 
 
 def test_another_tokenizer_is_refused(no_compute) -> None:
     model = tiny_llama()
     context = ds.capture(model, tokens(10), tokenizer=Vocabulary("a", "b"))
     ds.partial_prefill(model, context, ds.Plan(), tokenizer=Vocabulary("a", "b"))
-    refused(no_compute, model, context, ds.Plan(), "different vocabularies", tokenizer=Vocabulary("b", "a"))
+    refused(no_compute, model, context, ds.Plan(), "expected one vocabulary", tokenizer=Vocabulary("b", "a"))
 
 
 def test_a_vocabulary_with_added_tokens(no_compute) -> None:
@@ -331,16 +337,22 @@ def test_a_vocabulary_with_added_tokens(no_compute) -> None:
     context = ds.capture(base, ids, tokenizer=Vocabulary(*words))
     cache = ds.partial_prefill(receiver, context, EVERYTHING, tokenizer=Vocabulary(*words, "added"))
     assert_is_own_prefill(receiver, cache, ids, suffix)
-    with pytest.raises(ds.ReuseError, match="different vocabularies"):
+    with pytest.raises(ds.ReuseError, match="expected one vocabulary"):
         ds.partial_prefill(receiver, context, ds.Plan(), tokenizer=Vocabulary("added", *words))
     ds.partial_prefill(base, ds.capture(receiver, ids), EVERYTHING)
-    refused(no_compute, base, ds.capture(receiver, suffix), ds.Plan(), "got the token 103; .* ends at 100")
+    refused(no_compute, base, ds.capture(receiver, suffix), ds.Plan(), "expected tokens up to 100, .* got 103")
 
 
 def test_missing_hidden_states_are_named(no_compute) -> None:
     model = tiny_llama(layers=LAYERS)
     context = ds.capture(model, tokens(10), layers=[2])
-    refused(no_compute, model, context, ds.Plan([(2, 4)], project=[5]), r"missing at layers \[5\], held at \[2\]")
+    refused(
+        no_compute,
+        model,
+        context,
+        ds.Plan([(2, 4)], project=[5]),
+        r"expected them at layers \[2, 5\], got them at \[2\]",
+    )
 
 
 @pytest.mark.parametrize("plan", [ds.Plan([(4, 7)]), ds.Plan(project=[6])])
@@ -355,12 +367,19 @@ def test_a_prompt_that_does_not_continue_the_context_is_refused(no_compute) -> N
     context = ds.capture(model, torch.arange(1, 11)[None])
     other = torch.tensor([[1, 2, 3, 99, 5, 6, 7, 8, 9, 10, 11]])
     cache = ds.partial_prefill(model, context, ds.Plan(), prompt_ids=torch.arange(1, 13)[None])
-    with pytest.raises(ds.ReuseError, match="differ from the context at token 3"):
+    with pytest.raises(ds.ReuseError, match="expected the tokens of the context at their head, got another at token 3"):
         cache.check_prompt(other)
     model(torch.tensor([[11]]), past_key_values=cache)
     with pytest.raises(ds.ReuseError, match="holds 1 tokens behind its context"):
         cache.check_prompt(torch.arange(1, 14)[None])
-    refused(no_compute, model, context, ds.Plan(), "differ from the context at token 3", prompt_ids=other)
+    refused(
+        no_compute,
+        model,
+        context,
+        ds.Plan(),
+        "expected the tokens of the context at their head, got another at token 3",
+        prompt_ids=other,
+    )
     refused(no_compute, model, context, ds.Plan(), "then a suffix", prompt_ids=context.tokens)
     refused(no_compute, model, context, ds.Plan(), "then a suffix", prompt_ids=context.tokens[:, :5])
 
@@ -369,15 +388,15 @@ def test_a_prompt_that_does_not_continue_the_context_is_refused(no_compute) -> N
     "ids", [torch.arange(4), torch.arange(4, dtype=torch.int32)[None], torch.empty((1, 0), dtype=torch.int64)]
 )
 def test_bad_input_ids(ids: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="input_ids: got"):
+    with pytest.raises(ValueError, match="input_ids: expected .*got"):
         ds.capture(tiny_llama(), ids)
 
 
 def test_bad_layers_and_norm() -> None:
     model = tiny_llama(layers=LAYERS)
-    with pytest.raises(ValueError, match=r"layers: got \[6\]"):
+    with pytest.raises(ValueError, match=r"layers: expected .*got \[6\]"):
         ds.capture(model, tokens(4), layers=[6])
-    with pytest.raises(ValueError, match="norm: got 'fast'"):
+    with pytest.raises(ValueError, match="norm: expected 'hf' or 'folded', got 'fast'"):
         ds.partial_prefill(model, ds.capture(model, tokens(4)), ds.Plan(), norm="fast")
 
 

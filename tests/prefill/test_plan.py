@@ -57,7 +57,7 @@ def test_order_and_container_do_not_matter() -> None:
         ({"bands": [(False, True)]}, "got False"),
         ({"project": [-1]}, "got -1"),
         ({"project": "all"}, "layer indices or 'rest'"),
-        ({"project": [3], "bands": [(2, 5)]}, "layer 3 lies in a band"),
+        ({"project": [3], "bands": [(2, 5)]}, "expected layers outside the bands, got 3"),
     ],
 )
 def test_a_wrong_plan_is_refused(arguments, message: str) -> None:
