@@ -1,5 +1,6 @@
 """The kernels are found however the package is installed, and the folder that holds them shadows nothing."""
 
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -85,6 +86,18 @@ def test_what_needs_no_transformers_does_not_import_it() -> None:
     subprocess.run(
         [sys.executable, "-c", f"import sys; {imports}; assert 'transformers' not in sys.modules"], cwd=ROOT, check=True
     )
+
+
+def test_kernels_import_nothing_of_ours() -> None:
+    """They are no package, so that the other contracts on imports do not see them."""
+    allowed = {"__future__", "collections", "dataclasses", "itertools", "typing", "torch", "triton"}
+    for file in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and (ROOT / "kernels" / f"{node.module}.py").is_file(), file
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert {name.partition(".")[0] for name in names} <= allowed, f"{file}: {names}"
 
 
 def test_every_public_name_is_found() -> None:
