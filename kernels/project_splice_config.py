@@ -82,7 +82,7 @@ def size_of(layers: Sequence[Projection]) -> Size:
 
 
 def norms_all_heads(layer: Projection) -> bool:
-    """Whether K or Q is normed over all heads together, of which a tile holds only some."""
+    """Return whether K or Q is normed over all heads together, of which a tile holds only some."""
     weights = [weight for weight in (layer.q_norm_weight, layer.k_norm_weight) if weight is not None]
     return any(weight.shape[0] != layer.k_cache.shape[3] for weight in weights)
 
@@ -127,7 +127,7 @@ def project_splice_config(target: str, size: Size) -> ProjectSpliceConfig:
 
 
 def can_use_tma(size: Size) -> bool:
-    """Whether descriptors can load the matrices, and tiles hold whole heads in the order of the weight's rows."""
+    """Return whether descriptors can load the matrices, and tiles hold whole heads in the order of the weight's rows."""
     whole_heads = size.head_dim in (64, 128, 256) and size.rotary_dim in (0, size.head_dim)
     arguments = size.num_layers <= (1 if size.num_q_heads else MAX_LAYERS)
     return size.aligned and size.dtype != torch.float32 and whole_heads and arguments

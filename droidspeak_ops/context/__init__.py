@@ -1,1 +1,1 @@
-"""What a sender leaves of a context for receivers: its tensors, in full or in 8 bits, their file, and who made them."""
+"""Contexts that a sender leaves for receivers: their tensors, in full or in 8 bits, their file, and who made them."""

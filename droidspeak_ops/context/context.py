@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from einops import rearrange
 
 from .. import ops
 from . import file as context_file
@@ -105,14 +106,15 @@ class SharedContext:
         kv = self.kv(layer).at(which)
         batch, heads, count, head_dim = kv.keys.shape
         dtype = getattr(torch, self.sender.dtype)
-        both = torch.empty((batch, count, 2, heads, head_dim), dtype=dtype, device=kv.keys.device)
+        both = torch.empty((batch, count, 2 * heads * head_dim), dtype=dtype, device=kv.keys.device)
         back = {}
         if applied is not None:
             unturned = torch.ones_like(applied[0]), torch.zeros_like(applied[1])
             halves = (last(half, rows)[which] for half in ops.rotation_between(*applied, *unturned))
             back = dict(zip(("cos", "sin"), (half.repeat(batch, 1) for half in halves), strict=True))
-        splice(kv, both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2), **back)
-        return both.flatten(2)
+        keys, values = rearrange(both, "b n (kv h d) -> kv b h n d", kv=2, h=heads)
+        splice(kv, keys, values, **back)
+        return both
 
     def quantized(self, dtype: torch.dtype) -> SharedContext:
         """The same context in 8 bits, each row of a head (or 32 columns of hidden states) with a scale of its own.
@@ -222,7 +224,7 @@ class SharedContext:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether work on a device goes into a CUDA graph: what it makes then holds no values yet, and is not to be remembered."""
+    """Return whether a CUDA graph is being captured: tensors made then hold no values yet, and must not be cached."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

@@ -19,7 +19,7 @@ class ReuseError(ValueError):
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Which model it is: what its K/V mean, and with `weights` which fine-tune made them.
+    """Identity of a model: the meaning of its K/V and, with `weights`, the fine-tune that made them.
 
     Args:
         architecture: model type and the sizes that K/V and hidden states depend on.
@@ -59,7 +59,7 @@ class Fingerprint:
 
 
 def vocabulary_digest(tokenizer: Any, like: str | None = None) -> str:
-    """Up to which id there are tokens, and SHA-256 of which token each id of a transformers tokenizer stands for.
+    """Identity of a transformers tokenizer's vocabulary: the number of its ids, and SHA-256 of the token of each.
 
     A tenth of a second for 50,000 tokens, so it is kept for as long as no token is added.
 

@@ -19,7 +19,7 @@ class GrowingKV:
 
     @property
     def is_shared(self) -> bool:
-        """Whether no buffers are held, so that the owner's tensors are not written to."""
+        """True while no buffers are held, and so the owner's tensors are not written to."""
         return self._buffers is None
 
     def allocate(

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 
 from .. import ops
 from ..ops.checks import CODES
@@ -62,4 +63,4 @@ def _grouped(states: torch.Tensor) -> KV:
     """``[B, T, C]`` as two halves ``[B, C / 64, T, 32]`` (fewer columns where C is no multiple), in the shape of K and V."""
     first, second = states.chunk(2, dim=-1)
     columns = math.gcd(first.shape[-1], 32)
-    return KV(*(half.unflatten(-1, (-1, columns)).transpose(1, 2) for half in (first, second)))
+    return KV(*(rearrange(half, "b t (g c) -> b g t c", c=columns) for half in (first, second)))

@@ -57,7 +57,7 @@ class Decoder:
         self._weights = [read_layer(self.family, layer, index, sizes) for index, layer in enumerate(self.layers)]
         rotates = self.family.rotates
         self.rotates: list[bool] = [rotates is None or bool(getattr(each.self_attn, rotates)) for each in self.layers]
-        """Whether a layer has RoPE."""
+        """For each layer, True if it has RoPE."""
         by_type = self.family.rotary_by_type
         self.rotary_types: list[str | None] = list(config.layer_types) if by_type else [None] * self.num_layers
         """Each layer's argument to the rotary embedding."""
@@ -167,9 +167,13 @@ class Decoder:
 
     @cached_property
     def rope_varies(self) -> bool:
-        """Whether the angles of a position depend on how long prompts are, or were."""
+        """True if the angles of a position depend on the length of the prompt, or of earlier ones."""
         kinds = self.rotary.rope_type
         return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
+
+    def rope_is_as_read(self) -> bool:
+        """Return whether frequencies and scalings are what they were when they were read; waits for a GPU."""
+        return "_fingerprint" not in self.__dict__ or self._fingerprint.rope["applied"] == self._rope_digest()
 
     def _rope_digest(self) -> str:
         """Digest of the frequencies and scalings that the model holds, whatever its configuration says."""

@@ -18,7 +18,7 @@ from .decoder import Decoder
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 Visible = Callable[[int | None], torch.Tensor]
-"""By a layer's window, the rows of K and V that each token sees: bool ``[N, rows]``, those in the cache and then its own N."""
+"""For a layer's window, True where a token sees a row of K/V, the cache's and then its own: bool ``[N, rows]``."""
 
 
 class Pass:

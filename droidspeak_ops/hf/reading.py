@@ -1,4 +1,4 @@
-"""Whether a model is still what was read of it: the modules, weights and adapters behind its K/V projections."""
+"""The check that a model is still what was read of it: the modules, weights and adapters behind its K/V projections."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Reading:
         self._modules: list[tuple[str, dict[str, Any], str, Any, type]] = []
         self._called: list[tuple[str, Any, Any, dict[str, Any]]] = []
         self._weights: list[tuple[str, dict[str, Any], str, torch.Tensor, int, int | None]] = []
+        self._numbers: list[tuple[str, dict[str, Any], str, float]] = []
         self._adapted: list[tuple[str, Any, Any]] = []
         for path, module in decoder.base.named_modules(remove_duplicate=False):
             if not _READ.fullmatch(path):
@@ -39,6 +40,8 @@ class Reading:
             self._modules.append((path, decoder.base.get_submodule(parent)._modules, name, module, type(module)))
             if _READ_IN_PLACE_OF_CALLING.search(path):
                 self._called.append((path, module._forward_hooks, module._forward_pre_hooks, vars(module)))
+                if hasattr(module, decoder.family.norm_eps):
+                    self._keep_number(path, module, decoder.family.norm_eps)
             for name, weight in module.named_parameters(recurse=False):
                 self._keep(f"{path}.{name}", module._parameters, name, weight)
             if hasattr(module, "base_layer"):
@@ -47,6 +50,13 @@ class Reading:
         if not decoder.rope_varies:  # where the model itself replaces them
             for name, frequencies in decoder.rotary.named_buffers():
                 self._keep(f"rotary_emb.{name}", decoder.rotary._buffers, name, frequencies)
+
+        for name in vars(decoder.rotary):
+            if name.endswith("attention_scaling") and not decoder.rope_varies:
+                self._keep_number("rotary_emb", decoder.rotary, name)
+
+    def _keep_number(self, path: str, module: Any, name: str) -> None:
+        self._numbers.append((f"{path}.{name}", vars(module), name, getattr(module, name)))
 
     def _keep(self, path: str, tensors: dict[str, Any], name: str, tensor: torch.Tensor) -> None:
         self._weights.append((path, tensors, name, tensor, tensor.data_ptr(), version_of(tensor)))
@@ -77,6 +87,9 @@ class Reading:
         for path, hooks, pre_hooks, attributes in self._called:
             if hooks or pre_hooks or "forward" in attributes:
                 raise _changed(f"{path}, which has hooks or a forward of its own")
+        for path, attributes, name, number in self._numbers:
+            if attributes.get(name) != number:
+                raise _changed(path)
         for path, weights, name, weight, address, version in self._weights:
             if (
                 weights.get(name) is not weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -28,9 +29,10 @@ from .reading import Reading
 class Receiver:
     """A model that is read once and then serves many prefills: what :func:`partial_prefill` takes in place of the model.
 
-    It keeps what each call would otherwise find out or make again: the layers' weights, the model's identity, and once they
-    are first needed, weights with the norm's folded in (``norm="folded"``) and weights with LoRA adapters beside them. The last
-    two are copies: for each layer that is projected, memory of the size of its K and V projections.
+    A plain model, too, is read at the first call only, and again when it has changed. A receiver also keeps the copies that a
+    projection needs, from when they are first needed: weights with the norm's folded in (``norm="folded"``) and weights
+    with LoRA adapters beside them, for each layer that is projected memory of the size of its K and V projections. And it can
+    be warmed up, and waits for no GPU.
 
     The model must not change meanwhile. Every use checks, without a look at values, that modules, the K/V projections' weights
     and their adapters are those that were read: what was replaced, moved to another device or dtype, written to, merged,
@@ -128,8 +130,8 @@ def partial_prefill(
     pass: ``receiver.generate(prompt_ids, past_key_values=cache)`` with the context's tokens at the head of `prompt_ids`.
 
     Args:
-        receiver: a model of the sender's architecture, not changed; or a :class:`Receiver` of it, for more than a few prefills:
-            on a GPU reading the model takes the host longer than filling the cache.
+        receiver: a model of the sender's architecture, not changed; or a :class:`Receiver` of it, which keeps copies of weights
+            where they are needed, and does not wait for a GPU.
         context: what :func:`capture` made.
         plan: which layers to recompute and project.
         prompt_ids: ``[B, N]``, the prompt that is to follow; checked to continue the context.
@@ -212,11 +214,10 @@ def decoder_of(receiver: PreTrainedModel | Receiver) -> Decoder:
     known = _read.get(receiver)
     if known is not None:
         decoder, reading = known
-        try:
+        with contextlib.suppress(ReuseError):
             reading.check(receiver)
-            return decoder
-        except ReuseError:
-            pass
+            if decoder.rope_is_as_read():
+                return decoder
     decoder = Decoder(receiver)
     _read[receiver] = decoder, Reading(decoder)
     return decoder

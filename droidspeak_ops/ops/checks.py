@@ -1,4 +1,4 @@
-"""Checks of the operators' arguments: what came and what is needed, by the argument's name, before anything is written.
+"""Checks of the operators' arguments, before anything is written: errors name the argument, what is expected and what came.
 
 Those that read values (slots) or addresses (overlaps) belong to the implementations: a trace has neither, and a GPU should
 not be asked.
@@ -204,7 +204,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether an element of each lies in the same memory. Views of different strides do if their ranges meet."""
+    """Return whether two tensors share an element; views of different strides are taken to where their ranges meet."""
     first, second = (one, other) if one.data_ptr() <= other.data_ptr() else (other, one)
     distance, rest = divmod(second.data_ptr() - first.data_ptr(), first.element_size())
     if not first.numel() or not second.numel() or distance >= _extent(first):

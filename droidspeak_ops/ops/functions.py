@@ -2,7 +2,7 @@
 
 Each is a ``torch.library`` operator under ``torch.ops.droidspeak_ops`` that mutates its outputs and returns nothing:
 forward only, without host synchronisation on a GPU, usable under ``torch.compile(fullgraph=True)``. On the CPU the
-implementation is the reference (:mod:`droidspeak_ops.reference`); on CUDA and ROCm it is a Triton kernel.
+implementation is the reference (:mod:`droidspeak_ops.ops.reference`); on CUDA and ROCm it is a Triton kernel.
 
 A KV cache is ``[blocks, kv_heads, block_size, head_dim]`` with any strides whose last is 1. A dense transformers cache
 ``[batch, kv_heads, tokens, head_dim]`` is that already, with a sequence for a block, and so are pages in HND order; for pages

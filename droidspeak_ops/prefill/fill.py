@@ -20,7 +20,7 @@ from .weights import LayerWeights, Norm, Prepared, projection
 
 
 class Destination(NamedTuple):
-    """Where K and V of one layer go: the last N tokens of each sequence, as many as the layer keeps.
+    """Slots for K and V of one layer, of the last N tokens of each sequence: as many as the layer keeps.
 
     Args:
         k_cache, v_cache: ``[blocks, K, block_size, D]``: a dense cache, with a sequence for a block, or pages.
@@ -39,7 +39,7 @@ class Layers(Protocol):
 
     @property
     def rope_varies(self) -> bool:
-        """Whether the angles of a position depend on how long prompts are, or were."""
+        """True if the angles of a position depend on the length of the prompt, or of earlier ones."""
 
     def embed(self) -> torch.Tensor:
         """Return what enters layer 0, ``[B, T, C]``."""
@@ -106,21 +106,15 @@ class _Planned(NamedTuple):
     layer: int
     source: str
     prepared: Prepared
-    rotated_pairs: int
+    rotation: Rotation | None
     destination: Destination
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Properties that layers projected together have in common."""
         k_cache, _, slots = self.destination
-        return (
-            self.source == "fitted_kv",
-            self.prepared.kind,
-            self.rotated_pairs,
-            k_cache.shape,
-            k_cache.stride(),
-            id(slots),
-        )
+        pairs = 0 if self.rotation is None else self.rotation[0].shape[1]
+        return (self.source == "fitted_kv", self.prepared.kind, pairs, k_cache.shape, k_cache.stride(), id(slots))
 
 
 def _groups(projections: Iterable[_Planned]) -> Iterator[list[_Planned]]:
@@ -137,7 +131,7 @@ def _groups(projections: Iterable[_Planned]) -> Iterator[list[_Planned]]:
 
 
 class _Filling:
-    """How each layer of a context is filled. Every layer is to be filled once."""
+    """The ways to fill a layer with a context. Every layer is to be filled once."""
 
     def __init__(self, layers: Layers, context: SharedContext, maps: Maps | None, norm: Norm, rerotates: bool) -> None:
         self._layers, self._context, self._maps, self._norm, self._rerotates = layers, context, maps, norm, rerotates
@@ -184,9 +178,8 @@ class _Filling:
             )
 
     def band_end(self, layer: int, hidden_states: torch.Tensor) -> ops.Projection:
-        """To compute K and V of the last layer of a band from what enters it: nothing reads its output."""
-        prepared = self._layers.prepared(layer, self._norm)
-        return self._projection(layer, hidden_states, prepared, self._layers.destination(layer))
+        """The projection of the last layer of a band from what enters it: nothing reads its output."""
+        return self._projection(self.planned(layer, "project"), hidden_states)
 
     def planned(self, layer: int, source: str) -> _Planned:
         """Find the weights that K and V of a layer are projected with, and where they go; read nothing."""
@@ -199,34 +192,26 @@ class _Filling:
             else:
                 weights = LayerWeights(norm_weight=None, norm_eps=0.0, k_norm_weight=None, k_norm_eps=0.0, **fitted)
             prepared = Prepared(weights, self._norm, weights.k_weight, weights.v_weight)
-        rotation = self._layers.rotation(layer)
-        pairs = 0 if rotation is None else rotation[0].shape[1]
-        return _Planned(layer, source, prepared, pairs, self._layers.destination(layer))
+        return _Planned(layer, source, prepared, self._layers.rotation(layer), self._layers.destination(layer))
 
     def projection(self, planned: _Planned) -> ops.Projection:
-        """To compute K and V of a layer from the sender's hidden states, or from its K and V."""
-        layer, source, prepared, _, destination = planned
-        if source == "fitted_kv":
-            return self._projection(layer, self._context.unrotated(layer), prepared, destination)
-        hidden_states, rstd = self.hidden(layer), None
-        if prepared.folded:
+        """The projection of a layer from the sender's hidden states, or from its K and V."""
+        if planned.source == "fitted_kv":
+            return self._projection(planned, self._context.unrotated(planned.layer))
+        hidden_states, rstd = self.hidden(planned.layer), None
+        if planned.prepared.folded:
             # The context keeps what depends on it alone for all its receivers; embeddings are the receiver's own.
-            eps = prepared.weights.norm_eps
-            rstd = self._context.rstd(layer, eps) if layer else ops.rms_rstd(hidden_states, eps)
-        return self._projection(layer, hidden_states, prepared, destination, rstd)
+            eps = planned.prepared.weights.norm_eps
+            rstd = self._context.rstd(planned.layer, eps) if planned.layer else ops.rms_rstd(hidden_states, eps)
+        return self._projection(planned, hidden_states, rstd)
 
     def _projection(
-        self,
-        layer: int,
-        hidden_states: torch.Tensor,
-        prepared: Prepared,
-        destination: Destination,
-        rstd: torch.Tensor | None = None,
+        self, planned: _Planned, hidden_states: torch.Tensor, rstd: torch.Tensor | None = None
     ) -> ops.Projection:
-        rotation = self._layers.rotation(layer)
-        rows = destination.slot_mapping.shape[0] // self._batch
+        _, _, prepared, rotation, destination = planned
         positions = None
         if self._batch > 1 and rotation is not None:
+            rows = destination.slot_mapping.shape[0] // self._batch
             if rows not in self._positions:
                 device = destination.slot_mapping.device
                 self._positions[rows] = torch.arange(rows, device=device).repeat(self._batch)

@@ -1,4 +1,4 @@
-"""Which layers of the receiver are recomputed, which are projected, and so which are reused."""
+"""Plans: the layers of the receiver that are recomputed, those that are projected, and so those that are reused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a receiver does at each layer over a context, decided once from a plan, the pair's maps and what the context holds.
+"""The work of a receiver at each layer over a context, decided once from a plan, the pair's maps and what the context holds.
 
 The fill, the cost model, the profiler and whoever loads contexts read a :class:`Schedule`; none of them decides again.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .plan import Plan
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .maps import Maps
 
 Source = Literal["reuse", "recompute", "project", "fitted", "fitted_kv"]
-"""Where K and V of a layer come from: the sender; the receiver's own layers; a projection of the sender's hidden states with
-the receiver's weights, or with weights of :class:`Maps`; a projection of the sender's K and V with such weights."""
+"""The source of a layer's K and V: the sender; the receiver's own layers; a projection of the sender's hidden states with the
+receiver's weights, or with weights of :class:`Maps`; a projection of the sender's K and V with such weights."""
 
 
 class Band(NamedTuple):
@@ -68,7 +68,7 @@ class Schedule:
 
     @cached_property
     def reads(self) -> tuple[Read, ...]:
-        """What is read of the context, in the order of use: what bands start from, then layer by layer.
+        """The parts of the context that are read, in the order of use: starts of bands first, then layer by layer.
 
         Hidden states that enter layer 0 are never among it: they are embeddings, and the receiver has its own.
         """
@@ -82,14 +82,14 @@ class Schedule:
                 reads.append(Read("sinks", layer))
         return tuple(reads)
 
-    @property
+    @cached_property
     def hidden_layers(self) -> tuple[int, ...]:
         """The layers at which the sender's hidden states are read."""
         return tuple(sorted({layer for what, layer in self.reads if what == "hidden"}))
 
     @property
     def work(self) -> Work:
-        """What it costs. A band of n layers runs n - 1: nothing reads the output of its last."""
+        """The cost in layers. A band of n layers runs n - 1: nothing reads the output of its last."""
         return Work(
             run=sum(band.end - band.start - 1 for band in self.bands),
             projected=len(self.bands) + sum(source in ("project", "fitted", "fitted_kv") for source in self.sources),
@@ -134,6 +134,7 @@ def resolve(
     return Schedule(sources, bands, sources != planned or any(band.corrected for band in bands))
 
 
+@lru_cache(maxsize=256)
 def _planned(plan: Plan, num_layers: int) -> tuple[Source, ...]:
     """The source of each layer without maps."""
     projected = () if plan.project == "rest" else tuple(plan.project)

@@ -58,14 +58,15 @@ class Prepared:
 
     @property
     def folded(self) -> bool:
-        """Whether the operator needs 1/rms of the rows."""
+        """True if the operator needs 1/rms of the rows."""
         return self.norm == "folded" and self.weights.norm_weight is not None
 
     @cached_property
     def kind(self) -> tuple[Any, ...]:
         """Properties of the weights that layers projected together have in common."""
+        of_norms = (self.weights.norm_eps, self.weights.k_norm_eps)
         steps = (self.weights.norm_weight, self.weights.k_bias, self.weights.k_norm_weight, self.down)
-        return (self.norm, self.k_weight.shape, self.k_weight.stride(), *(step is None for step in steps))
+        return (self.norm, *of_norms, self.k_weight.shape, self.k_weight.stride(), *(step is None for step in steps))
 
 
 def prepare(weights: LayerWeights, norm_order: NormOrder, norm: Norm) -> Prepared:

@@ -161,6 +161,11 @@ def set_data(model: Any) -> None:
         (set_data, r"layers\.3\.input_layernorm\.weight"),
         (lambda model: model.half(), r"layers\.0\.\S+\.weight"),
         (lambda model: model.model.rotary_emb.inv_freq.div_(4), r"rotary_emb\.inv_freq"),
+        (
+            lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 1.0),
+            "layers.1.input_layernorm",
+        ),
+        (lambda model: setattr(model.model.rotary_emb, "attention_scaling", 2.0), "rotary_emb.attention_scaling"),
         (lambda model: model.train(), "its mode, which is training"),
         (lambda model: model.to("meta"), r"layers\.0\.\S+\.weight"),
         (
@@ -225,7 +230,11 @@ def test_a_plain_model_is_read_again_where_it_changed() -> None:
     with pytest.raises(ds.UnsupportedModelError, match="v_proj: expected .*got forward hooks"):
         ds.partial_prefill(model, context, PLANS[1])
     handle.remove()
-    ds.partial_prefill(model, context, PLANS[1])
+    expected = ds.partial_prefill(model, context, PLANS[1])
+    model.model.layers[2].input_layernorm.variance_epsilon *= 1e6
+    assert not torch.equal(ds.partial_prefill(model, context, PLANS[1]).layers[2].keys, expected.layers[2].keys)
+    model.model.rotary_emb.inv_freq.data.mul_(0.5)
+    assert not torch.equal(ds.partial_prefill(model, context, PLANS[0]).layers[2].keys, context.kv(2).keys)
 
 
 @pytest.mark.parametrize("of", ["model", "adapters"])

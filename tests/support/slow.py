@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -92,8 +93,9 @@ class SlowDecoder:
         norm = f"{p}{name}_norm"
         if norm + ".weight" in self.w:
             # As wide as one head where each is normed by itself, else as all of them together.
-            y = self._norm(y.unflatten(-1, (-1, len(self.w[norm + ".weight"]))), norm).flatten(-2)
-        return y.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
+            groups = rearrange(y, "t (g c) -> t g c", c=len(self.w[norm + ".weight"]))
+            y = rearrange(self._norm(groups, norm), "t g c -> t (g c)")
+        return rearrange(y, "t (h d) -> h t d", d=self.head_dim)
 
     def _frequencies(self, layer: int) -> Tensor:
         """RoPE's angles per position; fewer than half of head_dim where only the first channels rotate."""
