@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
+from transformers.masking_utils import create_causal_mask
 
 from ..context.context import check_continues
 from ..context.fingerprint import ReuseError
 from ..context.growing import GrowingKV
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""The name of a layer's argument for its cache: another one from transformers 5.24 on."""
 
 
 class MixedLayer(DynamicLayer):
@@ -257,7 +262,7 @@ class MixedCache(Cache):
     def activate_past_recording(self) -> None:
         """Called where assisted generation starts; makes its first step skip the tokens that are in the cache.
 
-        transformers (5.16 to 5.23) runs the whole prompt in that step, whatever cache it is given, so that every token of
+        transformers (5.16 to 5.24) runs the whole prompt in that step, whatever cache it is given, so that every token of
         the context would stand in the cache twice.
         """
         super().activate_past_recording()
@@ -269,7 +274,7 @@ class MixedCache(Cache):
 
         def skip_held_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             cache = mine()
-            if cache is not None and kwargs.get("past_key_values") is not cache:
+            if cache is not None and kwargs.get(CACHE) is not cache and kwargs.get("past_key_values") is not cache:
                 return None  # somebody else's step, which may come first
             handle.remove()
             if cache is None:

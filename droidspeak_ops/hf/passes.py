@@ -12,7 +12,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from ..context.context import Rotation
 from .adapters import UnsupportedModelError
-from .cache import MixedSlidingLayer, empty_layer, rows_held
+from .cache import CACHE, MixedSlidingLayer, empty_layer, rows_held
 from .decoder import Decoder
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -73,8 +73,8 @@ class Pass:
             hidden_states,
             attention_mask=self.mask(self._decoder.windows[layer]),
             position_embeddings=self._rotary(self._decoder.rotary_types[layer]),
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
 
     def mask(self, window: int | None) -> Any:
@@ -97,7 +97,7 @@ class Pass:
         if config._attn_implementation == "sdpa" and (window is None or self._like.shape[1] < window):
             return None
         create = create_causal_mask if window is None else create_sliding_window_causal_mask
-        return create(config=config, inputs_embeds=self._like, attention_mask=None, past_key_values=None)
+        return create(config=config, inputs_embeds=self._like, attention_mask=None, **{CACHE: None})
 
     def _added_mask(self, window: int | None) -> torch.Tensor:
         """Mask that is added to attention logits, ``[1, 1, N, rows]``."""
