@@ -11,7 +11,7 @@ from typing import Any
 from .example import Example, TextExample, by_context
 from .metrics import METRICS, of_tokens
 
-_SHORTEST = 64  # tokens of a text that a context to fit maps on, and what follows it, can be cut from
+_MIN_TOKENS = 64  # of a piece of text that is cut into a context, a suffix and an answer
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,42 +26,52 @@ def main(arguments: list[str] | None = None) -> None:
         help="local path, hub name or LoRA adapter (default: SmolLM2-135M-Instruct); prompts are ChatML",
     )
     demo.add_argument("--receiver", help="local path, hub name or LoRA adapter (default: the shipped glossary variant)")
-    demo.add_argument("--examples", type=_positive, default=12, help="held-out examples to answer (default: 12)")
-    demo.add_argument("--plot", type=Path, default=Path("droidspeak-demo.png"), help="where the PNG is written")
+    demo.add_argument("--examples", type=_positive, default=12, help="number of test examples to answer (default: 12)")
+    demo.add_argument("--plot", type=Path, default=Path("droidspeak-demo.png"), help="PNG file to write")
 
     on_pair = argparse.ArgumentParser(add_help=False)
-    on_pair.add_argument("sender", help="local path, hub name, LoRA adapter, or 'smollm2'")
-    on_pair.add_argument("receiver", help="a fine-tune of the same model, named the same ways")
+    on_pair.add_argument("sender", help="local path, hub name or LoRA adapter, or 'smollm2'")
+    on_pair.add_argument("receiver", help="another fine-tune of the same model, named likewise")
     on_pair.add_argument(
         "texts",
         type=Path,
         nargs="+",
-        help="text files such as the contexts to come, or .jsonl files of objects with context, suffix and answer",
+        help="text files like the expected contexts, or .jsonl files of objects with context, suffix and answer",
     )
-    on_pair.add_argument("--tokens", type=_positive, default=1024, help="that texts are cut into (default: 1024)")
+    on_pair.add_argument(
+        "--tokens", type=_positive, default=1024, help="tokens per piece that text files are cut into (default: 1024)"
+    )
 
     fitting = commands.add_parser(
-        "fit", parents=[on_pair], help="fit maps to a pair of models: better K/V at the price of a projection"
+        "fit", parents=[on_pair], help="fit maps to a pair of models: better K/V at the cost of a projection"
     )
-    fitting.add_argument("--band", type=_band, action="append", default=[], help="of plans to come, such as 15:20")
-    fitting.add_argument("--out", type=Path, default=Path("maps.safetensors"), help="where the maps are written")
+    fitting.add_argument(
+        "--band", type=_band, action="append", default=[], help="band of intended plans, such as 15:20"
+    )
+    fitting.add_argument("--out", type=Path, default=Path("maps.safetensors"), help="file to write the maps to")
 
     profiling = commands.add_parser(
-        "profile", parents=[on_pair], help="find what plans are worth for a pair of models, and choose one"
+        "profile", parents=[on_pair], help="measure the quality and cost of plans for a pair of models"
     )
-    profiling.add_argument("--maps", type=Path, help="of this pair, as droidspeak fit writes them")
+    profiling.add_argument("--maps", type=Path, help="maps of this pair, from droidspeak fit")
     profiling.add_argument(
-        "--granularity", type=_positive, default=1, help="layers between starts of bands (default: 1)"
+        "--granularity",
+        type=_positive,
+        default=1,
+        help="bands start and end at multiples of so many layers (default: 1)",
     )
-    profiling.add_argument("--metric", choices=sorted(METRICS), help="score answers too, to .jsonl files")
-    profiling.add_argument("--seed", type=int, default=0, help="of the order of contexts (default: 0)")
+    profiling.add_argument("--metric", choices=sorted(METRICS), help="also score generated answers (.jsonl files)")
+    profiling.add_argument("--seed", type=int, default=0, help="seed of the order of contexts (default: 0)")
     profiling.add_argument(
         "--out", type=Path, default=Path("droidspeak-profile"), help="folder for frontier.json, plots and report.html"
     )
 
-    compiling = commands.add_parser("compile", help="compile all kernels ahead of time and show what they use")
+    compiling = commands.add_parser("compile", help="compile all kernels ahead of time and show the resources they use")
     compiling.add_argument(
-        "--targets", type=_targets, default="sm_80,sm_90a,sm_100a,gfx942", help="GPU architectures, with commas"
+        "--targets",
+        type=_targets,
+        default="sm_80,sm_90a,sm_100a,gfx942",
+        help="GPU architectures, comma-separated (default: %(default)s)",
     )
     compiling.add_argument("--json", type=Path, help="also write the results to this file")
 
@@ -71,16 +81,16 @@ def main(arguments: list[str] | None = None) -> None:
 
         run(options.sender, options.receiver, options.examples, options.plot)
     elif options.command == "fit":
-        _fit(_Pair.read(options), options.band, options.out)
+        _fit(_Inputs.read(options), options.band, options.out)
     elif options.command == "profile":
-        _profile(_Pair.read(options), options)
+        _profile(_Inputs.read(options), options)
     else:
         _compile(options.targets, options.json)
 
 
 @dataclasses.dataclass
-class _Pair:
-    """Two models, and what may follow what contexts."""
+class _Inputs:
+    """The models of a command, and examples for them."""
 
     sender: Any
     receiver: Any
@@ -88,7 +98,7 @@ class _Pair:
     examples: list[Example]
 
     @classmethod
-    def read(cls, options: argparse.Namespace) -> _Pair:
+    def read(cls, options: argparse.Namespace) -> _Inputs:
         from .hf.pretrained import load_pretrained
 
         texts = [(path, path.read_text(encoding="utf-8")) for path in options.texts]
@@ -99,12 +109,12 @@ class _Pair:
                 examples += [each.encode(tokenizer) for each in _read_examples(path, text)]
             else:
                 pieces = tokenizer(text, return_tensors="pt").input_ids.split(options.tokens, dim=1)
-                examples += [Example.cut(piece) for piece in pieces if piece.shape[1] >= _SHORTEST]
+                examples += [Example.cut(piece) for piece in pieces if piece.shape[1] >= _MIN_TOKENS]
         contexts = len(by_context(examples))
         if contexts < 3:
             raise SystemExit(
-                f"droidspeak {options.command}: texts: got {contexts} contexts, where texts are cut into pieces of {_SHORTEST} "
-                f"to {options.tokens} tokens; three or more are needed"
+                f"droidspeak {options.command}: texts: expected at least 3 contexts from pieces of {_MIN_TOKENS} to "
+                f"{options.tokens} tokens, got {contexts}"
             )
         return cls(sender, receiver, tokenizer, examples)
 
@@ -116,29 +126,31 @@ def _read_examples(path: Path, text: str) -> list[TextExample]:
             found.append(TextExample(**json.loads(line)))
         except (json.JSONDecodeError, TypeError):
             raise SystemExit(
-                f"{path}, line {number}: got {line[:80]!r}; a JSON object with the texts context, suffix and answer is needed"
+                f"{path}, line {number}: expected a JSON object with the texts context, suffix and answer, got {line[:80]!r}"
             ) from None
     return found
 
 
-def _fit(pair: _Pair, bands: list[tuple[int, int]], out: Path) -> None:
+def _fit(inputs: _Inputs, bands: list[tuple[int, int]], out: Path) -> None:
     from rich.console import Console
 
     from .fitting.run import fit
 
-    maps = fit(pair.sender, pair.receiver, pair.examples, bands=bands)
+    maps = fit(inputs.sender, inputs.receiver, inputs.examples, bands=bands)
     maps.save(out)
-    contexts = by_context(pair.examples)
-    used = [sum(role != "reuse" for role in choices) for choices in (maps.choices, maps.choices_without_hidden)]
+    contexts = by_context(inputs.examples)
+    mapped, mapped_without_hidden = (
+        sum(source != "reuse" for source in choices) for choices in (maps.choices, maps.choices_without_hidden)
+    )
     Console().print(
         f"{sum(group[0].context.shape[1] for group in contexts):,} tokens of {len(contexts)} contexts\n"
-        f"layers that are mapped: {used[0]} of {len(maps.choices)}, without hidden states {used[1]}; "
-        f"band starts that are corrected: {sorted(maps.corrections) or 'none'}\n"
+        f"mapped layers: {mapped} of {len(maps.choices)}, without hidden states {mapped_without_hidden}; "
+        f"corrected band starts: {sorted(maps.corrections) or 'none'}\n"
         f"maps: {out.resolve()}, {out.stat().st_size / 2**20:.0f} MiB"
     )
 
 
-def _profile(pair: _Pair, options: argparse.Namespace) -> None:
+def _profile(inputs: _Inputs, options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -150,12 +162,12 @@ def _profile(pair: _Pair, options: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     journal = out / "journal.jsonl"
     frontier = profile(
-        pair.sender,
-        pair.receiver,
-        pair.examples,
+        inputs.sender,
+        inputs.receiver,
+        inputs.examples,
         maps=None if options.maps is None else Maps.load(options.maps),
         granularity=options.granularity,
-        score=None if options.metric is None else of_tokens(METRICS[options.metric], pair.tokenizer),
+        score=None if options.metric is None else of_tokens(METRICS[options.metric], inputs.tokenizer),
         journal=journal,
         seed=options.seed,
     )
@@ -181,8 +193,8 @@ def _compile(targets: list[str], path: Path | None) -> None:
     steps = track(aot.compile_all(targets), "Compiling", total=aot.num_cases(targets), console=console)
     kernels = [kernel for step in steps for kernel in step]
     table = Table(
-        caption="registers a thread, spills, shared memory in KiB, programs a multiprocessor holds, matrix instructions of"
-        " all instructions in the inner loop and asynchronous copies there, bits of loads and stores, least microseconds"
+        caption="registers per thread, spills, KiB of shared memory, programs per multiprocessor, matrix instructions of all"
+        " instructions in the inner loop, asynchronous copies there, bits per load and store, minimum time in microseconds"
         f" at {aot.FLOOR_TOKENS[1]:,} tokens"
     )
     for column in ("kernel", "configuration", "target"):
@@ -227,7 +239,7 @@ def _band(text: str) -> tuple[int, int]:
         start, end = map(int, text.split(":"))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"got {text}; a band's first layer and its end, such as 15:20, is needed"
+            f"expected a band's first layer and its end, such as 15:20, got {text}"
         ) from None
     return start, end
 
@@ -235,7 +247,7 @@ def _band(text: str) -> tuple[int, int]:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text}; a number of 1 or more is needed")
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes, and journals of long runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path to write what is to stand at `path` once it is whole and on disk; it is removed if writing fails.
+    """Yield a scratch path whose file replaces `path` atomically, once it is flushed to disk; on an error it is removed.
 
-    Threads and processes that write to one path each have a place of their own, and the last to end wins. A link stays a link,
-    and a file keeps its mode.
+    Threads and processes may write to one path at once: each has a scratch file of its own, and the last to finish wins. A
+    symbolic link stays a link, and a file keeps its mode.
     """
     target = Path(os.path.realpath(path))
     scratch = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex}")
@@ -25,15 +25,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield scratch
         if target.exists():
             shutil.copymode(target, scratch)
-        _synced(scratch)
+        _sync(scratch)
         os.replace(scratch, target)
-        _synced(target.parent)
+        _sync(target.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def _synced(path: Path) -> None:
-    """Bring to disk what has been written to a file, or which names a folder has."""
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,30 +42,32 @@ def _synced(path: Path) -> None:
 
 
 class Journal:
-    """The finished parts of a long run, a line of JSON each: killed at any moment, it goes on from there.
+    """The records of a long run, one line of JSON each, from which it resumes after being killed at any moment.
 
     Args:
-        path: of the file; None keeps nothing.
-        of: what identifies the run.
+        path: the journal's file, or None to keep records in memory only.
+        run: identifies the run; it is the first line of the file.
 
     Raises:
         ValueError: the file is the journal of another run.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, of: dict[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, run: dict[str, Any]) -> None:
         self.path = None if path is None else Path(path)
         self.done: list[Any] = []
         if self.path is None:
             return
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []  # the last line may be torn
-        if lines and json.loads(lines[0]) != json.loads(json.dumps(of)):
-            raise ValueError(f"journal: {self.path} is of another run; another path is needed, or remove it")
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []  # the last may be torn
+        if lines and json.loads(lines[0]) != json.loads(json.dumps(run)):
+            raise ValueError(
+                f"journal: expected a journal of this run, got that of another, {self.path}; remove it or pass another path"
+            )
         self.done = [json.loads(line) for line in lines[1:]]
         with replacing(self.path) as scratch:
-            scratch.write_bytes(b"".join(line + b"\n" for line in lines or [json.dumps(of).encode()]))
+            scratch.write_bytes(b"".join(line + b"\n" for line in lines or [json.dumps(run).encode()]))
 
     def add(self, record: Any) -> None:
-        """Note what is finished."""
+        """Append a record, and flush it to disk."""
         self.done.append(record)
         if self.path is not None:
             with self.path.open("ab") as file:

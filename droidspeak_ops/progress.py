@@ -1,4 +1,4 @@
-"""Progress bars of long work."""
+"""Progress bars."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def bars(shown: bool) -> Progress:
-    """Bars on stderr with the time that has passed and is left, or nothing."""
+    """Return progress bars on stderr with elapsed and remaining time, or disabled ones."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

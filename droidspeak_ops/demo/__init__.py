@@ -1,1 +1,1 @@
-"""The main job on a real model, as a command: how fast and how good a receiver is over a sender's KV cache."""
+"""The command ``droidspeak demo``: the speed and quality of reuse on a real model and its fine-tune."""

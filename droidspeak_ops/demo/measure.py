@@ -1,4 +1,4 @@
-"""Measure full prefill and plans side by side on the same examples: answers, negative log-likelihood, time to first token."""
+"""Measure full prefill and plans on the same examples: answers, negative log-likelihood, time to first token."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MAX_ANSWER_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One example answered in one way."""
+class Measurement:
+    """The measurements of one strategy on one example."""
 
     answer: str
     exact_match: float
@@ -35,30 +35,31 @@ class Measured:
 
 @dataclass
 class Strategy:
-    """A plan, or full prefill where it is None, and what was measured of it, example by example."""
+    """A plan, or full prefill if None, with its measurements, example by example."""
 
     plan: ds.Plan | None
-    measured: list[Measured] = field(default_factory=list)
+    measured: list[Measurement] = field(default_factory=list)
 
     def __str__(self) -> str:
         return "full prefill" if self.plan is None else str(self.plan)
 
     def mean(self, name: str) -> float:
+        """Return the mean of a field of the measurements."""
         return statistics.fmean(getattr(measured, name) for measured in self.measured)
 
     def median_seconds(self) -> float:
         return statistics.median(measured.seconds for measured in self.measured)
 
     def speedup_over(self, other: Strategy) -> float:
-        """Median of the ratios of two times measured one after the other on the same example."""
-        pairs = zip(other.measured, self.measured, strict=True)
-        return statistics.median(theirs.seconds / ours.seconds for theirs, ours in pairs)
+        """Return the median over examples of the ratio of times to first token."""
+        pairs = zip(self.measured, other.measured, strict=True)
+        return statistics.median(reference.seconds / measured.seconds for measured, reference in pairs)
 
 
 def glossary_examples(split: Literal["calibration", "test"] = "test") -> list[TextExample]:
-    """The shipped examples: questions over WordNet definitions under invented words, about 1,000 tokens each.
+    """Load the shipped examples: questions about WordNet definitions of invented words, contexts of about 1,000 tokens.
 
-    No definition of the test split is in the calibration split, several questions to a context, or was trained on.
+    No definition of the test split was trained on or is in the calibration split, which has several questions per context.
     """
     text = files(__package__).joinpath("glossary", f"{split}.json").read_text(encoding="utf-8")
     return [TextExample(**example) for example in json.loads(text)]
@@ -71,10 +72,10 @@ def measure(
     strategies: Sequence[Strategy],
     examples: Sequence[TextExample],
 ) -> Iterator[int]:
-    """Add a measurement of every example to every strategy; the context's token count is yielded after each example.
+    """Add a measurement of every example to every strategy; yield the length of its context after each example.
 
-    Full prefill is the strongest a transformers user has: the model's own attention, logits of the last token alone,
-    warm. The sender's pass is not timed: it has read the context already.
+    Full prefill is the strongest baseline in transformers: the model's own attention, and logits of the last token alone,
+    warmed up. The sender's pass is not timed: it has read the context already.
     """
     sender_tokenizer, tokenizer = tokenizers
     depth = receiver.config.num_hidden_layers
@@ -97,18 +98,18 @@ def _measure_one(
     start: Callable[[], tuple[torch.Tensor, Any]],
     ids: ds.Example,
     answer: str,
-) -> Measured:
+) -> Measurement:
     (first, cache), seconds = timed(start)
-    rest = receiver(ids.answer[:, :-1], past_key_values=deepcopy(cache), use_cache=True).logits
-    logits = torch.cat((first, rest), dim=1).float()
+    following = receiver(ids.answer[:, :-1], past_key_values=deepcopy(cache), use_cache=True).logits
+    logits = torch.cat((first, following), dim=1).float()
     nll = F.cross_entropy(logits[0], ids.answer[0]).item()
-    given = continued(receiver, tokenizer, ids.prompt, cache)
+    given = generate_answer(receiver, tokenizer, ids.prompt, cache)
     exact_match, f1 = squad_scores(given, answer)
-    return Measured(given, exact_match, f1, nll, seconds)
+    return Measurement(given, exact_match, f1, nll, seconds)
 
 
-def continued(receiver: Any, tokenizer: Any, prompt_ids: torch.Tensor, cache: Any) -> str:
-    """Return the receiver's greedy answer to a prompt that `cache` holds."""
-    cache.crop(-1)  # generate wants at least one token to run
+def generate_answer(receiver: Any, tokenizer: Any, prompt_ids: torch.Tensor, cache: Any) -> str:
+    """Generate the receiver's greedy answer to a prompt whose K/V `cache` holds."""
+    cache.crop(-1)  # generate has to run at least one token
     out = receiver.generate(prompt_ids, past_key_values=cache, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
     return tokenizer.decode(out[0, prompt_ids.shape[1] :], skip_special_tokens=True).strip()

@@ -1,4 +1,4 @@
-"""Output of the demo: a table, a plot of quality against time, and example answers side by side."""
+"""Output of the demo: a table, example answers, and a plot of quality against time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .measure import Strategy
 
 
 def table(strategies: Sequence[Strategy], title: str) -> Table:
-    """One row per strategy; the first is what the others are compared with."""
+    """Make the table of results, one row per strategy; the first strategy is the baseline."""
     caption = "EM exact match, NLL per answer token, TTFT median time to first token, speed-up median over examples"
     out = Table(title=title, caption=caption)
     for column in ("strategy", "layers run", "EM", "F1", "NLL", "TTFT, ms", "speed-up"):
@@ -34,7 +34,7 @@ def table(strategies: Sequence[Strategy], title: str) -> Table:
 
 
 def answers(strategies: Sequence[Strategy], examples: Sequence[TextExample], count: int = 2) -> Table:
-    """The answers of every strategy to a few examples, those first that tell the strategies apart most."""
+    """Make a table of the answers of every strategy to the examples whose F1 differs most between strategies."""
 
     def spread(index: int) -> float:
         return statistics.pvariance([strategy.measured[index].f1 for strategy in strategies])
@@ -52,7 +52,7 @@ def answers(strategies: Sequence[Strategy], examples: Sequence[TextExample], cou
 
 
 def plot(strategies: Sequence[Strategy], title: str, path: Path) -> None:
-    """Quality against time to first token, as a PNG: answer F1 on the left, NLL on the right."""
+    """Plot quality against time to first token as a PNG, answer F1 on the left and NLL on the right."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""``droidspeak demo``: get the models, measure, show."""
+"""Run ``droidspeak demo``: load the models, measure, report."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from . import report
 from .measure import Strategy, glossary_examples, measure
 
 
-def plans(depth: int) -> list[ds.Plan]:
-    """The plans that are compared: reuse, projection, bands of a sixth and a third of the layers, band and projection."""
-    short, long = ((depth // 2, depth // 2 + depth // part) for part in (6, 3))
+def plans(num_layers: int) -> list[ds.Plan]:
+    """Return the compared plans: reuse, projection, bands of a sixth and a third of the layers, band and projection."""
+    short, long = ((num_layers // 2, num_layers // 2 + num_layers // part) for part in (6, 3))
     return [ds.Plan(), ds.Plan(project="rest"), ds.Plan([short]), ds.Plan([long]), ds.Plan([long], project="rest")]
 
 
 def load_glossary_variant() -> tuple[Any, Any]:
-    """The shipped receiver: SmolLM2 with the glossary adapter merged into it, and its tokenizer."""
+    """Load the shipped receiver, SmolLM2 with the glossary adapter merged into it, and its tokenizer."""
     with as_file(files(__package__).joinpath("glossary")) as adapter:
         return load_pretrained(adapter)
 
 
 def run(sender_name: str, receiver_name: str | None, num_examples: int, plot: Path) -> None:
-    """Run the demo and print its report. `receiver_name` is None for the shipped glossary adapter."""
+    """Run the demo and print its report; `receiver_name` is None for the shipped glossary adapter."""
     console = Console()
     sender, sender_tokenizer = load_pretrained(sender_name)
     receiver, tokenizer = load_glossary_variant() if receiver_name is None else load_pretrained(receiver_name)
@@ -40,11 +40,11 @@ def run(sender_name: str, receiver_name: str | None, num_examples: int, plot: Pa
     examples = glossary_examples()[:num_examples]
     strategies = [Strategy(None), *map(Strategy, plans(receiver.config.num_hidden_layers))]
     steps = measure(sender, receiver, (sender_tokenizer, tokenizer), strategies, examples)
-    tokens = list(track(steps, "Answering held-out questions", total=len(examples), console=console))
+    tokens = list(track(steps, "Answering questions", total=len(examples), console=console))
 
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = (
-        f"{sender_name} -> {receiver_name or 'glossary variant'}: {len(examples)} held-out examples, contexts of "
+        f"{sender_name} -> {receiver_name or 'glossary variant'}: {len(examples)} test examples, contexts of "
         f"{min(tokens)} to {max(tokens)} tokens, {str(receiver.dtype).removeprefix('torch.')}, {where}"
     )
     console.print(report.table(strategies, title))

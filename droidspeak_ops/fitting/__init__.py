@@ -1,1 +1,1 @@
-"""Fitting maps to a pair of models."""
+"""Fitting of maps to a pair of models."""

@@ -1,48 +1,41 @@
-"""A sender and a receiver, layer by layer: what is regressed on what, and what a regression adds to."""
+"""The regressions of a pair of models, layer by layer: their inputs and targets, and the maps made of their results."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from .. import ops
-from ..context.context import SharedContext
+from ..context.context import SharedContext, last
 from ..hf.adapters import LowRank
 from ..hf.decoder import Decoder
-from ..hf.passes import Pass
-from ..prefill.maps import RMS_EPS, SINKS, Correction, Domain, LayerMap, sinks_among
+from ..prefill.maps import RMS_EPS, Affine, Correction, Domain, LayerMap, without_sinks, zero_sinks
 from ..prefill.schedule import Source
-from .ridge import NormalEquations, Regression
-from .shares import Ingredients, Mixture, rotated
+from .ridge import NormalEquations
+from .shares import Interpolation, Interpolations
 
 FITTED: tuple[Source, ...] = ("fitted", "fitted_kv")
 Key = tuple[int, Source]
+"""A layer and what its map starts from: hidden states (``"fitted"``) or the sender's K/V (``"fitted_kv"``)."""
 
-_DAMPING = 0.01  # of covariances that are inverted, of their mean variance
-_ALIKE = 1.25  # a context is alike up to so many times the distance of the furthest that was held out
-_OUTLIER = 3.0  # a row further off than this many medians counts as if it were that far
-
-
-class Linear(NamedTuple):
-    """``y = x Wᵀ + b``: `weight` ``[2 * K * D, P]`` and `bias` ``[2 * K * D]``, K above V."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
+_DAMPING = 0.01  # of covariances before they are inverted, relative to their mean variance
+_DOMAIN_MARGIN = 1.25  # the limit of a domain, relative to the furthest context that was left out of it
+_HUBER_THRESHOLD = 3.0  # in medians of the norms of the residuals
 
 
 class Pair:
-    """A pair of models that fits together. Layer 0 needs no map: what enters it are the receiver's own embeddings.
+    """A sender and a receiver that fit together. Layer 0 needs no map: its inputs are the receiver's own embeddings.
 
     Args:
-        starts: the layers at which bands start, where the receiver's hidden states are predicted too. Not without an input
-            norm: there a map is given the rows as they are, and a correction their directions.
+        starts: layers at which bands start, where the receiver's hidden states are regressed too; not in models without an
+            input norm.
 
     Raises:
-        ReuseError: they do not fit together.
+        ReuseError: the models do not fit together.
     """
 
     def __init__(self, sender: Decoder, receiver: Decoder, starts: Collection[int]) -> None:
@@ -56,7 +49,7 @@ class Pair:
         self._width = 2 * receiver.num_kv_heads * receiver.head_dim
 
     def equations(self) -> dict[Key, NormalEquations]:
-        """Empty sums by layer and role. Those of hidden states predict K and V, then the receiver's hidden states."""
+        """Return empty normal equations. Outputs are K and V, then, where a band starts, the receiver's hidden states."""
         hidden, device = self.receiver.config.hidden_size, self.receiver.model.device
         outputs = {layer: self._width + (hidden if layer in self.starts else 0) for layer in self.layers}
         return {
@@ -64,68 +57,80 @@ class Pair:
             **{(layer, "fitted_kv"): NormalEquations(self._width, self._width, device) for layer in self.layers},
         }
 
-    def blocks(self, layer: int, role: Source) -> list[slice]:
-        """The outputs that are predicted with one strength of the ridge: K, V and, where a band starts, hidden states."""
-        half, corrected = self._width // 2, role == "fitted" and layer in self.starts
+    def blocks(self, key: Key) -> list[slice]:
+        """Return the outputs that share one ridge strength: K, V and, where a band starts, hidden states."""
+        layer, source = key
+        half, corrected = self._width // 2, source == "fitted" and layer in self.starts
         return [slice(0, half), slice(half, self._width), *([slice(self._width, None)] if corrected else [])]
 
-    def add(self, equations: Mapping[Key, NormalEquations], theirs: SharedContext, own: SharedContext) -> None:
-        """Add a context that both have read, but for the sinks. Rows that are far off count less: a few tokens with massive
-        activations are like no others."""
+    def add(
+        self,
+        equations: Mapping[Key, NormalEquations],
+        sender_context: SharedContext,
+        receiver_context: SharedContext,
+    ) -> None:
+        """Add a context that both models have read, without attention sinks, and with Huber weights against outliers."""
+        tokens, contexts = sender_context.tokens.shape[1], (sender_context, receiver_context)
         for layer in self.layers:
-            rows, own_rows = self.unit(layer, theirs.hidden(layer)), self.unit(layer, own.hidden(layer))
+            sender_states, receiver_states = (each.hidden(layer) for each in contexts)
+            sender_rows, receiver_rows = (
+                without_sinks(self.normalized(layer, states), tokens) for states in (sender_states, receiver_states)
+            )
             projection = self.projection(self.receiver, layer)
-            missing = F.linear(own_rows - rows, projection.weight.to(rows.dtype))
-            weights = tamed(missing[SINKS:])
+            residual = F.linear(receiver_rows - sender_rows, projection.weight.to(sender_rows.dtype))
+            weights = huber_weights(residual)
             if layer in self.starts:
-                per_row = ops.rms_rstd(theirs.hidden(layer), RMS_EPS)[0, :, None]
-                missing = torch.cat([missing, (own.hidden(layer) - theirs.hidden(layer))[0] * per_row], dim=1)
-            equations[layer, "fitted"].add(rows[SINKS:], missing[SINKS:], weights)
-            rows, own_rows = theirs.unrotated(layer)[0], own.unrotated(layer)[0]
-            skipped = sinks_among(len(rows), theirs.tokens.shape[1])
-            missing = (own_rows - rows)[skipped:]
-            equations[layer, "fitted_kv"].add(rows[skipped:], missing, tamed(missing))
+                drift = (receiver_states - sender_states) * ops.rms_rstd(sender_states, RMS_EPS)[..., None]
+                residual = torch.cat([residual, without_sinks(drift[0], tokens)], dim=1)
+            equations[layer, "fitted"].add(sender_rows, residual, weights)
+            sender_rows, receiver_rows = (without_sinks(each.unrotated(layer)[0], tokens) for each in contexts)
+            residual = receiver_rows - sender_rows
+            equations[layer, "fitted_kv"].add(sender_rows, residual, huber_weights(residual))
 
-    def mixture(self, role: Source, theirs: SharedContext, fits: Mapping[int, Regression]) -> Mixture:
-        """The sender's K and V of a context, layer by layer, and what shares of the maps would add."""
-        over = Pass(self.receiver, theirs.tokens.shape)
-        return {layer: self._ingredients((layer, role), theirs, fits[layer], over) for layer in self.layers}
+    @torch.no_grad()
+    def interpolations(
+        self, source: Source, sender_context: SharedContext, fits: Mapping[int, Affine]
+    ) -> Interpolations:
+        """Return K and V of a context between the sender's and the fitted, by layer."""
+        return {layer: self._interpolation((layer, source), sender_context, fits[layer]) for layer in self.layers}
 
-    def _ingredients(self, key: Key, theirs: SharedContext, fitted: Regression, over: Pass) -> Ingredients:
-        layer, role = key
-        tokens, heads = theirs.tokens.shape[1], self.receiver.num_kv_heads
-        if role == "fitted":
-            kept = theirs.kv(layer).keys.shape[2]
-            rows = self.unit(layer, theirs.hidden(layer))[tokens - kept :]
+    def _interpolation(self, key: Key, sender_context: SharedContext, fit: Affine) -> Interpolation:
+        layer, source = key
+        if source == "fitted":
+            held = sender_context.kv(layer).keys.shape[2]
+            rows = last(self.normalized(layer, sender_context.hidden(layer)), held)
+            k_norm_weight = self.receiver.weights(layer).k_norm_weight
         else:
-            rows = theirs.unrotated(layer)[0]
-        base, toward = (
-            F.linear(rows, weight.to(rows.dtype), bias.to(rows.dtype)).unflatten(-1, (2, heads, -1))  # [N, 2, K, D]
-            for weight, bias in self._terms(key, fitted)
+            rows, k_norm_weight = sender_context.unrotated(layer)[0], None
+        base, difference = (term(rows) for term in self._terms(key, fit))
+        zero_sinks(difference, sender_context.tokens.shape[1])
+        by_head = "n (kv heads d) -> kv n heads d"
+        base, difference = (
+            rearrange(each, by_head, kv=2, heads=self.receiver.num_kv_heads) for each in (base, difference)
         )
-        toward[: sinks_among(len(rows), tokens)] = 0
-        norm_weight = self.receiver.weights(layer).k_norm_weight if role == "fitted" else None
-        if norm_weight is None:
-            for each in (base, toward):
-                each[:, 0] = rotated(each[:, 0], over.rotation(layer))
-        base, toward = (each.permute(1, 2, 0, 3).contiguous() for each in (base, toward))  # [2, K, N, D]
-        return Ingredients(base, toward, norm_weight)
+        return Interpolation(base, difference, k_norm_weight)
 
-    def layer_map(self, key: Key, fitted: Regression, shares: torch.Tensor) -> LayerMap:
-        """The map with `shares` ``[2]`` of what is fitted, for K and V, in the receiver's dtype."""
-        base, toward = self._terms(key, fitted)
-        rows = shares.double().repeat_interleave(self._width // 2)
-        weight, bias = base.weight + rows[:, None] * toward.weight, base.bias + rows * toward.bias
+    def layer_map(self, key: Key, fit: Affine, shares: torch.Tensor) -> LayerMap:
+        """Return the map with `shares` ``[2]`` of the fitted K and V, in the receiver's dtype."""
+        base, difference = self._terms(key, fit)
+        by_row = shares.double().repeat_interleave(self._width // 2)
+        weight, bias = base.weight + by_row[:, None] * difference.weight, base.bias + by_row * difference.bias
         dtype = self.receiver.model.dtype
         return LayerMap(*(part.to(dtype).contiguous() for part in (*weight.chunk(2), *bias.chunk(2))))
 
+    def correction(self, fit: Affine, share: float) -> Correction:
+        """Return a share of the fitted correction of the hidden states that enter a layer."""
+        weight, bias = (share * part[self._width :] for part in (fit.weight, fit.bias))
+        return Correction(weight.to(self.receiver.model.dtype), bias.to(self.receiver.model.dtype))
+
     def domain(
-        self, equations: NormalEquations, held_out: Sequence[tuple[NormalEquations, Sequence[SharedContext]]]
+        self, equations: NormalEquations, folds: Sequence[tuple[NormalEquations, Sequence[SharedContext]]]
     ) -> Domain:
-        """The kind of contexts that `equations` from K/V at :attr:`domain_layer` have summed.
+        """Return the domain of the contexts that were added to `equations`.
 
         Args:
-            held_out: some of those contexts, with the equations of all others.
+            equations: those from K/V at :attr:`domain_layer`.
+            folds: the contexts of each fold, with the equations of all other folds.
         """
 
         def around(equations: NormalEquations, limit: float) -> Domain:
@@ -133,51 +138,48 @@ class Pair:
             mean, whitening = (each.to(dtype) for each in equations.whitening(_DAMPING))
             return Domain(self.domain_layer, mean, whitening, limit)
 
-        furthest = max(around(others, 0.0).distance(each) for others, contexts in held_out for each in contexts)
-        return around(equations, _ALIKE * furthest)
+        furthest = max(around(others, 0.0).distance(each) for others, contexts in folds for each in contexts)
+        return around(equations, _DOMAIN_MARGIN * furthest)
 
-    def correction(self, fitted: Regression, share: float) -> Correction:
-        """A share of what the regression says of the hidden states that enter a layer."""
-        weight, bias = (share * part[self._width :] for part in (fitted.weight, fitted.bias))
-        return Correction(weight.to(self.receiver.model.dtype), bias.to(self.receiver.model.dtype))
-
-    def _terms(self, key: Key, fitted: Regression) -> tuple[Linear, Linear]:
+    def _terms(self, key: Key, fit: Affine) -> tuple[Affine, Affine]:
         """The affine map that gives the sender's K/V, and the difference that leads to the fitted K/V."""
-        layer, role = key
-        added = Linear(fitted.weight[: self._width], fitted.bias[: self._width])
-        if role == "fitted_kv":
-            return Linear(torch.eye(self._width).to(added.weight), torch.zeros_like(added.bias)), added
-        theirs, own = (self.projection(decoder, layer) for decoder in (self.sender, self.receiver))
-        return theirs, Linear(own.weight - theirs.weight + added.weight, own.bias - theirs.bias + added.bias)
+        layer, source = key
+        residual = Affine(fit.weight[: self._width], fit.bias[: self._width])
+        if source == "fitted_kv":
+            return Affine(torch.eye(self._width).to(residual.weight), torch.zeros_like(residual.bias)), residual
+        sender, receiver = (self.projection(decoder, layer) for decoder in (self.sender, self.receiver))
+        weight, bias = receiver.weight - sender.weight + residual.weight, receiver.bias - sender.bias + residual.bias
+        return sender, Affine(weight, bias)
 
-    def _compute_projection(self, decoder: Decoder, layer: int) -> Linear:
-        """A model's own projection of hidden states over their root mean square, in float64: the norm's weight folded in."""
+    def _compute_projection(self, decoder: Decoder, layer: int) -> Affine:
+        """A model's own K/V projection of normalised hidden states, in float64, with the norm's weight folded in."""
         weights = decoder.weights(layer)
         weight = torch.cat([_dense(weights.k_weight, weights.k_low_rank), _dense(weights.v_weight, weights.v_low_rank)])
         if weights.norm_weight is not None:
             gain = weights.norm_weight.double()
             weight = ops.fold_norm_weight(weight, gain, norm_order=decoder.family.norm_order)
         if weights.k_bias is None or weights.v_bias is None:
-            return Linear(weight, weight.new_zeros(len(weight)))
-        return Linear(weight, torch.cat([weights.k_bias, weights.v_bias]).double())
+            return Affine(weight, weight.new_zeros(len(weight)))
+        return Affine(weight, torch.cat([weights.k_bias, weights.v_bias]).double())
 
-    def unit(self, layer: int, states: torch.Tensor) -> torch.Tensor:
-        """Input of a layer's map, ``[T, C]``: the hidden states over their root mean square, if it has a norm."""
+    def normalized(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the input ``[T, C]`` of a layer's map: hidden states over their root mean square, if the layer has a norm."""
         weights = self.receiver.plainly_normed(layer)
         if weights.norm_weight is None:
-            return states[0]
+            return hidden_states[0]
         order = self.receiver.family.norm_order
-        return ops.row_norm(states, weights.norm_weight, weights.norm_eps, norm_order=order)[0]
+        return ops.row_norm(hidden_states, weights.norm_weight, weights.norm_eps, norm_order=order)[0]
 
 
 def _dense(weight: torch.Tensor, adapters: Sequence[LowRank]) -> torch.Tensor:
+    """The weight with its low-rank adapters merged, in float64."""
     total = weight.double()
     for each in adapters:
         total = total + each.up.double() @ each.down.double()
     return total
 
 
-def tamed(missing: torch.Tensor) -> torch.Tensor:
-    """Huber's weights of rows: 1, or less for those that are far off."""
-    size = missing.norm(dim=-1).double()
-    return (_OUTLIER * size.median() / size.clamp(min=1e-30)).clamp(max=1.0)
+def huber_weights(residual: torch.Tensor) -> torch.Tensor:
+    """Return Huber weights of rows: 1, or less for those whose residual is an outlier, such as massive activations."""
+    norms = residual.norm(dim=-1).double()
+    return (_HUBER_THRESHOLD * norms.median() / norms.clamp(min=1e-30)).clamp(max=1.0)

@@ -1,11 +1,11 @@
-"""Fitting maps to a pair of models: ridge regressions of the receiver's K/V, and shares for each layer by their effect."""
+"""Fitting of maps: ridge regressions of the receiver's K/V, and shares of them learnt by their effect on its next tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -16,23 +16,25 @@ from ..hf.decoder import Decoder
 from ..hf.passes import check_takes_masks
 from ..hf.receiver import partial_prefill
 from ..hf.sender import capture
-from ..prefill.maps import SINKS, Domain, Maps
+from ..prefill.maps import SINKS, Affine, Domain, Maps
 from ..prefill.plan import Plan
 from ..prefill.schedule import Source
 from ..progress import bars
 from .pair import FITTED, Key, Pair
-from .ridge import NormalEquations, Regression
-from .shares import STEPS, Mixture, Shares, Trial, learn_shares
+from .ridge import NormalEquations
+from .shares import STEPS, Interpolations, KLObjective, Shares, learn_shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FOLDS = 3
 STRENGTHS = (0.001, 0.01, 0.03, 0.1, 1.0)
-SHARES_AT_START = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Candidate strengths of the ridge."""
+CORRECTION_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Candidate shares of a correction."""
 
-_WORTH = 0.98  # what shares must lower the divergence to, or layers stay as they are
-_NOTHING = 0.02  # shares below it are none
+_MAX_KL_RATIO = 0.98  # of the divergence with maps to that without, for the maps to be used
+_MIN_SHARE = 0.02  # a layer whose shares are both smaller is reused
 
 
 def fit(
@@ -43,17 +45,16 @@ def fit(
     bands: Sequence[tuple[int, int]] = (),
     show_progress: bool = True,
 ) -> Maps:
-    """Fit what turns the sender's K/V into the receiver's, and give each layer as much of it as helps.
+    """Fit maps that predict the receiver's K/V from what the sender has, and learn how much of them each layer should use.
 
-    The contexts are dealt into three folds. What a layer's map predicts on a fold is regressed on the others, so that the
-    shares, which are learnt from what the predictions do to the receiver's next tokens, are learnt on contexts that the
-    regression has not seen. The maps that are returned are regressed on all contexts.
+    Contexts are split into three folds. The shares (mixing weights) of the layers are learnt with maps that are fitted to the
+    other two folds, on contexts that the regression has not seen. The returned maps are fitted to all contexts.
 
     Args:
-        sender, receiver: a pair that fits together; neither is changed.
-        examples: of at least three contexts, such as those the maps are for; several may follow one context.
-        bands: of the plans that the maps are for. The hidden states that they start from are corrected by as much as helps.
-        show_progress: whether to draw bars on stderr.
+        sender, receiver: models that fit together; neither is changed.
+        examples: at least three contexts like those that the maps are for; several examples may share a context.
+        bands: bands of the plans that the maps are for. The hidden states that they start from are corrected if that helps.
+        show_progress: whether to draw progress bars on stderr.
 
     Returns:
         Maps for ``partial_prefill(receiver, context, plan, maps=maps)``.
@@ -61,151 +62,163 @@ def fit(
     Raises:
         ReuseError, UnsupportedModelError: as :func:`partial_prefill`; or the receiver's attention is neither SDPA nor eager.
         ValueError: there are fewer than three contexts, one is no longer than its attention sinks, an example has no suffix or
-            answer, or a band is none.
+            answer, or a band is invalid.
     """
     groups = by_context(examples)
-    shortest = min((group[0].context.shape[1] for group in groups), default=0)
-    if len(groups) < FOLDS or shortest <= SINKS:
-        raise ValueError(
-            f"examples: got {len(groups)} contexts, the shortest of {shortest} tokens; "
-            f"{FOLDS} or more of more than {SINKS} tokens are needed"
-        )
+    if len(groups) < FOLDS:
+        raise ValueError(f"examples: expected at least {FOLDS} contexts, got {len(groups)}")
+    shortest = min(group[0].context.shape[1] for group in groups)
+    if shortest <= SINKS:
+        raise ValueError(f"examples: expected contexts of more than {SINKS} tokens, got one of {shortest}")
     check_examples(examples)
     check_takes_masks(receiver)
     plans = [Plan([band], project="rest") for band in bands]
     pair = Pair(Decoder(sender), Decoder(receiver), [plan.bands[0][0] for plan in plans])
     with bars(show_progress) as progress, torch.no_grad():
         folds = [pair.equations() for _ in range(FOLDS)]
-        contexts, trials = [], []
+        contexts, objectives = [], []
         for number, group in enumerate(progress.track(groups, description="Reading contexts")):
-            theirs, own = (capture(model, group[0].context, layers=pair.layers) for model in (sender, receiver))
-            pair.add(folds[number % FOLDS], theirs, own)
-            if number < STEPS:  # the rest are only summed, so that memory does not grow with what is calibrated on
-                contexts.append(theirs)
-                trials.append(Trial(pair.receiver, own, group))
-        fits = {role: _Fits(pair, role, folds, progress) for role in FITTED}
-        shares, worth = _learnt(pair, fits, contexts, trials, progress)
+            sender_context, receiver_context = (
+                capture(model, group[0].context, layers=pair.layers) for model in (sender, receiver)
+            )
+            pair.add(folds[number % FOLDS], sender_context, receiver_context)
+            if number < STEPS:  # the others are only summed, so that memory does not grow with their number
+                contexts.append(sender_context)
+                objectives.append(KLObjective(pair.receiver, receiver_context, group))
+        fits = {source: _fit_layers(pair, source, folds, progress) for source in FITTED}
+        shares, used = _learn(pair, fits, contexts, objectives, progress)
         domain = _domain(pair, folds, contexts)
-        maps = _maps(pair, {role: each.of_all for role, each in fits.items()}, shares, worth, domain)
-        if plans:
-            unseen = _maps(pair, {role: each.without[0] for role, each in fits.items()}, shares, worth, domain)
-            tried = list(zip(contexts[::FOLDS], trials[::FOLDS], strict=True))
-            corrections = {}
-            for plan in progress.track(plans, description="Weighing starts"):
-                start = plan.bands[0][0]
-                if start not in pair.starts:
-                    continue
-                share = _share_at_start(pair, plan, unseen, fits["fitted"].without[0][start], tried)
-                if share:
-                    corrections[start] = pair.correction(fits["fitted"].of_all[start], share)
-            maps = replace(maps, corrections=corrections)
-        return maps
+        maps = _maps(pair, {source: each.on_all for source, each in fits.items()}, shares, used, domain)
+        plans = [plan for plan in plans if plan.bands[0][0] in pair.starts]
+        if not plans:
+            return maps
+        # Corrections are chosen on the first fold, with maps and corrections that are fitted to the others.
+        unseen = _maps(pair, {source: each.without_fold[0] for source, each in fits.items()}, shares, used, domain)
+        first_fold = list(zip(contexts[::FOLDS], objectives[::FOLDS], strict=True))
+        corrections = {}
+        for plan in progress.track(plans, description="Choosing corrections"):
+            start = plan.bands[0][0]
+            share = _correction_share(pair, plan, unseen, fits["fitted"].without_fold[0][start], first_fold)
+            if share:
+                corrections[start] = pair.correction(fits["fitted"].on_all[start], share)
+        return replace(maps, corrections=corrections)
 
 
-def _share_at_start(
-    pair: Pair, plan: Plan, maps: Maps, fitted: Regression, tried: Sequence[tuple[SharedContext, Trial]]
+def _correction_share(
+    pair: Pair,
+    plan: Plan,
+    maps: Maps,
+    fit: Affine,
+    contexts: Sequence[tuple[SharedContext, KLObjective]],
 ) -> float:
-    """Choose the share of the correction where a band starts that brings the receiver nearest to its own prefill."""
+    """Return the share of the correction at the start of the plan's band with which contexts diverge least."""
     start = plan.bands[0][0]
 
-    def divergence(share: float) -> float:
-        corrected = replace(maps, corrections={start: pair.correction(fitted, share)})
+    def kl(share: float) -> float:
+        corrected = replace(maps, corrections={start: pair.correction(fit, share)})
         total = 0.0
-        for context, trial in tried:
+        for context, objective in contexts:
             cache = partial_prefill(pair.receiver.model, context, plan, maps=corrected)
-            total += float(trial.divergence_with([(layer.keys, layer.values) for layer in cache.layers]))
+            total += float(objective.kl([(layer.keys, layer.values) for layer in cache.layers]))
         return total
 
-    return min(SHARES_AT_START, key=divergence)
+    return min(CORRECTION_SHARES, key=kl)
 
 
 def _domain(pair: Pair, folds: Sequence[Mapping[Key, NormalEquations]], contexts: Sequence[SharedContext]) -> Domain:
-    """The kind of contexts that maps are fitted to, with a limit that contexts stay within that are left out."""
+    """Domain of the contexts, with a limit from the distances of contexts that are left out of it."""
     sums = [fold[pair.domain_layer, "fitted_kv"] for fold in folds]
-    held_out = [(others, contexts[number::FOLDS]) for number, others in enumerate(_without_each(sums))]
-    return pair.domain(NormalEquations.total(sums), held_out)
+    by_fold = [(others, contexts[number::FOLDS]) for number, others in enumerate(_without_each(sums))]
+    return pair.domain(NormalEquations.total(sums), by_fold)
 
 
 def _maps(
     pair: Pair,
-    fits: Mapping[Source, Mapping[int, Regression]],
+    fits: Mapping[Source, Mapping[int, Affine]],
     shares: Shares,
-    worth: Collection[Source],
+    used: Collection[Source],
     domain: Domain,
 ) -> Maps:
-    """The maps with each layer's shares; a layer is reused where it has none, and all are by a role that is not worth it."""
+    """Maps with each layer's shares; layers with negligible shares, and all layers of an unused source, are reused."""
     layers, choices = {}, {}
-    kept = {layer: each.tolist() for layer, each in shares.items() if each.abs().max() > _NOTHING}
-    for role in FITTED:
+    kept = {layer: each.tolist() for layer, each in shares.items() if each.abs().max() > _MIN_SHARE}
+    for source in FITTED:
         # Layer 0 is projected from the receiver's own embeddings, which is exact.
         chosen: list[Source] = ["project"]
         for layer in pair.layers:
-            mapped = role in worth and layer in kept
-            chosen.append(role if mapped else "reuse")
+            mapped = source in used and layer in kept
+            chosen.append(source if mapped else "reuse")
             if mapped:
-                layers[layer, role] = pair.layer_map((layer, role), fits[role][layer], shares[layer])
-        choices[role] = tuple(chosen)
+                layers[layer, source] = pair.layer_map((layer, source), fits[source][layer], shares[layer])
+        choices[source] = tuple(chosen)
     return Maps(*pair.fingerprints, choices["fitted"], choices["fitted_kv"], layers, {}, kept, domain)
 
 
-class _Fits:
-    """The regressions of one role by layer: without each fold, and of all contexts."""
+class _Fits(NamedTuple):
+    """Regressions of one source, by layer: on all contexts, and for each fold on the contexts of the other folds."""
 
-    def __init__(
-        self, pair: Pair, role: Source, folds: Sequence[Mapping[Key, NormalEquations]], progress: Progress
-    ) -> None:
-        self.role = role
-        self.of_all: dict[int, Regression] = {}
-        self.without: list[dict[int, Regression]] = [{} for _ in folds]
-        for layer in progress.track(pair.layers, description=f"Fitting {role}"):
-            sums = [fold[layer, role] for fold in folds]
-            rest = _without_each(sums)
-            strength = _strength(rest[0], sums[0], pair.blocks(layer, role))
-            for without, equations in zip(self.without, rest, strict=True):
-                without[layer] = equations.solve(strength)
-            self.of_all[layer] = NormalEquations.total(sums).solve(strength)
+    on_all: dict[int, Affine]
+    without_fold: list[dict[int, Affine]]
+
+
+def _fit_layers(
+    pair: Pair, source: Source, folds: Sequence[Mapping[Key, NormalEquations]], progress: Progress
+) -> _Fits:
+    fits = _Fits({}, [{} for _ in folds])
+    for layer in progress.track(pair.layers, description=f"Fitting maps: {source}"):
+        sums = [fold[layer, source] for fold in folds]
+        without_each = _without_each(sums)
+        strength = _strength(without_each[0], sums[0], pair.blocks((layer, source)))
+        for without_fold, equations in zip(fits.without_fold, without_each, strict=True):
+            without_fold[layer] = equations.solve(strength)
+        fits.on_all[layer] = NormalEquations.total(sums).solve(strength)
+    return fits
 
 
 def _without_each(folds: Sequence[NormalEquations]) -> list[NormalEquations]:
-    """For each fold the equations of all others."""
+    """Return for each fold the equations of all others."""
     return [NormalEquations.total([each for each in folds if each is not fold]) for fold in folds]
 
 
-def _strength(seen: NormalEquations, unseen: NormalEquations, blocks: Sequence[slice]) -> torch.Tensor:
-    """For each output the strength with which its block of outputs is predicted best."""
-    losses = torch.stack([unseen.losses(seen.solve(strength)) for strength in STRENGTHS])
+def _strength(train: NormalEquations, validation: NormalEquations, blocks: Sequence[slice]) -> torch.Tensor:
+    """Strength for each output, ``[Q]``: the one that predicts its block of outputs best."""
+    losses = torch.stack([validation.losses(train.solve(strength)) for strength in STRENGTHS])
     best = torch.empty(losses.shape[1], dtype=torch.float64, device=losses.device)
     for block in blocks:
         best[block] = STRENGTHS[int(losses[:, block].sum(1).argmin())]
     return best
 
 
-def _learnt(
+def _learn(
     pair: Pair,
     fits: Mapping[Source, _Fits],
     contexts: Sequence[SharedContext],
-    trials: Sequence[Trial],
+    objectives: Sequence[KLObjective],
     progress: Progress,
 ) -> tuple[Shares, set[Source]]:
-    """The shares of each layer, and the roles that lower the divergence with them.
+    """Learn the shares of each layer, and return them with the sources whose maps lower the divergence.
 
-    Both roles are fitted to the same K and V, so what is learnt with maps from hidden states serves those from K/V too.
+    Maps from either source are fitted to the same K and V, so the shares that are learnt with maps from hidden states serve
+    those from K/V too.
     """
 
-    def mixture(role: Source, number: int) -> Mixture:
-        return pair.mixture(role, contexts[number], fits[role].without[number % FOLDS])
+    def interpolations(source: Source, number: int) -> Interpolations:
+        return pair.interpolations(source, contexts[number], fits[source].without_fold[number % FOLDS])
 
     shares = learn_shares(
-        pair.layers, trials, partial(mixture, "fitted"), partial(progress.track, description="Weighing layers")
+        pair.layers,
+        objectives,
+        partial(interpolations, "fitted"),
+        partial(progress.track, description="Learning shares"),
     )
-    none = {layer: torch.zeros_like(each) for layer, each in shares.items()}
+    zeros = {layer: torch.zeros_like(each) for layer, each in shares.items()}
 
-    def worthwhile(role: Source) -> bool:
+    def helps(source: Source) -> bool:
         before = after = 0.0
-        for number in range(0, len(trials), FOLDS):
-            mixed = mixture(role, number)
-            before += float(trials[number].divergence(mixed, none))
-            after += float(trials[number].divergence(mixed, shares))
-        return after < _WORTH * before
+        for number in range(0, len(objectives), FOLDS):
+            parts = interpolations(source, number)
+            before += float(objectives[number].kl_of_shares(parts, zeros))
+            after += float(objectives[number].kl_of_shares(parts, shares))
+        return after < _MAX_KL_RATIO * before
 
-    return shares, {role for role in progress.track(FITTED, description="Judging maps") if worthwhile(role)}
+    return shares, {source for source in progress.track(FITTED, description="Validating maps") if helps(source)}

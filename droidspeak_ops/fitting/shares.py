@@ -1,7 +1,7 @@
-"""The share of a fitted map that each layer gets: what brings the receiver's next tokens nearest to its own prefill's.
+"""Shares, the mixing weights of fitted maps: how far K and V of each layer go from the sender's to the fitted.
 
-A map is linear, and so is every mixture of it with what it would replace. The shares are learnt by gradient descent on the
-output's divergence: one for K and one for V of each layer, few enough not to learn noise.
+A map is affine, and so is every interpolation between it and what it would replace. The shares, one for K and one for V of each
+layer, are learnt by gradient descent on the divergence of the receiver's next tokens. They are too few to learn noise.
 """
 
 from __future__ import annotations
@@ -10,98 +10,103 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 
-from ..context.context import Rotation, SharedContext
+from ..context.context import SharedContext, last
 from ..example import Example
 from ..hf.decoder import Decoder
 from ..hf.passes import KeysValues, PackedSuffixes, Pass
-from ..ops.reference import rope_ref, row_norm_ref
+from ..metrics import kl_divergence
+from ..ops.reference import finish_heads_ref
 
 STEPS = 24
-"""And so the most contexts that are looked at."""
-EXAMPLES = 6
-"""Examples of a context that are run at a time."""
+"""Optimizer steps, one context each."""
+EXAMPLES_PER_STEP = 6
+"""Most examples of a context in one step; they are packed into one row."""
 
 _LEARNING_RATE, _START = 0.3, 0.3
 _LOWEST, _HIGHEST = -0.25, 1.5
 
 
-class Ingredients(NamedTuple):
-    """The parts that K and V of one layer are mixed of: ``base + share * toward``.
+class Interpolation(NamedTuple):
+    """K and V of one layer as a function of their shares: ``base + share * difference``.
 
     Args:
-        base: K and V ``[2, K, N, D]`` of the last N tokens of a context, as the sender has them. K is rotated, or where it is
-            yet to pass the receiver's norm of K neither normed nor rotated.
-        toward: from `base` to what is fitted, in the same state.
-        norm_weight: of K; None where there is nothing left to do.
+        base: the sender's K and V ``[2, N, K, D]`` of the last N tokens of a context, K before RoPE.
+        difference: from `base` to the fitted K and V; 0 for attention sinks.
+        k_norm_weight: weight of the receiver's norm of K, if K is yet to be normed.
     """
 
     base: torch.Tensor
-    toward: torch.Tensor
-    norm_weight: torch.Tensor | None
+    difference: torch.Tensor
+    k_norm_weight: torch.Tensor | None
 
 
-Mixture = Mapping[int, Ingredients]
-"""A context's ingredients by layer, of all but the first, whose K and V are the receiver's own."""
+Interpolations = Mapping[int, Interpolation]
+"""Interpolation of every layer of a context but layer 0, whose K/V are the receiver's own."""
 
 Shares = Mapping[int, torch.Tensor]
-"""By layer a share for K and one for V, ``[2]``."""
+"""Share for K and share for V of every layer but 0, ``[2]``."""
 
 
-class Trial:
-    """A context with what may follow it: how far the receiver is from its own prefill with any K/V of the context."""
+class KLObjective:
+    """Divergence of the receiver's next tokens from those after its own prefill, as a function of the K/V of one context.
 
-    def __init__(self, decoder: Decoder, own: SharedContext, examples: Sequence[Example]) -> None:
+    Args:
+        decoder: the receiver.
+        receiver_context: the context as the receiver itself reads it.
+        examples: the examples of the context.
+    """
+
+    def __init__(self, decoder: Decoder, receiver_context: SharedContext, examples: Sequence[Example]) -> None:
         self._decoder, self._examples = decoder, examples
-        self._tokens, self.device = own.tokens.shape[1], own.tokens.device
-        self._over = Pass(decoder, own.tokens.shape)
-        self._own_keys_values = [own.kv(layer)[:2] for layer in range(decoder.num_layers)]
-        self._own: dict[int, torch.Tensor] = {}
+        self._tokens, self.device = receiver_context.tokens.shape[1], receiver_context.tokens.device
+        self._pass = Pass(decoder, receiver_context.tokens.shape)
+        self._receiver_kv = [receiver_context.kv(layer)[:2] for layer in range(decoder.num_layers)]
+        self._references: dict[int, torch.Tensor] = {}
 
-    def divergence(self, mixture: Mixture, shares: Shares, visit: int = 0) -> torch.Tensor:
-        """:meth:`divergence_with` of K and V that are mixed."""
-        mixed = [self._mixed(layer, of, shares[layer]) for layer, of in sorted(mixture.items())]
-        return self.divergence_with([self._own_keys_values[0], *mixed], visit)
+    def kl_of_shares(self, interpolations: Interpolations, shares: Shares, visit: int = 0) -> torch.Tensor:
+        """Return :meth:`kl` with K/V interpolated by `shares`."""
+        mixed = [self._mix(layer, parts, shares[layer]) for layer, parts in sorted(interpolations.items())]
+        return self.kl([self._receiver_kv[0], *mixed], visit)
 
-    def divergence_with(self, keys_values: Sequence[KeysValues], visit: int = 0) -> torch.Tensor:
-        """Mean Kullback-Leibler divergence of next tokens from those after the receiver's own prefill, in nats.
+    def kl(self, keys_values: Sequence[KeysValues], visit: int = 0) -> torch.Tensor:
+        """Return the mean KL divergence from full prefill over the answer tokens of some examples, in nats.
 
         Args:
-            keys_values: K and V ``[1, K, N, D]`` of the context by layer.
-            visit: :data:`EXAMPLES` are taken, and at another visit others, where there are more.
+            keys_values: K and V ``[1, K, N, D]`` of the context, by layer.
+            visit: selects :data:`EXAMPLES_PER_STEP` of the examples; the next visit takes the following ones.
         """
         total = len(self._examples)
-        which = [(visit * EXAMPLES + number) % total for number in range(min(EXAMPLES, total))]
-        found, own = self._log_probabilities(keys_values, which), self._after_own(which)
-        return F.kl_div(found, own, log_target=True, reduction="sum") / len(found)
+        which = [(visit * EXAMPLES_PER_STEP + number) % total for number in range(min(EXAMPLES_PER_STEP, total))]
+        return kl_divergence(self._reference(which), self._log_probabilities(keys_values, which)).mean()
 
     @torch.no_grad()
-    def _after_own(self, which: Sequence[int]) -> torch.Tensor:
-        missing = [number for number in which if number not in self._own]
-        if missing:
-            found = self._log_probabilities(self._own_keys_values, missing)
-            judged = [self._examples[number].answer.shape[1] for number in missing]
-            self._own |= dict(zip(missing, found.split(judged), strict=True))
-        return torch.cat([self._own[number] for number in which])
+    def _reference(self, which: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities of examples after full prefill, computed at first use."""
+        new = [number for number in which if number not in self._references]
+        if new:
+            computed = self._log_probabilities(self._receiver_kv, new)
+            lengths = [self._examples[number].answer.shape[1] for number in new]
+            self._references |= dict(zip(new, computed.split(lengths), strict=True))
+        return torch.cat([self._references[number] for number in which])
 
-    def _mixed(self, layer: int, of: Ingredients, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V ``[1, K, N, D]`` of a layer, mixed with `shares` ``[2]``."""
-        keys, values = of.base + shares[:, None, None, None] * of.toward
-        if of.norm_weight is not None:
-            rows = keys.transpose(0, 1)
-            whole = rows if of.norm_weight.shape[0] == rows.shape[-1] else rows.flatten(-2)
-            order, eps = self._decoder.family.norm_order, self._decoder.weights(layer).k_norm_eps
-            rows = row_norm_ref(whole, of.norm_weight, order, eps).view(rows.shape)
-            keys = rotated(rows, self._over.rotation(layer)).transpose(0, 1)
-        return keys[None], values[None]
+    def _mix(self, layer: int, parts: Interpolation, shares: torch.Tensor) -> KeysValues:
+        """K and V ``[1, K, N, D]`` of a layer with `shares` ``[2]``."""
+        keys, values = parts.base + shares[:, None, None, None] * parts.difference
+        rotation = self._pass.rotation(layer)
+        cos, sin = (None, None) if rotation is None else (last(half, len(keys)) for half in rotation)
+        eps = self._decoder.weights(layer).k_norm_eps
+        keys = finish_heads_ref(keys, parts.k_norm_weight, self._decoder.family.norm_order, eps, cos, sin)
+        keys, values = (rearrange(each.to(self._decoder.dtype), "n k d -> 1 k n d") for each in (keys, values))
+        return keys, values
 
     def _log_probabilities(self, keys_values: Sequence[KeysValues], which: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities of the next token where examples are judged, ``[judged, vocabulary]``."""
+        """Log-probabilities ``[N, vocabulary]`` of the N answer tokens of some examples, one after the other."""
         examples = [self._examples[number] for number in which]
-        follow = [torch.cat((each.suffix, each.answer[:, :-1]), dim=1) for each in examples]
-        ids = torch.cat(follow, dim=1)
-        packed = PackedSuffixes(self._decoder, self._tokens, [each.shape[1] for each in follow])
+        suffixes = [torch.cat((each.suffix, each.answer[:, :-1]), dim=1) for each in examples]
+        ids = torch.cat(suffixes, dim=1)
+        packed = PackedSuffixes(self._decoder, self._tokens, [each.shape[1] for each in suffixes])
         firsts = torch.tensor([each.suffix.shape[1] - 1 for each in examples], device=ids.device)
         logits = self._decoder.model(
             ids,
@@ -113,34 +118,28 @@ class Trial:
         return logits[0].float().log_softmax(-1)
 
 
-def rotated(keys: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
-    """K ``[N, K, D]`` of the last N tokens with RoPE, where the layer has it."""
-    return keys if rotation is None else rope_ref(keys, *(half[-len(keys) :] for half in rotation))
-
-
 @torch.enable_grad()
 def learn_shares(
     layers: Iterable[int],
-    trials: Sequence[Trial],
-    mixture: Callable[[int], Mixture],
+    objectives: Sequence[KLObjective],
+    interpolations: Callable[[int], Interpolations],
     track: Callable[[Sequence[int]], Iterable[int]],
 ) -> dict[int, torch.Tensor]:
-    """The shares by layer that bring the receiver nearest to its own prefill.
+    """Learn the shares that minimise the divergence from full prefill, by Adam.
 
     Args:
-        layers: that get shares.
-        trials: of each context; a step takes the next one.
-        mixture: that of the context of a number, made anew whenever it is asked for: all at once would fill the memory.
+        layers: the layers that get shares.
+        objectives: one per context; each step takes the next.
+        interpolations: computes those of a context, by its index, at every call: all contexts together would fill the memory.
         track: wraps the steps, to show progress.
     """
-    steps = range(STEPS)
-    shares = {layer: torch.full((2,), _START, device=trials[0].device, requires_grad=True) for layer in layers}
+    shares = {layer: torch.full((2,), _START, device=objectives[0].device, requires_grad=True) for layer in layers}
     optimizer = torch.optim.Adam(shares.values(), lr=_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(steps))
-    for step in track(steps):
-        visit, which = divmod(step, len(trials))
-        divergence = trials[which].divergence(mixture(which), shares, visit)
-        for each, gradient in zip(shares.values(), torch.autograd.grad(divergence, list(shares.values())), strict=True):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=STEPS)
+    for step in track(range(STEPS)):
+        visit, index = divmod(step, len(objectives))
+        kl = objectives[index].kl_of_shares(interpolations(index), shares, visit)
+        for each, gradient in zip(shares.values(), torch.autograd.grad(kl, list(shares.values())), strict=True):
             each.grad = gradient  # and none of the receiver's weights
         optimizer.step()
         schedule.step()

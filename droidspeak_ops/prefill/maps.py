@@ -1,4 +1,4 @@
-"""Fitted maps: what projects a sender's K/V of a layer to the receiver's better than the receiver's own weights do."""
+"""Fitted maps: affine maps from what a sender has at a layer to the receiver's K/V there, fitted to a pair of models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -23,19 +23,55 @@ from .schedule import Source, resolve
 
 RMS_EPS = 1e-6
 SINKS = 4
-"""Tokens at the head of a context that maps leave alone: attention sinks, whose rows are like no others."""
+"""Number of attention sinks: the first tokens of a context, whose activations are unlike all others and are not mapped."""
 
-_JUDGED_ROWS = 256
+_DISTANCE_ROWS = 256
 
 
 def sinks_among(rows: int, tokens: int) -> int:
-    """Count attention sinks among the last `rows` of a context's `tokens`, which a sliding window may have left."""
+    """Count the attention sinks among the last `rows` of a context's `tokens`: fewer, or none, behind a sliding window."""
     return min(max(SINKS - (tokens - rows), 0), rows)
+
+
+def without_sinks(rows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return a view of `rows` ``[..., N, C]``, the last N of a context's `tokens`, that leaves out attention sinks."""
+    return rows[..., sinks_among(rows.shape[-2], tokens) :, :]
+
+
+def zero_sinks(rows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Zero the attention sinks in `rows` ``[..., N, C]``, the last N of a context's `tokens`, in place."""
+    rows[..., : sinks_among(rows.shape[-2], tokens), :] = 0
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """The affine map ``y = x Wᵀ + b``: `weight` ``[Q, P]`` and `bias` ``[Q]``."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the map to rows ``[..., P]``, in their dtype."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Correction(Affine):
+    """An affine map from the sender's hidden states where a band starts to their difference from the receiver's.
+
+    Its input and output ``[C]`` are relative to the root mean square of the sender's row.
+    """
+
+    def corrected(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Predict the receiver's hidden states ``[B, T, C]`` from the sender's. Attention sinks are left as they are."""
+        rstd = ops.rms_rstd(hidden_states, RMS_EPS)[..., None]
+        added = self((hidden_states * rstd).to(hidden_states.dtype)) / rstd
+        return (hidden_states + zero_sinks(added, hidden_states.shape[1])).to(hidden_states.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerMap:
-    """The weights of one projection: K before RoPE and V from what the sender has at that layer.
+    """The weights of one projection: K before RoPE, and V, from what the sender has at that layer.
 
     Args:
         k_weight, v_weight: ``[K * D, C]`` for the hidden states over their root mean square, or ``[K * D, 2 * K * D]`` for the
@@ -50,35 +86,16 @@ class LayerMap:
 
 
 @dataclass(frozen=True, eq=False)
-class Correction:
-    """The correction of the sender's hidden states where a band starts, in units of each row's root mean square.
-
-    Args:
-        weight, bias: ``[C, C]`` and ``[C]``, of the rows over their root mean square.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    def corrected(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The receiver's hidden states ``[B, T, C]`` as predicted from the sender's; those of sinks are left alone."""
-        per_row = ops.rms_rstd(hidden_states, RMS_EPS)[..., None]
-        added = F.linear((hidden_states * per_row).to(hidden_states.dtype), self.weight, self.bias) / per_row
-        added[:, :SINKS] = 0
-        return (hidden_states + added).to(hidden_states.dtype)
-
-
-@dataclass(frozen=True, eq=False)
 class Domain:
-    """The kind of contexts that maps were fitted to, told from others by the sender's K and V at one layer.
+    """The distribution of the contexts that maps were fitted to, by the sender's K and V at one layer.
 
-    A regression says nothing of inputs unlike those that it has seen. Its variance at an input is the input's squared
-    Mahalanobis distance, up to a factor.
+    A regression says nothing about inputs unlike those it was fitted to: the variance of its prediction grows with the squared
+    Mahalanobis distance of the input.
 
     Args:
-        layer: which.
-        mean, whitening: ``[2 * K * D]`` and ``[2 * K * D, 2 * K * D]``, of K before RoPE and V side by side.
-        limit: the distance up to which a context is alike.
+        layer: the layer whose K and V are compared.
+        mean, whitening: ``[2 * K * D]`` and ``[2 * K * D, 2 * K * D]``, of K before RoPE and V concatenated.
+        limit: the largest distance at which maps are used.
     """
 
     layer: int
@@ -87,30 +104,32 @@ class Domain:
     limit: float
 
     def distance(self, context: SharedContext) -> float:
-        """The mean squared Mahalanobis distance of a context's rows, for each column; of the furthest sequence.
+        """Mean squared Mahalanobis distance of a context's rows per column; the largest over the sequences of a batch.
 
-        About 1 for contexts that were calibrated on. Sinks are left out, and of long contexts every so-manieth row is taken.
+        It is about 1 for the contexts that maps were fitted to. Attention sinks are left out, and long contexts are subsampled
+        to about 256 rows.
         """
         held = context.kv(self.layer).keys.shape[2]
         first = min(sinks_among(held, context.tokens.shape[1]), held - 1)
-        rows = context.unrotated(self.layer, slice(first, None, -(-(held - first) // _JUDGED_ROWS))).to(self.mean.dtype)
+        stride = -(-(held - first) // _DISTANCE_ROWS)
+        rows = context.unrotated(self.layer, slice(first, None, stride)).to(self.mean.dtype)
         return float(F.linear(rows - self.mean, self.whitening).square().mean((1, 2)).max())
 
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """The maps of one pair of models, and what is best for each layer that a plan projects.
+    """The maps of one pair of models, and how to fill each layer that a plan projects.
 
     Args:
-        sender, receiver: the pair, with the digests of their weights.
-        choices: for each layer: reuse the sender's K/V after all, project with the receiver's own weights, or with those
-            fitted to the normalised hidden states (``"fitted"``) or to the sender's K/V (``"fitted_kv"``).
+        sender, receiver: fingerprints of the pair, with the digests of their weights.
+        choices: for each layer, one of: reuse the sender's K/V after all; project with the receiver's own weights; project
+            with weights fitted to the normalised hidden states (``"fitted"``) or to the sender's K/V (``"fitted_kv"``).
         choices_without_hidden: the same for contexts that hold no hidden states.
-        layers: by layer and role the maps that are chosen anywhere.
-        corrections: by layer, of the hidden states that a band starts from.
-        shares: by layer, for K and for V: how far the maps in `layers` go from what the sender has to what is fitted. For
-            reading, not used.
-        domain: the contexts that they are for.
+        layers: the maps, by layer and source.
+        corrections: the corrections of the hidden states that bands start from, by the band's first layer.
+        shares: by layer, one mixing weight for K and one for V: 0 is the sender's own, 1 the fitted. They are part of the maps
+            in `layers` already, and kept for reference.
+        domain: the contexts that the maps are for.
     """
 
     sender: Fingerprint
@@ -123,37 +142,40 @@ class Maps:
     domain: Domain
 
     def hidden_layers(self, plan: Plan) -> tuple[int, ...]:
-        """Where the sender's hidden states are needed for `plan` with these maps: often fewer than for the plan alone."""
+        """Return the layers whose hidden states `plan` needs with these maps: often fewer than without."""
         return resolve(plan, len(self.choices), self).hidden_layers
 
     def check_pair(self, sender: Fingerprint, receiver: Fingerprint) -> None:
-        """Raise unless these are the maps of this pair.
+        """Raise unless the maps were fitted to this pair.
 
         Raises:
             ReuseError: they were fitted to another sender or receiver, or in another dtype.
         """
-        for name, ours, theirs in (("sender", self.sender, sender), ("receiver", self.receiver, receiver)):
-            if ours.architecture != theirs.architecture:
-                raise ReuseError(f"maps: fitted to a {name} of another architecture; the maps of this pair are needed")
-            if ours.dtype != theirs.dtype:
-                raise ReuseError(f"maps: fitted to a {name} in {ours.dtype}; {theirs.dtype}, its dtype now, is needed")
-            if ours.weights != theirs.weights:
-                raise ReuseError(f"maps: fitted to a {name} with other weights; the maps of this pair are needed")
+        for name, fitted, given in (("sender", self.sender, sender), ("receiver", self.receiver, receiver)):
+            if fitted.architecture != given.architecture:
+                differs = "of another architecture"
+            elif fitted.dtype != given.dtype:
+                differs = f"in {fitted.dtype}, not {given.dtype}"
+            elif fitted.weights != given.weights:
+                differs = "with other weights"
+            else:
+                continue
+            raise ReuseError(f"maps: expected maps of this pair, got maps fitted to a {name} {differs}")
 
     def digest(self) -> str:
-        """SHA-256 over what the maps do."""
+        """SHA-256 of the maps' content."""
         return hashlib.sha256(self._serialized()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file; nothing half-written is left in its place."""
+        """Write one safetensors file, atomically."""
         with replacing(path) as scratch:
             scratch.write_bytes(self._serialized())
 
     def _serialized(self) -> bytes:
         tensors = {
-            f"{layer}.{role}.{name}": tensor.contiguous()
-            for (layer, role), each in self.layers.items()
-            for name, tensor in vars(each).items()
+            f"{layer}.{source}.{name}": tensor.contiguous()
+            for (layer, source), layer_map in self.layers.items()
+            for name, tensor in vars(layer_map).items()
         }
         for layer, correction in self.corrections.items():
             tensors |= {f"{layer}.correction.{name}": tensor.contiguous() for name, tensor in vars(correction).items()}
@@ -161,7 +183,7 @@ class Maps:
             f"{self.domain.layer}.domain.{name}": getattr(self.domain, name).contiguous()
             for name in ("mean", "whitening")
         }
-        described = {
+        metadata = {
             "sender": asdict(self.sender),
             "receiver": asdict(self.receiver),
             "choices": self.choices,
@@ -169,35 +191,33 @@ class Maps:
             "shares": self.shares,
             "domain": {"layer": self.domain.layer, "limit": self.domain.limit},
         }
-        return save(tensors, {"droidspeak_maps": json.dumps(described)})
+        return save(tensors, {"droidspeak_maps": json.dumps(metadata)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Maps:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
             ValueError: the file holds no maps.
         """
         with safe_open(path, framework="pt", device=str(device)) as file:
-            described = (file.metadata() or {}).get("droidspeak_maps")
-            if described is None:
-                raise ValueError(
-                    f"{path}: got a safetensors file of something else; one that Maps.save wrote is needed"
-                )
-            loaded = json.loads(described)
+            metadata = (file.metadata() or {}).get("droidspeak_maps")
+            if metadata is None:
+                raise ValueError(f"{path}: expected maps that Maps.save wrote, got another safetensors file")
+            loaded = json.loads(metadata)
             stored = {tuple(name.split(".")[:2]) for name in file.keys()}  # noqa: SIM118
 
             def read(kind: Any, layer: str, role: str) -> Any:
-                return kind(*(file.get_tensor(f"{layer}.{role}.{name}") for name in kind.__dataclass_fields__))
+                return kind(*(file.get_tensor(f"{layer}.{role}.{field.name}") for field in fields(kind)))
 
             layers = {
                 (int(layer), role): read(LayerMap, layer, role) for layer, role in stored if role.startswith("fitted")
             }
-            shares = {int(layer): each for layer, each in loaded["shares"].items()}
             corrections = {int(layer): read(Correction, layer, role) for layer, role in stored if role == "correction"}
-            at, limit = loaded["domain"]["layer"], loaded["domain"]["limit"]
-            mean, whitening = (file.get_tensor(f"{at}.domain.{name}") for name in ("mean", "whitening"))
-            domain = Domain(at, mean, whitening, limit)
+            shares = {int(layer): each for layer, each in loaded["shares"].items()}
+            domain_layer, limit = loaded["domain"]["layer"], loaded["domain"]["limit"]
+            mean, whitening = (file.get_tensor(f"{domain_layer}.domain.{name}") for name in ("mean", "whitening"))
+            domain = Domain(domain_layer, mean, whitening, limit)
         return cls(
             Fingerprint(**loaded["sender"]),
             Fingerprint(**loaded["receiver"]),

@@ -1,1 +1,1 @@
-"""Profiling a pair of models: quality and cost of plans, and the plan that fits a need."""
+"""Profiling of a pair of models: quality and cost of plans, and the choice of one."""

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of what was measured on a sample."""
+"""Bootstrap confidence intervals."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ SAMPLES = 10_000
 
 
 class Estimate(NamedTuple):
-    """A value, and between what 95 % of its values on bootstrap samples lie."""
+    """A value and its 95 % bootstrap interval."""
 
     value: float
     low: float
     high: float
 
     @property
-    def arms(self) -> tuple[float, float]:
-        """Distances from the value to the interval's ends, as error bars are drawn."""
+    def error_bars(self) -> tuple[float, float]:
+        """Distances from the value to the ends of the interval, as matplotlib takes error bars."""
         return self.value - self.low, self.high - self.value
 
 
@@ -29,12 +29,12 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def of_means(data: torch.Tensor, statistic: Callable[[torch.Tensor], torch.Tensor], seed: int = 0) -> Estimate:
-    """Bootstrap estimate of a function of the means of columns.
+    """Bootstrap estimate of a function of column means.
 
     Args:
-        data: ``[N, K]``, a row of each context.
-        statistic: from means ``[..., K]`` to ``[...]``.
-        seed: of the bootstrap.
+        data: ``[N, K]``, one row per context.
+        statistic: maps column means ``[..., K]`` to values ``[...]``.
+        seed: seed of the resampling.
     """
     data = data.double()
     drawn = torch.randint(len(data), (SAMPLES, len(data)), generator=torch.Generator().manual_seed(seed))

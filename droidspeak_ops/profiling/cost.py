@@ -1,14 +1,32 @@
-"""The cost of a plan: seconds to the first token, from times measured on the machine and from bytes to be loaded."""
+"""The cost of a plan: seconds to the first token, from times measured on a machine and bytes to load."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from ..prefill.schedule import Work
 
-Polynomial = tuple[float, float, float]
-"""Seconds for T tokens: ``a + b T + c T²``."""
+
+class Polynomial(NamedTuple):
+    """Seconds for T tokens: ``a + b T + c T²``."""
+
+    a: float
+    b: float
+    c: float
+
+    @classmethod
+    def fit(cls, tokens: Sequence[int], seconds: Sequence[float]) -> Polynomial:
+        """Fit the polynomial to measured times: through three of them, by least squares to more."""
+        c, b, a = np.polyfit(tokens, seconds, deg=2).tolist()
+        return cls(a, b, c)
+
+    def evaluate(self, tokens: int) -> float:
+        """Return the seconds for so many tokens, at least 0."""
+        return max(0.0, self.a + self.b * tokens + self.c * tokens * tokens)
 
 
 @dataclass(frozen=True)
@@ -17,10 +35,10 @@ class CostModel:
 
     Args:
         run, project: seconds of a layer that runs, and of one that is projected.
-        rest: seconds of all else: what is done for every layer, and the suffix's pass to its first token.
-        hidden_bytes, kv_bytes: of one token at one layer.
-        machine: what was measured on.
-        tokens: between which contexts were measured; beyond them the polynomials go on.
+        rest: seconds of everything else: the overhead of every layer, and the suffix's pass to its first token.
+        hidden_bytes, kv_bytes: bytes of one token at one layer.
+        machine: description of the machine.
+        tokens: shortest and longest context measured; beyond them the polynomials extrapolate.
     """
 
     run: Polynomial
@@ -32,36 +50,24 @@ class CostModel:
     tokens: tuple[int, int]
 
     def __post_init__(self) -> None:
-        for name in ("run", "project", "rest", "tokens"):  # JSON has lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("run", "project", "rest"):  # JSON has lists
+            object.__setattr__(self, name, Polynomial(*getattr(self, name)))
+        object.__setattr__(self, "tokens", tuple(self.tokens))
 
     def seconds(self, work: Work, tokens: int, bandwidth: float | None = None) -> float:
-        """From the context's arrival to the first token's logits, or with a bandwidth from the first byte that is loaded.
+        """Predict the seconds from the context's arrival, or the start of loading it, to the first token's logits.
 
-        Loading comes before compute: nothing overlaps.
+        Loading and compute do not overlap.
 
         Args:
-            tokens: of the context.
-            bandwidth: bytes a second that contexts are loaded with; None where they are in memory.
+            work: the work of a plan.
+            tokens: length of the context.
+            bandwidth: bytes per second at which the context is loaded; None if it is in memory.
         """
-        computed = work.run * at(self.run, tokens) + work.projected * at(self.project, tokens) + at(self.rest, tokens)
-        return computed if bandwidth is None else computed + self.nbytes(work, tokens) / bandwidth
+        run, project, rest = (each.evaluate(tokens) for each in (self.run, self.project, self.rest))
+        loading = 0.0 if bandwidth is None else self.nbytes(work, tokens) / bandwidth
+        return work.run * run + work.projected * project + rest + loading
 
     def nbytes(self, work: Work, tokens: int) -> int:
-        """To be loaded of a context."""
+        """Return the bytes of a context that have to be loaded."""
         return tokens * (work.hidden * self.hidden_bytes + work.kv * self.kv_bytes)
-
-
-def at(polynomial: Polynomial, tokens: int) -> float:
-    """Its value; no less than 0."""
-    a, b, c = polynomial
-    return max(0.0, a + b * tokens + c * tokens * tokens)
-
-
-def through(tokens: Sequence[int], seconds: Sequence[float]) -> Polynomial:
-    """The polynomial through three measured times."""
-    (x, y, z), (f, g, h) = tokens, seconds
-    slope, next_slope = (g - f) / (y - x), (h - g) / (z - y)
-    c = (next_slope - slope) / (z - x)
-    b = slope - c * (x + y)
-    return f - b * x - c * x * x, b, c

@@ -1,4 +1,4 @@
-"""Quality against cost of many plans for one pair of models, and the plan that fits a need."""
+"""Quality and cost of many plans for one pair of models, and the choice of a plan."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from .bootstrap import Estimate
 from .cost import CostModel
 
 Rest = Literal["reuse", "project", "fitted"]
-"""The role of the layers outside a plan's bands; the last is what the maps say."""
+"""Source of the layers outside a plan's bands; ``"fitted"`` is as the maps choose."""
 
-_NEGLIGIBLE = 1e-4  # nats: what is less is as good as none, so that no mean of logarithms is of rounding
+_NEGLIGIBLE = 1e-4  # nats; logarithms are of (kl + this), so that divergences that are mere rounding are alike
 
 
 @dataclass(frozen=True)
 class Point:
-    """A plan, and how far the receiver is from its own full prefill with it, context by context.
+    """A plan and its measured quality, context by context.
 
     Args:
         plan: for :func:`droidspeak_ops.partial_prefill`, together with the maps of the profile if it had any.
-        rest: what filled the layers outside its bands.
-        corrected: whether maps corrected the states that its bands start from.
-        work: what it asks of a model.
-        kl: mean divergence of the receiver's next-token distributions from those after its own prefill, in nats; None for a
-            context on which it was not tried.
-        agreement: how often its likeliest token is the same.
-        scores: of its answers, where they were scored: of the points that are worth it.
+        rest: how the layers outside the bands were filled.
+        corrected: whether maps corrected the hidden states that the bands start from.
+        work: the work of the plan.
+        kl: mean KL divergence of the receiver's next-token distributions from those after its own full prefill, in nats; None
+            for contexts on which the plan was not measured.
+        agreement: share of next tokens whose top-1 prediction is that of full prefill.
+        scores: scores of the receiver's answers; only Pareto-optimal points have them.
     """
 
     plan: Plan
@@ -58,12 +58,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Divergence of the receiver from its own full prefill when only some layers' K and V are the sender's, and those of all
-    others its own (paper, section 3.2).
+    """Divergence from full prefill when a few layers reuse the sender's K/V and all others have the receiver's own (paper,
+    section 3.2).
 
     Args:
-        start, end: layers `start` to ``end - 1``.
-        kl: as of a :class:`Point`, of the contexts on which this was tried.
+        start, end: the layers that are reused, `start` to ``end - 1``.
+        kl: as in :class:`Point`, on the contexts where this was measured.
     """
 
     start: int
@@ -76,17 +76,17 @@ class Frontier:
     """The result of :func:`droidspeak_ops.profile` for a pair of models.
 
     Args:
-        sender, receiver: the pair, with the digests of their weights.
-        maps: the digest of the maps that all plans were tried with, or None.
-        points: all plans that were tried.
-        sensitivity: what reusing each layer alone does, or as many as the granularity says; by it the sets of scattered layers
-            among the points were made.
-        costs: of the receiver on the machine of the profile.
-        contexts: how many tokens each had.
-        held_out: how many contexts, the last ones, no plan is chosen by.
-        granularity: layers between the starts, and the ends, of the bands that were tried.
-        seed: of the order of contexts.
-        scores: of the answers after full prefill, context by context, if answers were scored.
+        sender, receiver: fingerprints of the pair, with the digests of their weights.
+        maps: digest of the maps that all plans were measured with, or None.
+        points: all plans that were measured.
+        sensitivity: the sensitivity of each group of `granularity` layers; it determines the sets of scattered layers among the
+            points.
+        costs: the receiver's cost model.
+        contexts: the length of each context in tokens.
+        held_out: the number of held-out contexts, the last ones, by which no plan is chosen.
+        granularity: bands start and end at multiples of so many layers.
+        seed: seed of the order of contexts.
+        scores: scores of the answers after full prefill, context by context, if answers were scored.
     """
 
     sender: Fingerprint
@@ -102,22 +102,20 @@ class Frontier:
     scores: tuple[float, ...] | None = None
 
     def kl(self, point: Point, *, held_out: bool = False) -> Estimate:
-        """Mean divergence from full prefill, in nats, on the contexts that plans are chosen by or on the held-out ones."""
+        """Mean KL divergence from full prefill in nats, on the contexts that plans are chosen by or on the held-out ones."""
         return self._estimate(point.kl, held_out)
 
     def typical_kl(self, point: Point) -> float:
-        """The divergence on a typical one of the contexts that plans are chosen by, their geometric mean: what plans are
-        compared by.
+        """Geometric mean of the divergences on the contexts that plans are chosen by. Plans are compared by it.
 
-        Contexts are not equally hard, and a plan gains on each a share of what there is to lose: most of an arithmetic mean is
-        of the few hardest, and of chance. Contexts on which a plan was not tried are taken to be as much harder or easier for
-        it as they are for the others.
+        Contexts differ in difficulty by factors, and a plan reduces the divergence on each by a factor: an arithmetic mean
+        would be dominated by the few hardest. For contexts on which a plan was not measured, the difficulty is estimated from
+        the other plans.
         """
-        return self._kl[point]
+        return self._typical_kl[point]
 
     def quality_loss(self, point: Point, *, held_out: bool = False) -> Estimate:
-        """Relative loss of the score of answers where they were scored, against full prefill; elsewhere the share of
-        next tokens that are not those of full prefill.
+        """Relative loss of answer score if scored, else top-1 disagreement with full prefill.
 
         Raises:
             ValueError: answers were scored, but not with this plan.
@@ -126,35 +124,35 @@ class Frontier:
             agreement = self._estimate(point.agreement, held_out)
             return Estimate(1 - agreement.value, 1 - agreement.high, 1 - agreement.low)
         if point.scores is None:
-            raise ValueError(f"point: got {point}, whose answers were not scored")
-        both = [self._known(scores, held_out) for scores in (point.scores, self.scores)]
+            raise ValueError(f"point: expected one of the points with scores, got {point}")
+        both = [self._select(scores, held_out) for scores in (point.scores, self.scores)]
         return bootstrap.of_means(
             torch.tensor(both, dtype=torch.float64).T, lambda means: 1 - means[..., 0] / means[..., 1]
         )
 
     def expected_loss(self, point: Point) -> float:
-        """The loss expected of a plan by its divergence, by which plans are chosen.
+        """Quality loss predicted from the typical divergence. Plans are chosen by it.
 
-        Few contexts tell plans apart by their divergence, but not by how many tokens or answers happen to change. A change of
-        the logits that is twice as large changes twice as many of the likeliest tokens and makes four times the divergence,
-        so losses are taken to be in proportion to its root; the factor is of all plans that were tried, or scored.
+        A few contexts suffice to tell plans apart by their divergence, but not by the number of tokens or answers that happen
+        to change. Twice as large a change of the logits changes twice as many top-1 predictions and makes four times the
+        divergence, so the loss is modelled as proportional to its square root. The factor is fitted to all plans.
         """
-        kl = self._kl[point]
+        kl = self._typical_kl[point]
         return self._loss_by_root_kl * math.sqrt(kl) if math.isfinite(kl) else math.inf
 
     def point(self, plan: Plan) -> Point:
-        """Return the measurements of a plan.
+        """Return the point of a plan.
 
         Raises:
-            ValueError: it was not tried.
+            ValueError: the plan was not measured.
         """
         for point in self.points:
             if point.plan == plan:
                 return point
-        raise ValueError(f"plan: got {plan}, which was not tried; one of the frontier's points is needed")
+        raise ValueError(f"plan: expected the plan of one of the frontier's points, got {plan}")
 
     def seconds(self, point: Point, tokens: int | None = None, bandwidth: float | None = None) -> float:
-        """Predicted time to first token; of contexts of the mean length where `tokens` is None."""
+        """Predicted time to first token; for the mean context length if `tokens` is None."""
         return self.costs.seconds(point.work, self.mean_tokens if tokens is None else tokens, bandwidth)
 
     def full_prefill_seconds(self, tokens: int | None = None) -> float:
@@ -175,10 +173,11 @@ class Frontier:
         return round(sum(self.contexts) / len(self.contexts))
 
     def pareto(self, tokens: int | None = None, bandwidth: float | None = None) -> list[Point]:
-        """The points that no other is both better and faster than, the fastest first; better is of less divergence."""
+        """Return the Pareto-optimal points by typical divergence and time, the fastest first."""
+        kl = self._typical_kl
         found: list[Point] = []
-        for point in sorted(self.points, key=lambda each: (self.seconds(each, tokens, bandwidth), self._kl[each])):
-            if self._kl[point] < (self._kl[found[-1]] if found else math.inf):
+        for point in sorted(self.points, key=lambda each: (self.seconds(each, tokens, bandwidth), kl[each])):
+            if kl[point] < (kl[found[-1]] if found else math.inf):
                 found.append(point)
         return found
 
@@ -191,54 +190,55 @@ class Frontier:
         bandwidth: float | None = None,
         queue: int = 0,
     ) -> Plan:
-        """The plan for a need (paper, appendix B).
+        """Choose a plan by quality and time (paper, appendix B).
 
-        Of the plans that are expected to lose no more than `max_quality_loss`, the best that meets `max_ttft`. Where there is
-        no such limit, and under a load at which none meets it, the cheapest: it keeps the queue short.
+        Of the plans whose expected loss is at most `max_quality_loss`, it is the best that meets `max_ttft`. Without a time
+        limit, or if no plan meets it under the load, it is the fastest one, which keeps the queue short.
 
         Args:
-            max_quality_loss: what may be lost, as :meth:`expected_loss` foresees it.
-            max_ttft: seconds to the first token that are promised.
-            tokens: of the context; the mean of the profile's where None.
-            bandwidth: bytes a second that contexts are loaded with; None where they are in memory.
-            queue: requests that wait before this one, each taken to need the same time.
+            max_quality_loss: largest expected loss (:meth:`expected_loss`), from 0 to 1.
+            max_ttft: largest time to first token in seconds, waiting in the queue included.
+            tokens: context length; the mean of the profile if None.
+            bandwidth: bytes per second at which contexts are loaded; None if they are in memory.
+            queue: requests ahead of this one, each assumed to take as long.
 
         Raises:
-            ValueError: a limit makes no sense.
+            ValueError: an argument is out of range.
         """
         for name, value in {"max_ttft": max_ttft, "tokens": tokens, "bandwidth": bandwidth}.items():
             if value is not None and not value > 0:
-                raise ValueError(f"{name}: got {value}; a positive number is needed")
-        if not 0 <= max_quality_loss <= 1 or queue < 0:
-            raise ValueError(
-                f"max_quality_loss, queue: got {max_quality_loss}, {queue}; a share from 0 to 1 and a count are needed"
-            )
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not 0 <= max_quality_loss <= 1:
+            raise ValueError(f"max_quality_loss: expected a number from 0 to 1, got {max_quality_loss}")
+        if queue < 0:
+            raise ValueError(f"queue: expected 0 or more, got {queue}")
+        kl = self._typical_kl
 
-        def waited(point: Point) -> float:
+        def ttft(point: Point) -> float:
             return (queue + 1) * self.seconds(point, tokens, bandwidth)
 
-        # Recomputing every layer loses nothing, so that there always is one.
-        good = [each for each in self.points if self.expected_loss(each) <= max_quality_loss]
-        in_time = [] if max_ttft is None else [point for point in good if waited(point) <= max_ttft]
+        # Never empty: recomputing every layer loses nothing.
+        good = [point for point in self.points if self.expected_loss(point) <= max_quality_loss]
+        in_time = [] if max_ttft is None else [point for point in good if ttft(point) <= max_ttft]
         if in_time:
-            return min(in_time, key=lambda each: (self._kl[each], waited(each))).plan
-        return min(good, key=lambda each: (waited(each), self._kl[each])).plan
+            return min(in_time, key=lambda point: (kl[point], ttft(point))).plan
+        return min(good, key=lambda point: (ttft(point), kl[point])).plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON; nothing half-written is left in its place."""
+        """Write JSON, atomically."""
         with replacing(path) as scratch:
             scratch.write_text(json.dumps({"droidspeak_frontier": 1, **asdict(self)}) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Frontier:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file is no frontier.
         """
         loaded = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(loaded, dict) or loaded.pop("droidspeak_frontier", None) != 1:
-            raise ValueError(f"{path}: got JSON of something else; what Frontier.save wrote is needed")
+            raise ValueError(f"{path}: expected a frontier that Frontier.save wrote, got other JSON")
         return cls(
             **loaded
             | {
@@ -253,53 +253,54 @@ class Frontier:
         )
 
     def _estimate(self, values: Sequence[float | None], held_out: bool) -> Estimate:
-        return bootstrap.mean(self._known(values, held_out))
+        return bootstrap.mean(self._select(values, held_out))
 
     @property
-    def _count(self) -> int:
-        """Number of contexts, the first ones, by which plans are chosen."""
+    def _num_choosing(self) -> int:
+        """Number of contexts by which plans are chosen, the first ones."""
         return len(self.contexts) - self.held_out
 
-    def _known(self, values: Sequence[float | None], held_out: bool) -> list[float]:
-        some = values[self._count :] if held_out else values[: self._count]
-        return [value for value in some if value is not None]
+    def _select(self, values: Sequence[float | None], held_out: bool) -> list[float]:
+        """Select the values measured on held-out contexts, or on the others."""
+        selected = values[self._num_choosing :] if held_out else values[: self._num_choosing]
+        return [value for value in selected if value is not None]
 
     @cached_property
-    def _kl(self) -> dict[Point, float]:
-        logarithms = {point: [_logarithm(kl) for kl in self._known(point.kl, False)] for point in self.points}
+    def _typical_kl(self) -> dict[Point, float]:
+        logarithms = {point: [_logarithm(kl) for kl in self._select(point.kl, False)] for point in self.points}
         everywhere = [
             each
             for each in logarithms.values()
-            if len(each) == self._count and any(each) and all(map(math.isfinite, each))
+            if len(each) == self._num_choosing and any(each) and all(map(math.isfinite, each))
         ]
-        hardness = [_mean(of_all) for of_all in zip(*everywhere, strict=True)]
+        difficulty = [_mean(of_context) for of_context in zip(*everywhere, strict=True)]
 
         def typical(point: Point) -> float:
             if math.inf in logarithms[point]:
                 return math.inf
-            there = [hard for hard, kl in zip(hardness, point.kl, strict=False) if kl is not None]
-            harder = _mean(hardness) - _mean(there) if there != hardness else 0.0
-            return _NEGLIGIBLE * max(0.0, math.expm1(_mean(logarithms[point]) + harder))
+            measured = [each for each, kl in zip(difficulty, point.kl, strict=False) if kl is not None]
+            adjustment = _mean(difficulty) - _mean(measured) if measured != difficulty else 0.0
+            return _NEGLIGIBLE * max(0.0, math.expm1(_mean(logarithms[point]) + adjustment))
 
         return {point: typical(point) for point in self.points}
 
     @cached_property
     def _loss_by_root_kl(self) -> float:
-        """The losses of all plans that have one over the roots of their divergences, and not below 0."""
-        full = 1.0 if self.scores is None else _mean(self._known(self.scores, False))
+        """Sum of the losses of all plans over the sum of the square roots of their divergences, at least 0."""
+        full = 1.0 if self.scores is None else _mean(self._select(self.scores, False))
         if full <= 0:
             return 0.0
         losses = roots = 0.0
         for point in self.points:
             measured = point.agreement if self.scores is None else point.scores
-            if measured is not None and None not in measured and math.isfinite(self._kl[point]):
-                losses += 1 - _mean(self._known(measured, False)) / full
-                roots += math.sqrt(self._kl[point])
+            if measured is not None and None not in measured and math.isfinite(self._typical_kl[point]):
+                losses += 1 - _mean(self._select(measured, False)) / full
+                roots += math.sqrt(self._typical_kl[point])
         return max(0.0, losses / roots) if roots else 0.0
 
 
 def _logarithm(kl: float) -> float:
-    """Logarithm of a divergence; infinite if that is no number, so that a plan whose answers are NaN is not the best."""
+    """Logarithm of a divergence; infinite if the divergence is NaN, so that such a plan is the worst."""
     return math.log1p(max(0.0, kl) / _NEGLIGIBLE) if math.isfinite(kl) else math.inf
 
 

@@ -1,22 +1,26 @@
-"""The receiver's next tokens after a context whose K/V come from here and there: of many mixtures, what they share run once."""
+"""Replay of a suffix over many mixtures of a context's K/V, in which what the mixtures have in common runs once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
+from typing import TypeVar
 
 import torch
+from einops import rearrange
 
 from ..hf.decoder import Decoder
 from ..hf.passes import KeysValues, PackedSuffixes
+from ..metrics import kl_divergence
 
-Source = Hashable
-"""Where K/V of a layer come from."""
+Source = TypeVar("Source", bound=Hashable)  # identifies K/V of all layers
 
 ROW_TOKENS = 256
-"""Least tokens of suffixes side by side: enough to fill a matrix product. More of them share one copy of the context's K
-and V, but each also scores the others, which it does not see: a quarter of the context's tokens is the best of both."""
-_LOGITS = 1 << 25  # that are held at a time
+"""Least number of tokens in a row of packed suffixes, enough to fill a matrix product. Longer rows share one copy of the
+context's K/V among more suffixes, but attention also scores the masked pairs of suffixes: a quarter of the context's length
+is a good compromise."""
+
+_CHUNK_LOGITS = 1 << 25
 
 
 @torch.no_grad()
@@ -27,61 +31,62 @@ def replay(
     mixtures: Sequence[Sequence[Source]],
     keys_values: Callable[[Source, int], KeysValues],
 ) -> torch.Tensor:
-    """Return what leaves the last layer when a suffix runs behind a context, for every mixture of the context's K/V.
+    """Run a suffix after a context, with every mixture of the context's K/V; return the output of the last layer.
 
-    Mixtures that have the same sources up to a layer are one up to there; and those that have the same source at a layer
-    run through it side by side, wherever they were before. All L * (L + 1) / 2 bands of a model cost a third of as many passes.
+    Mixtures with the same sources up to a layer run as one up to there. Those with the same source at a layer run through it as
+    packed suffixes. All L * (L + 1) / 2 bands of a model take a third of the passes that they would take alone.
 
     Args:
         decoder: the receiver.
-        tokens: of the context.
-        ids: int64 ``[1, S]``, the suffix.
-        mixtures: for each the source of every layer.
-        keys_values: K and V ``[1, K, N, D]`` of a source at a layer.
+        tokens: length of the context.
+        ids: the suffix, int64 ``[1, S]``.
+        mixtures: each the sources of all layers.
+        keys_values: returns K and V ``[1, K, N, D]`` of a source at a layer.
 
     Returns:
-        ``[mixtures, S, C]``.
+        Hidden states ``[mixtures, S, C]``.
     """
     length = ids.shape[1]
-    suffixes_a_row = max(1, max(ROW_TOKENS, tokens // 4) // length)
+    suffixes_per_row = max(1, max(ROW_TOKENS, tokens // 4) // length)
     packed = cache(lambda count: PackedSuffixes(decoder, tokens, [length] * count))
     states, rows = decoder.embed(ids), [0] * len(mixtures)
     for layer in range(decoder.num_layers):
-        wanted: dict[Source, dict[int, None]] = {}
+        rows_by_source: dict[Source, dict[int, None]] = {}
         for row, mixture in zip(rows, mixtures, strict=True):
-            wanted.setdefault(mixture[layer], {})[row] = None
-        following: list[torch.Tensor] = []
-        places: dict[tuple[int, Source], int] = {}
-        for source, from_rows in wanted.items():
+            rows_by_source.setdefault(mixture[layer], {})[row] = None
+        outputs: list[torch.Tensor] = []
+        output_rows: dict[tuple[int, Source], int] = {}
+        for source, distinct in rows_by_source.items():
             held = {layer: keys_values(source, layer)}
-            for some in torch.tensor(list(from_rows)).split(suffixes_a_row):
-                row_of_some = states[some].flatten(0, 1)[None]
-                left = packed(len(some)).over.run(layer, row_of_some, packed(len(some)).cache(held))
-                places |= {(row, source): len(places) + number for number, row in enumerate(some.tolist())}
-                following.append(left.view(len(some), length, -1))
-        states = torch.cat(following)
-        rows = [places[row, mixture[layer]] for row, mixture in zip(rows, mixtures, strict=True)]
+            for some in torch.tensor(list(distinct)).split(suffixes_per_row):
+                suffixes = packed(len(some))
+                inputs = rearrange(states[some], "m s c -> 1 (m s) c")
+                output = suffixes.over.run(layer, inputs, suffixes.cache(held))
+                outputs.append(rearrange(output, "1 (m s) c -> m s c", s=length))
+                output_rows |= {(index, source): len(output_rows) + n for n, index in enumerate(some.tolist())}
+        states = torch.cat(outputs)
+        rows = [output_rows[row, mixture[layer]] for row, mixture in zip(rows, mixtures, strict=True)]
     return states[rows]
 
 
 @torch.no_grad()
-def judged(decoder: Decoder, states: torch.Tensor, own: torch.Tensor) -> tuple[list[float], list[float]]:
-    """For each of many next-token distributions the divergence from the receiver's own, in nats, and how often the likeliest
-    token is the same; means over tokens. Of logits that are NaN it is infinite.
+def kl_and_top1(decoder: Decoder, states: torch.Tensor, reference: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Compare next-token distributions with those of full prefill, by KL divergence in nats and by top-1 agreement.
 
     Args:
-        states: ``[mixtures, N, C]``, what leaves the last layer at N tokens.
-        own: logits ``[N, vocabulary]`` after the receiver's own prefill.
+        decoder: the receiver.
+        states: outputs of the last layer ``[mixtures, N, C]`` at N tokens.
+        reference: logits ``[N, vocabulary]`` after full prefill.
+
+    Returns:
+        For each mixture the mean of either over the tokens. If logits are NaN the divergence is infinite, which is the worst.
     """
-    weights, likeliest = own.softmax(-1), own.argmax(-1)
-    divergences: list[float] = []
-    agreements: list[float] = []
-    for some in states.split(max(1, _LOGITS // own.numel())):
-        logits = decoder.logits(some)
-        agreements += (logits.argmax(-1) == likeliest).float().mean(1).tolist()
-        # log Σ p exp(d) - Σ p d, which is as exact as d is small; where exp would overflow, the divergence is beyond use.
-        apart = (logits - own).clamp_(max=80.0)
-        mean = torch.einsum("nv,mnv->mn", weights, apart)
-        shift = torch.einsum("nv,mnv->mn", weights, apart.expm1_()).log1p()
-        divergences += (shift - mean).mean(1).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()
-    return divergences, agreements
+    top1 = reference.argmax(-1)
+    kl: list[float] = []
+    agreement: list[float] = []
+    for chunk in states.split(max(1, _CHUNK_LOGITS // reference.numel())):
+        logits = decoder.logits(chunk)
+        agreement += (logits.argmax(-1) == top1).float().mean(1).tolist()
+        mean = kl_divergence(reference, logits).mean(1).clamp(min=0)
+        kl += mean.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()
+    return kl, agreement

@@ -1,4 +1,4 @@
-"""The report of a profile: plots, and one HTML page that holds them."""
+"""The report of a profile: plots, and an HTML page with a table and the plots."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from . import bootstrap
 from .bootstrap import Estimate
 from .frontier import Frontier, Point, Rest
 
-FLOORS = (0.01, 0.05, 0.1)
-"""Quality losses at which plans are chosen for the table."""
+MAX_LOSSES = (0.01, 0.05, 0.1)
+"""Limits of the quality loss for which the report shows the chosen plan."""
 
 COLOURS: dict[Rest, str] = {"reuse": "#7f7f7f", "project": "#31a354", "fitted": "#3182bd"}
 NAMES: dict[Rest, str] = {"reuse": "rest reused", "project": "rest projected", "fitted": "rest fitted"}
-_SMALLEST = 1e-5  # KL that is drawn; what is less is rounding
+_MIN_KL = 1e-5  # lower end of logarithmic axes; smaller divergences are rounding
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -39,7 +39,7 @@ img {{ max-width: 100% }}
 
 
 def write_report(frontier: Frontier, folder: Path, title: str) -> list[Path]:
-    """Write `report.html`, which needs no other file, and each of its plots as a PNG; return their paths."""
+    """Write the plots as PNG files and a self-contained `report.html`; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written, images = [], []
     for name, (heading, draw) in PLOTS.items():
@@ -63,32 +63,32 @@ def write_report(frontier: Frontier, folder: Path, title: str) -> list[Path]:
 
 
 def summary(frontier: Frontier) -> str:
-    """On what it rests."""
+    """Summarize the measurements and define the terms of the report."""
     tokens = frontier.contexts
     return (
-        f"{len(frontier.points)} plans tried on {len(tokens)} contexts of {min(tokens)} to {max(tokens)} tokens, bands every "
-        f"{frontier.granularity} layers; plans are chosen by {len(tokens) - frontier.held_out} of the contexts, for the loss "
-        f"that their divergence lets expect, and judged on the others. Quality loss is the {_loss(frontier)}, KL the "
-        f"divergence of next-token distributions from full prefill's, in nats: its mean over contexts, or, where it is called "
-        f"typical, the geometric mean, which plans are compared by; in brackets 95 % bootstrap intervals. Times are predicted "
-        f"from measurements on {frontier.costs.machine}, for {frontier.mean_tokens} tokens."
+        f"{len(frontier.points)} plans measured on {len(tokens)} contexts of {min(tokens)} to {max(tokens)} tokens; bands "
+        f"start and end at multiples of {frontier.granularity} layers. Plans are chosen by their expected loss on "
+        f"{len(tokens) - frontier.held_out} contexts and evaluated on {frontier.held_out} held-out ones. Quality loss is the "
+        f"{_loss(frontier)}. KL is the divergence of next-token distributions from those after full prefill, in nats: the mean "
+        f"over contexts, or the geometric mean where it is called typical. Brackets hold 95 % bootstrap intervals. Times are "
+        f"predicted for {frontier.mean_tokens} tokens, from measurements on {frontier.costs.machine}."
     )
 
 
 def _loss(frontier: Frontier) -> str:
     if frontier.scores is None:
-        return "share of next tokens that are not those of full prefill"
-    return "share of full prefill's score that answers lose"
+        return "top-1 disagreement with full prefill"
+    return "relative loss of answer score against full prefill"
 
 
 def rows(frontier: Frontier) -> list[dict[str, str]]:
-    """For each quality floor the plan that is chosen, what it costs and what it loses where it was not chosen by."""
+    """Return the table: for each limit of the quality loss the chosen plan, its speed-up and its held-out loss."""
     found = []
-    for floor in FLOORS:
-        point = frontier.point(frontier.choose(max_quality_loss=floor))
+    for max_loss in MAX_LOSSES:
+        point = frontier.point(frontier.choose(max_quality_loss=max_loss))
         found.append(
             {
-                "quality loss up to": f"{floor:.0%}",
+                "quality loss up to": f"{max_loss:.0%}",
                 "plan": str(point),
                 "faster than full prefill": f"{frontier.speedup(point):.1f}x",
                 "expected loss": f"{frontier.expected_loss(point):.1%}",
@@ -100,7 +100,7 @@ def rows(frontier: Frontier) -> list[dict[str, str]]:
 
 
 def sensitivity(frontier: Frontier) -> Figure:
-    """Plot the effect of reusing one layer alone, or as many as the granularity says (the paper's figure 7)."""
+    """Plot the sensitivity of each layer, or group of `granularity` layers, to reuse (the paper's figure 7)."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
     estimates = [bootstrap.mean(each.kl) for each in frontier.sensitivity]
@@ -108,45 +108,45 @@ def sensitivity(frontier: Frontier) -> Figure:
         [each.start for each in frontier.sensitivity],
         [each.value for each in estimates],
         [each.end - each.start for each in frontier.sensitivity],
-        yerr=list(zip(*(each.arms for each in estimates), strict=True)),
+        yerr=list(zip(*(each.error_bars for each in estimates), strict=True)),
         align="edge",
         color=COLOURS["reuse"],
         edgecolor="white",
         ecolor="black",
         capsize=2,
     )
-    axes.set_xlabel("layer whose K and V alone are the sender's")
+    axes.set_xlabel("layer that alone is reused")
     axes.set_ylabel("KL from full prefill, nats")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def bands(frontier: Frontier) -> Figure:
-    """The divergence of every band, by where it starts and ends."""
-    rests = [rest for rest in NAMES if any(True for _ in _bands(frontier, rest))]
+    """Plot the divergence of every band by its start and end."""
+    rests = [rest for rest in NAMES if _bands(frontier, rest)]
     figure = Figure(figsize=(1 + 4.2 * len(rests), 4.2), layout="constrained")
     (panels,) = figure.subplots(1, len(rests), squeeze=False, sharey=True)
     values = {
         rest: {each.plan.bands[0]: frontier.typical_kl(each) for each in _bands(frontier, rest)} for rest in rests
     }
-    every = [value for of_rest in values.values() for value in of_rest.values() if value > _SMALLEST]
-    shown = None
+    every = [value for of_rest in values.values() for value in of_rest.values() if value > _MIN_KL]
+    image = None
     for axes, rest in zip(panels, rests, strict=True):
         starts = sorted({start for start, _ in values["reuse"]})
         ends = sorted({end for _, end in values["reuse"]})
         grid = [[max(values[rest].get((s, e), float("nan")), min(every)) for e in ends] for s in starts]
-        shown = axes.imshow(grid, norm="log", cmap="viridis_r", vmin=min(every), vmax=max(every), origin="lower")
+        image = axes.imshow(grid, norm="log", cmap="viridis_r", vmin=min(every), vmax=max(every), origin="lower")
         axes.set_xticks(range(len(ends)), map(str, ends), fontsize=6)
         axes.set_yticks(range(len(starts)), map(str, starts), fontsize=6)
         axes.set_title(NAMES[rest], fontsize=10)
         axes.set_xlabel("end of the band")
     panels[0].set_ylabel("start of the band")
-    figure.colorbar(shown, ax=panels, label="typical KL from full prefill, nats", shrink=0.8)  # type: ignore[arg-type]
+    figure.colorbar(image, ax=panels, label="typical KL from full prefill, nats", shrink=0.8)  # type: ignore[arg-type]
     return figure
 
 
 def frontier_plot(frontier: Frontier) -> Figure:
-    """All plans by time and divergence, the best of them, and those that are chosen for a quality."""
+    """Plot all plans by speed-up and divergence, with the Pareto front and the chosen plans."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for rest, name in NAMES.items():
@@ -155,13 +155,13 @@ def frontier_plot(frontier: Frontier) -> Figure:
             label = f"{name}, scattered layers" if scattered else name
             if some:
                 _scatter(axes, frontier, some, marker=marker, color=COLOURS[rest], label=label, alpha=0.6)
-    best = _shown(frontier, frontier.pareto())
+    best = _drawable(frontier, frontier.pareto())
     axes.plot(
         [frontier.speedup(point) for point in best], [frontier.typical_kl(point) for point in best], color="black", lw=1
     )
-    for number, floor in enumerate(FLOORS):
-        chosen = frontier.point(frontier.choose(max_quality_loss=floor))
-        label = f"chosen for a loss up to {floor:.0%}: {chosen}"
+    for number, max_loss in enumerate(MAX_LOSSES):
+        chosen = frontier.point(frontier.choose(max_quality_loss=max_loss))
+        label = f"chosen for a loss up to {max_loss:.0%}: {chosen}"
         _scatter(
             axes,
             frontier,
@@ -177,7 +177,7 @@ def frontier_plot(frontier: Frontier) -> Figure:
     axes.set_yscale("log")
     ticks = [1, 1.5, 2, 3, 5, 7, 10, 15, 20]
     axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
-    axes.set_xlabel(f"faster than full prefill, to the first token ({frontier.mean_tokens} tokens, predicted)")
+    axes.set_xlabel(f"predicted speed-up of time to first token over full prefill ({frontier.mean_tokens} tokens)")
     axes.set_ylabel("typical KL from full prefill, nats")
     axes.legend(fontsize=7, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -185,8 +185,8 @@ def frontier_plot(frontier: Frontier) -> Figure:
 
 
 def quality(frontier: Frontier) -> Figure:
-    """Plot the losses of the best plans with intervals, on the contexts that chose them and on others, beside the expected."""
-    best = _shown(frontier, frontier.pareto())
+    """Plot the losses of the Pareto-optimal plans: expected, and with intervals on the choosing and the held-out contexts."""
+    best = _drawable(frontier, frontier.pareto())
     figure = Figure(figsize=(9, 1.2 + 0.32 * len(best)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     measures: Sequence[tuple[Callable[..., Estimate], str]] = (
@@ -197,10 +197,10 @@ def quality(frontier: Frontier) -> Figure:
         for held_out, offset, colour in ((False, -0.12, "#9ecae1"), (True, 0.12, "#08519c")):
             estimates = [measure(point, held_out=held_out) for point in best]
             values = [each.value for each in estimates]
-            arms = list(zip(*(each.arms for each in estimates), strict=True))
-            rows = [number + offset for number in range(len(best))]
-            name = "held out" if held_out else "chosen by"
-            axes.errorbar(values, rows, xerr=arms, fmt="o", color=colour, ms=4, label=name)
+            error_bars = list(zip(*(each.error_bars for each in estimates), strict=True))
+            heights = [index + offset for index in range(len(best))]
+            name = "held-out contexts" if held_out else "choosing contexts"
+            axes.errorbar(values, heights, xerr=error_bars, fmt="o", color=colour, ms=4, label=name)
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.axvline(0, color="black", lw=0.6)
@@ -214,23 +214,24 @@ def quality(frontier: Frontier) -> Figure:
 
 PLOTS: dict[str, tuple[str, Callable[[Frontier], Figure]]] = {
     "frontier": ("Quality against time", frontier_plot),
-    "quality": ("What the best plans lose", quality),
+    "quality": ("Quality loss of the Pareto-optimal plans", quality),
     "bands": ("Every band", bands),
     "sensitivity": ("Sensitivity by layer", sensitivity),
 }
 
 
 def _bands(frontier: Frontier, rest: Rest) -> list[Point]:
-    """The points of one band."""
+    """Return the points with one band."""
     return [point for point in frontier.points if point.rest == rest and len(point.plan.bands) == 1]
 
 
-def _shown(frontier: Frontier, points: Sequence[Point]) -> list[Point]:
-    return [point for point in points if frontier.typical_kl(point) > _SMALLEST]
+def _drawable(frontier: Frontier, points: Sequence[Point]) -> list[Point]:
+    """Return the points that are not off a logarithmic axis."""
+    return [point for point in points if frontier.typical_kl(point) > _MIN_KL]
 
 
 def _scatter(axes, frontier: Frontier, points: Sequence[Point], **style) -> None:  # type: ignore[no-untyped-def]
-    shown = _shown(frontier, points)
+    shown = _drawable(frontier, points)
     axes.scatter([frontier.speedup(each) for each in shown], [frontier.typical_kl(each) for each in shown], **style)
 
 

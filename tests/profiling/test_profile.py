@@ -16,7 +16,7 @@ from support.models import fine_tuned, save_with_tokenizer, tiny_pair, tokens
 import droidspeak_ops as ds
 from droidspeak_ops.prefill.schedule import Work, resolve
 from droidspeak_ops.profiling import run as profiling
-from droidspeak_ops.profiling.run import JUDGED
+from droidspeak_ops.profiling.run import EVAL_TOKENS
 
 LAYERS = 5
 COSTS = ds.CostModel((0, 1e-4, 0), (0, 1e-5, 0), (0.05, 0, 0), 4000, 1000, "made up", (100, 2000))
@@ -67,7 +67,7 @@ def by_hand(pair, maps, point, example: ds.Example) -> tuple[float, float]:
 @torch.no_grad()
 def compared(receiver, cache, example: ds.Example) -> tuple[float, float]:
     """Divergence and agreement behind a cache of the context, by two ordinary forward passes."""
-    answer = example.answer[:, :JUDGED]
+    answer = example.answer[:, :EVAL_TOKENS]
     ids = torch.cat((example.prompt, answer[:, :-1]), dim=1)
     count = answer.shape[1]
     own = receiver(ids, logits_to_keep=count).logits[0].double().log_softmax(-1)
@@ -218,7 +218,7 @@ def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypat
     with torch.no_grad():
         said = [pair[1].generate(each.prompt, max_new_tokens=8, do_sample=False)[:, 96:] for each in asked]
     some = [each._replace(answer=answer) for each, answer in zip(asked, said, strict=True)]
-    options = {"maps": maps, "costs": COSTS, "score": alike, "show_progress": False}
+    options = {"maps": maps, "granularity": 2, "costs": COSTS, "score": alike, "show_progress": False}
     frontier = ds.profile(*pair, some, **options)
     assert frontier.scores == (1.0,) * 6, "the wanted answers are those of full prefill"
     best = frontier.pareto()
@@ -233,7 +233,7 @@ def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypat
     assert frontier.quality_loss(lost[0.3]).value <= 0.3
     assert frontier.quality_loss(lost[0.0]).value <= 0.0
     assert frontier.seconds(lost[1.0]) <= frontier.seconds(lost[0.3]) <= frontier.seconds(lost[0.0])
-    with pytest.raises(ValueError, match="whose answers were not scored"):
+    with pytest.raises(ValueError, match="point: expected one of the points with scores, got"):
         frontier.quality_loss(next(each for each in frontier.points if each.scores is None))
     frontier.save(tmp_path / "frontier.json")
     assert ds.Frontier.load(tmp_path / "frontier.json") == frontier
@@ -241,11 +241,11 @@ def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypat
     # Times differ from run to run; those of a run that goes on are those that it began with.
     monkeypatch.setattr(profiling, "measure_costs", lambda *args, **options: COSTS)
     options["costs"] = None
-    original = profiling._score
-    interrupted_after(2, "_score", monkeypatch)
+    original = profiling.score_context
+    interrupted_after(2, "score_context", monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         ds.profile(*pair, some, **options, journal=tmp_path / "journal")
-    monkeypatch.setattr(profiling, "_score", original)
+    monkeypatch.setattr(profiling, "score_context", original)
     monkeypatch.setattr(profiling, "measure_costs", lambda *args, **options: pytest.fail("measured again"))
     assert ds.profile(*pair, some, **options, journal=tmp_path / "journal") == frontier
 
@@ -260,46 +260,37 @@ def test_an_interrupted_run_goes_on(pair, some, frontier, maps, tmp_path, monkey
     again = ds.profile(*pair, some, maps=maps, costs=COSTS, journal=journal, show_progress=False)
     assert len(measured) == 2
     assert again == frontier
-    with pytest.raises(ValueError, match="is of another run"):
+    with pytest.raises(ValueError, match="expected a journal of this run, got that of another"):
         ds.profile(*pair, some, costs=COSTS, journal=journal, show_progress=False)
+
+
+def profile_many(journal: Path | None) -> ds.Frontier:
+    return ds.profile(*tiny_pair(LAYERS), examples(16), costs=COSTS, journal=journal, show_progress=False)
 
 
 SCRIPT = """
 import os
 import sys
+from pathlib import Path
 sys.path[:0] = sys.argv[1].split(os.pathsep)
-from test_profile import COSTS, LAYERS, examples
-from support.models import tiny_pair
-import droidspeak_ops as ds
-ds.profile(*tiny_pair(LAYERS), examples(60), costs=COSTS, journal=sys.argv[2], show_progress=False).save(sys.argv[3])
+import torch
+from test_profile import profile_many
+torch.set_num_threads(1)
+profile_many(Path(sys.argv[2]))
 """
 
 
-def test_killed_at_any_moment(tmp_path) -> None:
-    def start(journal: str, out: str) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-c",
-            SCRIPT,
-            os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2]),
-            str(tmp_path / journal),
-            str(tmp_path / out),
-        ]
-        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    assert start("whole", "whole.json").wait() == 0
-    lines = 0
-    while not (tmp_path / "killed.json").exists():
-        process, journal, before = start("journal", "killed.json"), tmp_path / "journal", lines
-        while process.poll() is None:
-            lines = len(journal.read_bytes().splitlines()) if journal.exists() else 0
-            if lines >= before + 12:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-            time.sleep(0.001)
-        lines = len(journal.read_bytes().splitlines())
-        assert lines > before, "every run gets further"
-    assert before > 0, "it was killed at least once"
+def test_a_run_that_is_killed_goes_on(tmp_path) -> None:
+    """To the same bytes; test_files.py kills the journal itself at every moment."""
+    journal, folders = tmp_path / "journal", os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, folders, str(journal)])
+    while not journal.exists() or len(journal.read_bytes().splitlines()) < 4:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was killed before its end"
+    profile_many(journal).save(tmp_path / "killed.json")
+    profile_many(None).save(tmp_path / "whole.json")
     assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
@@ -307,25 +298,27 @@ def test_killed_at_any_moment(tmp_path) -> None:
 
 
 def test_a_pair_without_enough_contexts(pair) -> None:
-    with pytest.raises(ValueError, match="examples: got 2 contexts; 3 or more"):
+    with pytest.raises(ValueError, match="examples: expected at least 3 contexts, got 2"):
         ds.profile(*pair, examples(2), costs=COSTS, show_progress=False)
 
 
 @pytest.mark.parametrize("granularity", [0, LAYERS + 1])
 def test_a_granularity_that_is_none(pair, granularity: int) -> None:
-    with pytest.raises(ValueError, match=f"granularity: got {granularity}; from 1 to {LAYERS}"):
+    with pytest.raises(
+        ValueError, match=f"granularity: expected 1 to {LAYERS}, the number of layers, got {granularity}"
+    ):
         ds.profile(*pair, examples(3), granularity=granularity, costs=COSTS, show_progress=False)
 
 
 def test_maps_of_another_pair(pair, maps) -> None:
-    with pytest.raises(ds.ReuseError, match="maps: fitted to a receiver with other weights"):
+    with pytest.raises(ds.ReuseError, match="got maps fitted to a receiver with other weights"):
         ds.profile(pair[0], fine_tuned(pair[1]), examples(3), maps=maps, costs=COSTS, show_progress=False)
 
 
 def test_an_empty_answer(pair) -> None:
     some = examples(3)
     some[0] = some[0]._replace(answer=tokens(2)[:, :0])
-    with pytest.raises(ValueError, match=r"as the answer of number 0"):
+    with pytest.raises(ValueError, match="expected the answer of example 0 to be non-empty"):
         ds.profile(*pair, some, costs=COSTS, show_progress=False)
 
 
@@ -335,7 +328,7 @@ def test_costs_are_measured(pair) -> None:
     assert costs.hidden_bytes == 48 * 4
     assert costs.tokens == (16, 64)
     assert "float32" in costs.machine
-    with pytest.raises(ValueError, match="three lengths that increase"):
+    with pytest.raises(ValueError, match="tokens: expected three increasing lengths, got"):
         ds.measure_costs(pair[1], tokens=(16, 32), show_progress=False)
 
 
@@ -373,7 +366,7 @@ def test_the_command_profiles_with_maps(named, maps, tmp_path, capsys) -> None:
     frontier = ds.Frontier.load(out / "frontier.json")
     assert frontier.contexts == (67,) * 5
     assert frontier.maps == maps.digest()
-    said = " ".join(capsys.readouterr().out.split())
+    said = capsys.readouterr().out.replace("\n", "")  # the console wraps long paths
     assert "faster" in said and "report.html" in said
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 4
@@ -387,6 +380,7 @@ def test_the_command_scores_answers(named, tmp_path) -> None:
     (tmp_path / "some.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     main(
         ["profile", *named, str(tmp_path / "some.jsonl"), "--metric", "edit similarity", "--out", str(tmp_path / "out")]
+        + ["--granularity", "2"]
     )
     frontier = ds.Frontier.load(tmp_path / "out" / "frontier.json")
     assert len(frontier.scores) == 4 and all(0 <= score <= 1 for score in frontier.scores)
@@ -398,5 +392,8 @@ def test_the_command_says_which_line_is_wrong(named, tmp_path) -> None:
     (tmp_path / "some.jsonl").write_text(
         '{"context": "w1", "suffix": "w2", "answer": "w3"}\n{"text": 1}\n', encoding="utf-8"
     )
-    with pytest.raises(SystemExit, match=r"some.jsonl, line 2: got '.*'; a JSON object with the texts context, suffix"):
+    with pytest.raises(
+        SystemExit,
+        match=r"some.jsonl, line 2: expected a JSON object with the texts context, suffix and answer, got '.*'",
+    ):
         main(["profile", *named, str(tmp_path / "some.jsonl")])

@@ -7,8 +7,9 @@ from support.models import FAMILIES, fine_tuned, tiny, tokens
 
 import droidspeak_ops as ds
 from droidspeak_ops.hf.decoder import Decoder
+from droidspeak_ops.metrics import kl_divergence
 from droidspeak_ops.profiling import replay as replaying
-from droidspeak_ops.profiling.replay import judged, replay
+from droidspeak_ops.profiling.replay import kl_and_top1, replay
 
 LAYERS = 4
 
@@ -70,11 +71,26 @@ def test_divergence_and_agreement() -> None:
     with torch.no_grad():
         own = decoder.logits(states[1])
         logits = decoder.logits(states).double().log_softmax(-1)
-    divergences, agreements = judged(decoder, states, own)
+    divergences, agreements = kl_and_top1(decoder, states, own)
     for row in range(5):
         wanted = (logits[1].exp() * (logits[1] - logits[row])).sum(-1).mean()
         assert divergences[row] == pytest.approx(wanted.item(), abs=1e-5)
         assert agreements[row] == pytest.approx((logits[row].argmax(-1) == logits[1].argmax(-1)).double().mean().item())
     assert divergences[1] == pytest.approx(0, abs=1e-9) and agreements[1] == 1
     states[4, 1] = float("nan")
-    assert judged(decoder, states, own)[0][4] == float("inf")
+    assert kl_and_top1(decoder, states, own)[0][4] == float("inf")
+
+
+@pytest.mark.parametrize("change", [1e-4, 1e-2, 1.0, 10.0])
+def test_kl_divergence(change: float) -> None:
+    """Of logits and of log-probabilities, however small, with its gradient; broadcast as kl_and_top1 needs it."""
+    reference = 3 * torch.randn(4, 1000)
+    logits = (reference + change * torch.randn(2, 4, 1000)).requires_grad_()
+    p, q = (each.double().log_softmax(-1) for each in (reference, logits))
+    expected = (p.exp() * (p - q)).sum(-1)
+    found = kl_divergence(reference, logits)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=3e-7 * change)
+    of_log_probabilities = kl_divergence(reference.log_softmax(-1), logits.log_softmax(-1))
+    torch.testing.assert_close(of_log_probabilities.double(), expected, rtol=1e-5, atol=3e-7 * change)
+    gradient, wanted = (torch.autograd.grad(each.sum(), logits)[0] for each in (found, expected))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=3e-7)

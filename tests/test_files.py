@@ -1,0 +1,100 @@
+"""Files that are whole or not there, and journals of runs that are killed."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from droidspeak_ops.files import Journal, replacing
+
+
+def test_nothing_half_written_is_left(tmp_path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old", encoding="utf-8")
+
+    def write_half() -> None:
+        with replacing(target) as scratch:
+            scratch.write_text("half", encoding="utf-8")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert [(file.name, file.read_text(encoding="utf-8")) for file in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_threads_that_write_to_one_path_leave_one_whole_file(tmp_path) -> None:
+    target = tmp_path / "file"
+
+    def write(number: int) -> None:
+        with replacing(target) as scratch:
+            scratch.write_text(str(number) * 10_000, encoding="utf-8")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(9)))
+    (file,) = tmp_path.iterdir()
+    text = file.read_text(encoding="utf-8")
+    assert text == text[0] * 10_000
+
+
+def test_a_file_keeps_its_mode_and_a_link_stays_one(tmp_path) -> None:
+    target, link = tmp_path / "file", tmp_path / "link"
+    target.write_text("old", encoding="utf-8")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    with replacing(link) as scratch:
+        scratch.write_text("new", encoding="utf-8")
+    assert link.is_symlink() and target.read_text(encoding="utf-8") == "new"
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_journal_goes_on_after_a_torn_line(tmp_path) -> None:
+    path = tmp_path / "journal"
+    first = Journal(path, {"run": 1})
+    first.add([1.5, None])
+    first.add([2.5, 3.5])
+    path.write_bytes(path.read_bytes()[:-3])
+    second = Journal(path, {"run": 1})
+    assert second.done == [[1.5, None]]
+    second.add([4.0])
+    assert Journal(path, {"run": 1}).done == [[1.5, None], [4.0]]
+    with pytest.raises(ValueError, match="journal: expected a journal of this run, got that of another"):
+        Journal(path, {"run": 2})
+    assert Journal(None, {}).done == []
+
+
+# Imports neither torch nor this file, so that it starts in an instant.
+WRITER = """
+import sys
+from droidspeak_ops.files import Journal
+journal = Journal(sys.argv[1], {"run": 1})
+for number in range(len(journal.done), int(sys.argv[2])):
+    journal.add([number, "x" * (number % 5000)])
+"""
+
+
+def test_a_journal_that_is_killed_at_any_moment_goes_on(tmp_path) -> None:
+    """While it starts, reads, writes: nothing that was noted is lost, doubled or torn."""
+    path, moments, known = tmp_path / "journal", random.Random(0), 0
+    for kill in range(15):
+        before = path.stat().st_size if path.exists() else 0
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(10**9)])
+        if kill % 3 == 2:
+            time.sleep(moments.uniform(0.0, 0.1))
+        else:
+            grown = before + moments.randint(1, 100_000)
+            while not path.exists() or path.stat().st_size < grown:
+                assert process.poll() is None
+                time.sleep(0.0002)
+        process.kill()
+        process.wait()
+        whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        done = [json.loads(line) for line in whole[1:]]
+        assert done == [[number, "x" * (number % 5000)] for number in range(len(done))]
+        assert len(done) >= known + (kill % 3 != 2), "every run that writes gets further"
+        known = len(done)
+    subprocess.run([sys.executable, "-c", WRITER, str(path), str(known + 3)], check=True)
+    assert Journal(path, {"run": 1}).done == [[number, "x" * (number % 5000)] for number in range(known + 3)]
