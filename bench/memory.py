@@ -1,6 +1,6 @@
 """Memory of several receivers of one context, the middle third of the layers recomputed, against as many full caches.
 
-    python bench/memory.py --tokens 4096 --receivers 8 --csv memory.csv
+    python -m bench.memory --tokens 4096 --receivers 8 --csv memory.csv
 
 A process of its own for each, on the CPU: by how much it grew since after a first round of the same work, with the allocator's
 free memory given back to the system, beside the bytes of all distinct storages. The receivers are one model used several times:
@@ -9,7 +9,6 @@ only caches are counted. Appending a token to a shared layer copies it, as the l
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import multiprocessing
@@ -21,18 +20,21 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-import transformers
-from reporting import Row, show, write_csv
 from rich.progress import track
 from transformers import DynamicCache
 
 import droidspeak_ops as ds
-from droidspeak_ops.demo.run import load_glossary_variant
-from droidspeak_ops.hf.pretrained import SMOLLM2, load_pretrained
+from bench.common import Row, parser, setting, show, write_csv
+from bench.pairs import PAIRS
 
 
 class Reading(NamedTuple):
-    """Memory of a process: by how much it grew, and the bytes of the storages that are there to be counted."""
+    """Memory of a process.
+
+    Args:
+        resident: by how many bytes it grew.
+        storages: bytes of the storages that are there to be counted.
+    """
 
     what: str
     resident: int
@@ -40,11 +42,12 @@ class Reading(NamedTuple):
 
 
 def middle_third(depth: int) -> ds.Plan:
+    """Return the plan that is measured."""
     return ds.Plan([(depth // 3, 2 * depth // 3)])
 
 
 def resident_bytes() -> int:
-    """The process's resident memory, without what its allocator holds for later."""
+    """Return the process's resident memory, without what its allocator holds for later."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
@@ -54,7 +57,7 @@ def resident_bytes() -> int:
 
 
 def storage_bytes(*owners: Any) -> int:
-    """Bytes of the distinct storages of K, V and hidden states in caches and contexts."""
+    """Return the bytes of the distinct storages of K, V and hidden states in caches and contexts."""
     tensors: list[torch.Tensor] = []
     for owner in owners:
         if isinstance(owner, ds.SharedContext):
@@ -67,7 +70,7 @@ def storage_bytes(*owners: Any) -> int:
 
 @torch.no_grad()
 def full_caches(sender: Any, receiver: Any, ids: torch.Tensor, receivers: int) -> list[Reading]:
-    """transformers' own caches; `sender` has no part in them."""
+    """Measure as many full prefills, into transformers' own caches; `sender` has no part in them."""
 
     def prefill() -> DynamicCache:
         cache = DynamicCache(config=receiver.config)
@@ -82,7 +85,7 @@ def full_caches(sender: Any, receiver: Any, ids: torch.Tensor, receivers: int) -
 
 @torch.no_grad()
 def shared_context(sender: Any, receiver: Any, ids: torch.Tensor, receivers: int) -> list[Reading]:
-    """Partial prefills of one context: with it, without it, and with a token appended by each receiver."""
+    """Measure partial prefills of one context: with it, without it, and with a token appended by each receiver."""
     depth = receiver.config.num_hidden_layers
     plan = middle_third(depth)
 
@@ -95,9 +98,8 @@ def shared_context(sender: Any, receiver: Any, ids: torch.Tensor, receivers: int
     append_one(ds.partial_prefill(receiver, capture(), plan))
     before = resident_bytes()
     context = capture()
-    caches = [
-        ds.partial_prefill(receiver, context, plan) for _ in track(range(receivers), description="one shared context")
-    ]
+    steps = track(range(receivers), description="one shared context")
+    caches = [ds.partial_prefill(receiver, context, plan) for _ in steps]
     readings = [Reading(f"{plan}, context kept", resident_bytes() - before, storage_bytes(context, *caches))]
     del context
     readings.append(Reading(f"{plan}, context released", resident_bytes() - before, storage_bytes(*caches)))
@@ -110,19 +112,22 @@ def shared_context(sender: Any, receiver: Any, ids: torch.Tensor, receivers: int
 Measurement = Callable[[Any, Any, torch.Tensor, int], list[Reading]]
 
 
-def load_and_read(measurement: Measurement, tokens: int, receivers: int) -> list[Reading]:
+def load_and_measure(measurement: Measurement, tokens: int, receivers: int) -> list[Reading]:
+    """Measure the pair of real models, on random tokens."""
     torch.manual_seed(0)
-    sender, receiver = load_pretrained(SMOLLM2)[0], load_glossary_variant()[0]
-    return measurement(sender, receiver, torch.randint(receiver.config.vocab_size, (1, tokens)), receivers)
+    pair = PAIRS["lora"].load()
+    ids = torch.randint(pair.receiver.config.vocab_size, (1, tokens))
+    return measurement(pair.sender, pair.receiver, ids, receivers)
 
 
 def in_fresh_process(measurement: Measurement, tokens: int, receivers: int) -> list[Reading]:
+    """Measure in a process that has done nothing else."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(load_and_read, measurement, tokens, receivers).result()
+        return pool.submit(load_and_measure, measurement, tokens, receivers).result()
 
 
 def memory_rows(readings: Iterable[Reading]) -> list[Row]:
-    """In MB, and as ratios to the first of the readings."""
+    """Return the readings in MB, and as ratios to the first of them."""
     full, *others = readings
     return [
         {
@@ -136,12 +141,13 @@ def memory_rows(readings: Iterable[Reading]) -> list[Row]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096, help="context tokens")
-    parser.add_argument("--receivers", type=int, default=8)
-    parser.add_argument("--csv", type=Path, help="also write the table to this file")
-    args = parser.parse_args(arguments)
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Run the command."""
+    options = parser("memory", __doc__)
+    options.add_argument("--tokens", type=int, default=4096, help="context tokens")
+    options.add_argument("--receivers", type=int, default=8)
+    options.add_argument("--csv", type=Path, help="also write the table to this file")
+    args = options.parse_args(argv)
 
     readings = [
         reading
@@ -149,13 +155,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for reading in in_fresh_process(measurement, args.tokens, args.receivers)
     ]
     title = (
-        f"{args.receivers} receivers of one context: SmolLM2-135M-Instruct -> glossary variant, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}\n{args.tokens} random tokens, float32, {torch.get_num_threads()} CPU threads"
+        f"{args.receivers} receivers of one context: SmolLM2-135M-Instruct -> glossary variant, "
+        f"{args.tokens} random tokens, float32, {setting()}"
     )
     rows = memory_rows(readings)
     show(rows, title, "resident: growth of the process; storages: bytes of K, V and hidden states, each storage once")
     if args.csv:
-        write_csv(rows, title, args.csv)
+        write_csv(args.csv, rows, setting=title)
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """From the hidden states of a layer to its K and V in the cache: this project's kernels against what else does it.
 
-    python bench/projection.py --csv projection.csv --plot projection.png
+    python -m bench.projection --csv projection.csv --plot projection.png
 
 What is timed: input norm, both projections, bias, norm of K, RoPE of K and the store, in bfloat16 on a GPU, as medians of
 ``triton.testing.do_bench``. Everything that needs no hidden states (folded weights, 1/rms) is made beforehand.
@@ -19,22 +19,17 @@ machine, where this project's operators are their references: it shows that the 
 
 from __future__ import annotations
 
-import argparse
-import csv
 import importlib.util
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import transformers
-from providers import GROUPED, PROVIDERS, Problem, Provider, expected
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from bench.common import Row, environment, parser, show, write_csv
+from bench.providers import GROUPED, PROVIDERS, Problem, Provider, expected
 from droidspeak_ops.ops import tuning
 from droidspeak_ops.profiling.timing import timed
 from droidspeak_ops.proof.shapes import SHAPES
@@ -47,24 +42,11 @@ GROUP, GROUP_TOKENS = 8, 1024
 TOLERANCES = {torch.float32: (1e-5, 3e-6), torch.float16: (2e-3, 8e-4), torch.bfloat16: (1.6e-2, 6e-3)}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the result. Without a time where the provider did not run or was refused, and `check` says why."""
-
-    model: str
-    tokens: int
-    provider: str
-    milliseconds: float | None
-    speedup: float | None  # transformers' time for as many layers, divided by this one
-    roofline_percent: float | None
-    check: str
-
-
 # --- what is right, and how long it takes ---------------------------------------------------------------------------------
 
 
 def errors(actual: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> tuple[float, float]:
-    """The worst maximum and RMS error of any tensor, relative to its largest and RMS value; NaN if an element is."""
+    """Return the worst maximum and RMS error of any tensor, relative to its largest and RMS value; NaN if an element is."""
     found = []
     for one, other in zip(actual, wanted, strict=True):
         difference, other = one.double() - other, other.double()
@@ -74,11 +56,12 @@ def errors(actual: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> tu
 
 
 def within(found: tuple[float, float], dtype: torch.dtype) -> bool:
+    """Return whether errors are within the tolerances of a dtype."""
     return all(error <= allowed for error, allowed in zip(found, TOLERANCES[dtype], strict=True))  # NaN is not
 
 
-def milliseconds(run: Callable[[], None], device: str, rounds: int) -> float:
-    """The median: of `rounds` calls on the CPU, of as many as it takes on a GPU, with a cold L2 cache."""
+def cold_milliseconds(run: Callable[[], None], device: str, rounds: int) -> float:
+    """Return a call's median time: of `rounds` calls on the CPU, of as many as it takes on a GPU, with a cold L2 cache."""
     if device == "cpu":
         return statistics.median(timed(run)[1] for _ in range(rounds)) * 1e3
     from triton.testing import do_bench
@@ -87,6 +70,7 @@ def milliseconds(run: Callable[[], None], device: str, rounds: int) -> float:
 
 
 def skipped(provider: str, device: str) -> str | None:
+    """Return why a provider cannot run here, or None."""
     if provider != "liger":
         return None
     if importlib.util.find_spec("liger_kernel") is None:
@@ -110,86 +94,67 @@ def verified(
     return (run, check) if within(found, problem.dtype) else (None, f"refused: {check}")
 
 
-def measure(model: str, problem: Problem, providers: dict[str, Provider], rounds: int) -> Iterator[Row]:
-    """Check each provider, then time it."""
+def measure(model: str, problem: Problem, providers: Mapping[str, Provider], rounds: int) -> Iterator[Row]:
+    """Yield a row of each provider, checked and then timed.
+
+    Without a time the provider did not run or was refused, and `check` says why.
+    """
     wanted, target = expected(problem), known_target(problem.device)
     for name, provider in providers.items():
         run, check = None, skipped(name, problem.device)
         if check is None:
             run, check = verified(problem, provider, wanted)
-        time = None if run is None else milliseconds(run, problem.device, rounds)
+        time = None if run is None else cold_milliseconds(run, problem.device, rounds)
         percent = None
         if time is not None and target is not None:
             floor = time_floor(target, problem.flops, problem.bytes_moved, half=problem.dtype != torch.float32)
             percent = round(floor / time / 10, 1)
-        yield Row(model, problem.tokens, name, time, None, percent, check)
+        yield {
+            "model": model,
+            "tokens": problem.tokens,
+            "provider": name,
+            "milliseconds": None if time is None else float(f"{time:.5g}"),
+            "speedup": None,
+            "roofline_percent": percent,
+            "check": check,
+        }
 
 
-def bench(models: Sequence[str], tokens: Sequence[int], names: Sequence[str], device: str, rounds: int) -> list[Row]:
+def measure_all(
+    models: Sequence[str], tokens: Sequence[int], names: Sequence[str], device: str, rounds: int
+) -> list[Row]:
+    """Measure the providers of some names; `speedup` is transformers' time for as many layers over theirs."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     rows: list[Row] = []
     for model, count in track([(model, count) for model in models for count in tokens], description="models x tokens"):
         torch.compiler.reset()  # else there are more versions of one function than it allows
-        found: list[Row] = []
+        base: float | None = None
         for layers, providers in ((1, PROVIDERS), (GROUP, GROUPED)):
             chosen = {name: provider for name, provider in providers.items() if name in names}
-            if chosen and (layers == 1 or count == GROUP_TOKENS):
-                problem = Problem(SHAPES[model], count, dtype, device, layers)
-                found += measure(model, problem, chosen, rounds)
-        base = next((row.milliseconds for row in found if row.provider == "transformers"), None)
-        for row in found:
-            if base is not None and row.milliseconds is not None:
-                layers = GROUP if row.provider in GROUPED else 1
-                row = replace(row, speedup=round(layers * base / row.milliseconds, 2))
-            rows.append(row)
+            if not chosen or (layers > 1 and count != GROUP_TOKENS):
+                continue
+            found = list(measure(model, Problem(SHAPES[model], count, dtype, device, layers), chosen, rounds))
+            base = next((row["milliseconds"] for row in found if row["provider"] == "transformers"), base)
+            for row in found:
+                if base is not None and row["milliseconds"] is not None:
+                    row["speedup"] = round(layers * base / row["milliseconds"], 2)
+            rows += found
     return rows
 
 
 def known_target(device: str) -> str | None:
-    """The key of :data:`TARGETS` for the GPU's architecture, if it has one."""
+    """Return the key of :data:`TARGETS` for the GPU's architecture, if it has one."""
     if device == "cpu":
         return None
     found = tuning.target(torch.cuda.current_device())
     return next((name for name in (found, f"{found}a") if name in TARGETS), None)
 
 
-# --- what is shown --------------------------------------------------------------------------------------------------------
-
-
-def setting(device: str) -> dict[str, str]:
-    name = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else torch.cuda.get_device_name()
-    return {**tuning.versions(name), "transformers": transformers.__version__}
-
-
-def table(rows: Sequence[Row], title: str) -> Table:
-    out = Table(title=title, caption="speed-up over transformers, eager; errors against float64")
-    for column in ("model", "tokens", "provider", "ms", "speed-up", "% of roofline", "check"):
-        out.add_column(column, justify="left" if column in ("model", "provider", "check") else "right")
-    for row in rows:
-        ms, speedup, percent = (
-            "" if value is None else form.format(value)
-            for value, form in (
-                (row.milliseconds, "{:.3f}"),
-                (row.speedup, "{:.2f}x"),
-                (row.roofline_percent, "{:.0f}"),
-            )
-        )
-        out.add_row(row.model, str(row.tokens), row.provider, ms, speedup, percent, row.check)
-    return out
-
-
-def write_csv(rows: Sequence[Row], where: dict[str, str], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*Row.__dataclass_fields__, *where])
-        writer.writeheader()
-        writer.writerows({**asdict(row), **where} for row in rows)
-
-
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Speed-up over transformers by context tokens, as a PNG: a panel for each model."""
+    """Draw the speed-up over transformers by context tokens, as a PNG: a panel for each model."""
     from matplotlib.figure import Figure
 
-    models, names = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("model", "provider"))
+    models, names = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "provider"))
     columns = min(len(models), 3)
     lines = -(-len(models) // columns)
     figure = Figure(figsize=(max(4.2 * columns, 7), 3.4 * lines + 1), layout="constrained")
@@ -197,11 +162,13 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     panels = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for model, axes in zip(models, panels, strict=False):
         for index, name in enumerate(names):
-            mine = [row for row in rows if (row.model, row.provider) == (model, name) and row.speedup is not None]
+            mine = [
+                row for row in rows if (row["model"], row["provider"]) == (model, name) and row["speedup"] is not None
+            ]
             if mine:
-                tokens, speedups = [row.tokens for row in mine], [row.speedup for row in mine]
+                tokens, speedups = [row["tokens"] for row in mine], [row["speedup"] for row in mine]
                 axes.plot(tokens, speedups, marker="o", color=f"C{index}", label=name, linewidth=1.4, markersize=5)
-        ticks = sorted({row.tokens for row in rows})
+        ticks = sorted({row["tokens"] for row in rows})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
@@ -218,40 +185,43 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 @torch.no_grad()
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), metavar="MODEL", help=", ".join(SHAPES))
-    parser.add_argument("--tokens", type=int, nargs="+", help="context lengths")
-    parser.add_argument("--providers", nargs="+", choices=[*PROVIDERS, *GROUPED], default=[*PROVIDERS, *GROUPED])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--rounds", type=int, default=5, help="calls that are timed on the CPU")
-    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
-    parser.add_argument("--plot", type=Path, help="also draw the speed-ups to this PNG")
-    args = parser.parse_args(arguments)
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Run the command; the exit code is 1 where a provider failed or was refused."""
+    options = parser("projection", __doc__)
+    options.add_argument("--models", nargs="+", choices=list(SHAPES), metavar="MODEL", help=", ".join(SHAPES))
+    options.add_argument("--tokens", type=int, nargs="+", help="context lengths")
+    options.add_argument("--providers", nargs="+", choices=[*PROVIDERS, *GROUPED], default=[*PROVIDERS, *GROUPED])
+    options.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    options.add_argument("--rounds", type=int, default=5, help="calls that are timed on the CPU")
+    options.add_argument("--csv", type=Path, help="also write the rows to this file")
+    options.add_argument("--plot", type=Path, help="also draw the speed-ups to this PNG")
+    args = options.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("Nothing was timed: a GPU is needed, or --device cpu to try the bench itself.")
-        return
+        return []
 
     small = args.device == "cpu"
     torch.manual_seed(0)
-    rows = bench(
+    rows = measure_all(
         args.models or (["SmolLM2-135M"] if small else MODELS),
         args.tokens or ([64, 256] if small else [1024, 8192, 32768]),
         args.providers,
         args.device,
         args.rounds,
     )
-    where = setting(args.device)
+    here = environment(args.device)
+    where = {name: here.get(name) for name in ("device", "torch", "triton", "transformers")}
     versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "triton", "transformers"))
     dtype = "float32, references" if small else "bfloat16"
     title = f"From hidden states to K/V in the cache: {dtype}\n{where['device']}, {versions}"
-    Console(width=140).print(table(rows, title))
+    show(rows, title, "speed-up over transformers, eager; errors against float64")
     if args.csv:
-        write_csv(rows, where, args.csv)
+        write_csv(args.csv, rows, **where)
     if args.plot:
         plot(rows, title, args.plot)
-    if any(row.check.startswith(("refused", "failed")) for row in rows):
+    if any(row["check"].startswith(("refused", "failed")) for row in rows):
         sys.exit(1)
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Ways from the hidden states of a layer to its K and V in the cache, and what they must give: for ``bench/projection.py`` and
-``bench/gpu.py``.
+"""Ways from the hidden states of a layer to its K and V in the cache, and the K and V that they must give.
 
 A provider makes what needs no hidden states (folded weights, 1/rms), and returns what is timed.
 """
@@ -58,12 +57,13 @@ class Problem:
 
     @property
     def bytes_moved(self) -> int:
-        """Each input once, each output once."""
+        """Bytes of each input once and of each output once."""
         tensors = {id(leaf): leaf for leaf in tree_leaves(self.records) if isinstance(leaf, torch.Tensor)}
         return minimum(tensors.values(), [])
 
 
 def eager(problem: Problem) -> Callable[[], None]:
+    """Return the model's own modules, and a copy into the cache."""
     shape, layer = problem.shape, problem.records[0]
     norm = _norm(shape.hidden_size, shape, layer.norm_weight)
     k_proj, v_proj = (_linear(getattr(layer, f"{name}_weight"), getattr(layer, f"{name}_bias")) for name in "kv")
@@ -87,82 +87,71 @@ def eager(problem: Problem) -> Callable[[], None]:
 
 
 def compiled(problem: Problem) -> Callable[[], None]:
-    """Compiled once for all problems of one shape and size; who has many of them resets the compiler between."""
+    """Return :func:`eager` compiled. Between shapes and sizes, `torch.compiler.reset` keeps it from compiling too often."""
     return torch.compile(eager(problem), fullgraph=True, dynamic=False)
 
 
 def unfused(problem: Problem) -> Callable[[], None]:
-    shape, layer = problem.shape, problem.records[0]
-    order = shape.norm_order
+    """Return this project's row norm, two linear layers, norm of heads, and its splice, which rotates and stores."""
+    layer = problem.records[0]
 
     def run() -> None:
-        rows = ds.ops.row_norm(layer.hidden_states, layer.norm_weight, EPS, norm_order=order)
-        k = F.linear(rows, layer.k_weight, layer.k_bias)
-        v = F.linear(rows, layer.v_weight, layer.v_bias)
-        if shape.head_norm == "all":
-            k = ds.ops.row_norm(k, layer.k_norm_weight, EPS, norm_order=order)
-        k, v = (each.unflatten(-1, (-1, shape.head_dim)) for each in (k, v))
-        if shape.head_norm == "each":
-            k = ds.ops.row_norm(k, layer.k_norm_weight, EPS, norm_order=order)
-        k, v = (each[None].transpose(1, 2) for each in (k, v))
-        caches = layer.k_cache, layer.v_cache, layer.slot_mapping
-        ds.ops.kv_splice(k, v, *caches, cos=layer.cos, sin=layer.sin)
+        rows = _normed(problem, layer.hidden_states, layer.norm_weight)
+        _store(problem, F.linear(rows, layer.k_weight, layer.k_bias), F.linear(rows, layer.v_weight, layer.v_bias))
 
     return run
 
 
 def concatenated(problem: Problem) -> Callable[[], None]:
-    """Row norm, one product with K's and V's weights together, and a splice that rotates and stores."""
-    layer, order = problem.records[0], problem.shape.norm_order
-    project = _project_concatenated(problem, layer)
+    """Return the same with one product, of K's and V's weights together."""
+    layer = problem.records[0]
+    weight, bias = _both(layer)
 
     def run() -> None:
-        project(ds.ops.row_norm(layer.hidden_states, layer.norm_weight, EPS, norm_order=order))
+        rows = _normed(problem, layer.hidden_states, layer.norm_weight)
+        _store(problem, *F.linear(rows, weight, bias).chunk(2, dim=-1))
 
     return run
 
 
 def concatenated_folded(problem: Problem) -> Callable[[], None]:
-    """The same without a pass over the hidden states: weights that are folded, and 1/rms on the product, in place."""
+    """Return the same without a pass over the hidden states: weights that are folded, and 1/rms on the product, in place."""
     layer = _folded(problem.records[0])
-    project = _project_concatenated(problem, layer, scale=layer.rstd[:, None])
+    weight, bias = _both(layer)
 
     def run() -> None:
-        project(layer.hidden_states)
+        both = F.linear(layer.hidden_states, weight).mul_(layer.rstd[:, None])
+        if bias is not None:
+            both.add_(bias)
+        _store(problem, *both.chunk(2, dim=-1))
 
     return run
 
 
-def _project_concatenated(
-    problem: Problem, layer: Projection, scale: torch.Tensor | None = None
-) -> Callable[[torch.Tensor], None]:
-    """From rows to the cache, the product with the rows of both weights scaled by `scale` before its bias."""
-    shape = problem.shape
-    weight = torch.cat((layer.k_weight, layer.v_weight))
+def _normed(problem: Problem, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return ds.ops.row_norm(rows, weight, EPS, norm_order=problem.shape.norm_order)
+
+
+def _both(layer: Projection) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return K's and V's weights in one, and their biases."""
     bias = None if layer.k_bias is None else torch.cat((layer.k_bias, layer.v_bias))
+    return torch.cat((layer.k_weight, layer.v_weight)), bias
 
-    def project(rows: torch.Tensor) -> None:
-        if scale is None:
-            both = F.linear(rows, weight, bias)
-        else:
-            both = F.linear(rows, weight).mul_(scale)
-            if bias is not None:
-                both.add_(bias)
-        k, v = both.chunk(2, dim=-1)
-        if shape.head_norm == "all":
-            k = ds.ops.row_norm(k, layer.k_norm_weight, EPS, norm_order=shape.norm_order)
-        k, v = (each.unflatten(-1, (-1, shape.head_dim)) for each in (k, v))
-        if shape.head_norm == "each":
-            k = ds.ops.row_norm(k, layer.k_norm_weight, EPS, norm_order=shape.norm_order)
-        k, v = (each[None].transpose(1, 2) for each in (k, v))
-        caches = layer.k_cache, layer.v_cache, layer.slot_mapping
-        ds.ops.kv_splice(k, v, *caches, cos=layer.cos, sin=layer.sin)
 
-    return project
+def _store(problem: Problem, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Store K and V ``[T, K * D]`` in the cache, K after its norm and RoPE."""
+    shape, layer = problem.shape, problem.records[0]
+    if shape.head_norm == "all":
+        k = _normed(problem, k, layer.k_norm_weight)
+    k, v = (each.unflatten(-1, (-1, shape.head_dim)) for each in (k, v))
+    if shape.head_norm == "each":
+        k = _normed(problem, k, layer.k_norm_weight)
+    k, v = (each[None].transpose(1, 2) for each in (k, v))
+    ds.ops.kv_splice(k, v, layer.k_cache, layer.v_cache, layer.slot_mapping, cos=layer.cos, sin=layer.sin)
 
 
 def cublas(problem: Problem) -> Callable[[], None]:
-    """The product alone, with both weights together."""
+    """Return the product alone, with both weights together."""
     layer = problem.records[0]
     weight = torch.cat((layer.k_weight, layer.v_weight))
     out = layer.hidden_states.new_empty(problem.tokens, weight.shape[0])
@@ -170,7 +159,7 @@ def cublas(problem: Problem) -> Callable[[], None]:
 
 
 def cublas_two(problem: Problem) -> Callable[[], None]:
-    """The products alone, one for each weight."""
+    """Return the products alone, one for each weight."""
     layer = problem.records[0]
     weights = [getattr(layer, f"{name}_weight") for name in "kv"]
     outs = [layer.hidden_states.new_empty(problem.tokens, weight.shape[0]) for weight in weights]
@@ -183,6 +172,7 @@ def cublas_two(problem: Problem) -> Callable[[], None]:
 
 
 def liger(problem: Problem) -> Callable[[], None]:
+    """Return Liger's RMS norm and RoPE around linear layers, and a copy into the cache."""
     from liger_kernel.transformers.rms_norm import LigerRMSNorm
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
@@ -214,14 +204,17 @@ def liger(problem: Problem) -> Callable[[], None]:
 
 
 def ours(problem: Problem) -> Callable[[], None]:
+    """Return `kv_project` with the norm in transformers' rounding order."""
     return partial(ds.ops.kv_project, problem.records[0])
 
 
 def ours_folded(problem: Problem, index: int = 0) -> Callable[[], None]:
+    """Return `kv_project` with the norm folded into the weights."""
     return partial(ds.ops.kv_project, _folded(problem.records[index]))
 
 
 def ours_single(problem: Problem) -> Callable[[], None]:
+    """Return `kv_project` with folded norms, a call for each layer."""
     calls = [ours_folded(problem, index) for index in range(problem.layers)]
 
     def run() -> None:
@@ -232,11 +225,12 @@ def ours_single(problem: Problem) -> Callable[[], None]:
 
 
 def ours_grouped(problem: Problem) -> Callable[[], None]:
+    """Return `kv_project_layers` with folded norms, one call for all layers."""
     return partial(ds.ops.kv_project_layers, [_folded(layer) for layer in problem.records])
 
 
 def expected(problem: Problem) -> list[torch.Tensor]:
-    """K of all layers, then V, in float64 throughout."""
+    """Return K of all layers, then V, computed in float64 throughout."""
     keys, values, shape = [], [], problem.shape
 
     def normed(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

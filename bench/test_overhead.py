@@ -21,8 +21,7 @@ import torch
 
 import droidspeak_ops as ds
 from droidspeak_ops.kernels.arguments import Projection, to_operator
-from droidspeak_ops.ops import library, reference, tuning
-from droidspeak_ops.ops import projection as checked
+from droidspeak_ops.ops import functions, library, projection, reference, tuning
 from droidspeak_ops.proof.shapes import Shape, projections
 
 OPS = torch.ops.droidspeak_ops
@@ -30,9 +29,11 @@ EPS = 1e-6
 LAYERS = 8
 
 Calls = dict[str, Callable[[], Any]]
+"""Calls to time, by level."""
 
 
 def kv_project(norm: str) -> Calls:
+    """Return the calls for one layer."""
     weight = torch.randn(16) if norm == "hf" else None
     layer = _layers(1)[0]._replace(norm=norm, norm_weight=weight)
     return {
@@ -43,6 +44,7 @@ def kv_project(norm: str) -> Calls:
 
 
 def kv_project_layers() -> Calls:
+    """Return the calls for several layers together."""
     layers = _layers(LAYERS)
 
     def references() -> None:
@@ -57,6 +59,7 @@ def kv_project_layers() -> Calls:
 
 
 def kv_splice() -> Calls:
+    """Return the calls for K and V of one token."""
     k, v, k_cache, v_cache = (torch.randn(1, 1, 1, 8) for _ in range(4))
     slots = torch.arange(1)
     values = (k, v, None, None, None, None, slots, False, k_cache, v_cache, None, None)
@@ -68,6 +71,7 @@ def kv_splice() -> Calls:
 
 
 def rms_rstd() -> Calls:
+    """Return the calls for one row."""
     x, out = torch.randn(1, 16), torch.empty(1)
     return {
         "public": partial(ds.ops.rms_rstd, x, EPS),
@@ -128,7 +132,7 @@ def test_partial_prefill(
 ) -> None:
     context = ds.capture(model, torch.zeros((1, 4), dtype=torch.int64), layers=range(30))
     receiver = ds.Receiver(model) if read == "once" else model
-    for module in (ds.ops, checked):
+    for module in (functions, projection):
         monkeypatch.setattr(module, "ops", Launched())
     benchmark.group = f"partial_prefill {plan}, {norm}"
     benchmark(partial(ds.partial_prefill, receiver, context, plan, norm=norm))

@@ -1,17 +1,16 @@
 """Search launch configurations of `project_splice` on a GPU, and write those that beat the kernel's own choice.
 
-    python bench/tune.py tuned.json && DROIDSPEAK_TUNED=tuned.json python ...
-    python bench/tune.py tuned.json --models Llama-3-8B --dtypes bfloat16 --candidates 25 --seconds 60
+    python -m bench.tune tuned.json && DROIDSPEAK_TUNED=tuned.json python ...
+    python -m bench.tune tuned.json --models Llama-3-8B --dtypes bfloat16 --candidates 25 --seconds 60
 
 Candidates are compiled in parallel, by processes that launch each once, and timed one by one, those near the default first.
 A configuration counts only if it compiles and gives the same bits as the default, and is written only if it is faster by 3 %.
-It holds from its number of tokens on, for the GPU and the Triton that the file was made with; :mod:`droidspeak_ops.tuning`
+It holds from its number of tokens on, for the GPU and the Triton that the file was made with; :mod:`droidspeak_ops.ops.tuning`
 reads it.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -26,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from bench.common import Row, environment, parser, show
 from droidspeak_ops.kernels.arguments import Projection
 from droidspeak_ops.kernels.project_splice import project_splice
 from droidspeak_ops.kernels.project_splice_config import (
@@ -45,7 +43,7 @@ from droidspeak_ops.proof.shapes import SHAPES, Shape, projections
 
 GAIN = 0.03
 DTYPES = ("bfloat16", "float16")
-# By field of the configuration. Switches are tried both ways, and other fields stay as the default has them.
+PROCESSES = min(os.cpu_count() or 1, 12)
 TILES = {
     "block_m": (64, 128, 256),
     "block_n": (32, 64, 128),
@@ -53,9 +51,12 @@ TILES = {
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),
 }
+"""Values by field of the configuration. Switches are tried both ways, and other fields stay as the default has them."""
 
-# Milliseconds of a configuration; None if it does not compile or gives something else than the default.
 Timer = Callable[[ProjectSpliceConfig], float | None]
+"""Returns milliseconds of a configuration; None if it does not compile or gives something else than the default."""
+Key = dict[str, Any]
+"""The entries of :data:`droidspeak_ops.ops.tuning.KEY`, by which a configuration is found."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Choice:
 def candidates(
     default: ProjectSpliceConfig, size: Size, shared_limit: int, warp_size: int
 ) -> Iterator[ProjectSpliceConfig]:
-    """Configurations that the kernel's rules and the GPU allow.
+    """Yield the configurations that the kernel's rules and the GPU allow.
 
     Args:
         default: the kernel's own choice.
@@ -100,7 +101,7 @@ def _values(name: str, default: Any) -> tuple[Any, ...]:
 
 
 def nearest(default: ProjectSpliceConfig, configs: Iterable[ProjectSpliceConfig]) -> list[ProjectSpliceConfig]:
-    """All but the default, by how many doublings and other changes they are from it."""
+    """Return all but the default, by how many doublings and other changes they are from it."""
 
     def distance(config: ProjectSpliceConfig) -> float:
         total = 0.0
@@ -116,7 +117,7 @@ def nearest(default: ProjectSpliceConfig, configs: Iterable[ProjectSpliceConfig]
 def selected(
     wanted: str | None, default: ProjectSpliceConfig, allowed: Iterable[ProjectSpliceConfig]
 ) -> list[ProjectSpliceConfig]:
-    """Select configurations to try: all that are allowed, so many of the nearest, or those of a list.
+    """Return configurations to try: all that are allowed, so many of the nearest, or those of a list.
 
     Args:
         wanted: None, a number, or a JSON list of changes to the default, or the path of a file with one.
@@ -138,7 +139,7 @@ def _layers(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> list[
 
 
 def launches(shape: Shape, tokens: int, dtype: torch.dtype, device: str, config: ProjectSpliceConfig) -> bool:
-    """Launch a configuration once, by which it gets into Triton's cache on disk; whether that works.
+    """Launch a configuration once, which puts it into Triton's cache on disk, and return whether that works.
 
     One that accesses memory out of bounds ends with it what else its process would launch: better there than where the time
     is taken.
@@ -167,14 +168,14 @@ def compiled(jobs: Sequence[Callable[[], bool]], processes: int, deadline: float
 def choose(
     default: ProjectSpliceConfig, others: Iterable[ProjectSpliceConfig], timed: Timer, gain: float = GAIN
 ) -> Choice:
-    """The fastest configuration, but the default unless another is faster by `gain`, twice.
+    """Return the fastest configuration, but the default unless another is faster by `gain`, twice.
 
     Raises:
         RuntimeError: the default itself does not run.
     """
     default_time = timed(default)
     if default_time is None:
-        raise RuntimeError(f"{default}: the default does not run here")
+        raise RuntimeError(f"default: expected a configuration that runs here, got {default}, which does not run")
     best, best_time = default, default_time
     for config in others:
         found = timed(config)
@@ -190,7 +191,7 @@ def choose(
 
 
 def timer(layers: Sequence[Projection], default: ProjectSpliceConfig) -> Timer:
-    """Times launches on a GPU: medians, with a cold L2 cache."""
+    """Return a timer of launches on a GPU: medians, with a cold L2 cache."""
     from triton.testing import do_bench
 
     outputs = [cache for layer in layers for cache in (layer.k_cache, layer.v_cache)]
@@ -214,6 +215,54 @@ def timer(layers: Sequence[Projection], default: ProjectSpliceConfig) -> Timer:
     return timed
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A shape and dtype to find a configuration for: the default, and what is tried against it."""
+
+    model: str
+    dtype: torch.dtype
+    tokens: int
+    default: ProjectSpliceConfig
+    others: list[ProjectSpliceConfig]
+
+    @classmethod
+    def of(cls, model: str, dtype: torch.dtype, tokens: int, wanted: str | None) -> Problem:
+        """Return the problem for the current GPU."""
+        from triton.runtime import driver
+
+        device = torch.cuda.current_device()
+        size = size_of(projections(SHAPES[model], tokens, dtype=dtype))
+        default = project_splice_config(tuning.target(device), size)
+        shared_limit = driver.active.utils.get_device_properties(device)["max_shared_mem"]
+        allowed = candidates(default, size, shared_limit, driver.active.get_current_target().warp_size)
+        return cls(model, dtype, tokens, default, selected(wanted, default, allowed))
+
+    @property
+    def key(self) -> Key:
+        """The key by which the configuration is looked up."""
+        shape = SHAPES[self.model]
+        values = (str(self.dtype), shape.hidden_size, shape.num_kv_heads, shape.head_dim, shape.head_norm is not None)
+        return dict(zip(tuning.KEY, (*values, self.tokens), strict=True))
+
+    @property
+    def jobs(self) -> list[Callable[[], bool]]:
+        """Functions that compile each of the others."""
+        launch = functools.partial(launches, SHAPES[self.model], self.tokens, self.dtype, "cuda")
+        return [functools.partial(launch, config) for config in self.others]
+
+    def timer(self, report: Callable[[Row], None]) -> Timer:
+        """Return a timer that reports each time as it is taken."""
+        measured = timer(projections(SHAPES[self.model], self.tokens, dtype=self.dtype, device="cuda"), self.default)
+        names = {"model": self.model, "dtype": str(self.dtype), "tokens": self.tokens}
+
+        def timed(config: ProjectSpliceConfig) -> float | None:
+            found = measured(config)
+            report({**names, **asdict(config), "milliseconds": found})
+            return found
+
+        return timed
+
+
 def tune(
     models: Sequence[str],
     dtypes: Sequence[torch.dtype],
@@ -222,9 +271,9 @@ def tune(
     wanted: str | None = None,
     processes: int = 1,
     seconds: float = math.inf,
-    report: Callable[[dict[str, Any]], None] = lambda row: None,
-) -> Iterator[tuple[dict[str, Any], Choice]]:
-    """For each shape and dtype the key by which a configuration is looked up, and the choice.
+    report: Callable[[Row], None] = lambda row: None,
+) -> Iterator[tuple[Key, Choice]]:
+    """Yield for each shape and dtype the key by which a configuration is looked up, and the choice.
 
     Args:
         models: names of :data:`SHAPES`.
@@ -235,98 +284,65 @@ def tune(
         seconds: for everything; what has not been timed by then is left out. At most half of it goes to compiling.
         report: is given each time as it is taken.
     """
-    from triton.runtime import driver
-
-    device = torch.cuda.current_device()
-    shared_limit = driver.active.utils.get_device_properties(device)["max_shared_mem"]
-    warp_size = driver.active.get_current_target().warp_size
-    began, keys, defaults, others = time.monotonic(), [], [], []
-    problems = list(itertools.product(models, dtypes))
-    for model, dtype in problems:
-        shape = SHAPES[model]
-        size = size_of(projections(shape, tokens, dtype=dtype))
-        key = {
-            "dtype": str(dtype),
-            "hidden_size": shape.hidden_size,
-            "num_kv_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim,
-            "has_head_norm": size.has_head_norm,
-            "num_tokens": tokens,
-        }
-        keys.append(key)
-        defaults.append(project_splice_config(tuning.target(device), size))
-        others.append(selected(wanted, defaults[-1], candidates(defaults[-1], size, shared_limit, warp_size)))
-
-    jobs = [
-        functools.partial(launches, SHAPES[model], tokens, dtype, "cuda", config)
-        for (model, dtype), configs in zip(problems, others, strict=True)
-        for config in configs
-    ]
-    works = iter(compiled(jobs, processes, began + seconds / 2))
-    ready = [[config for config in configs if next(works)] for configs in others]
+    began = time.monotonic()
+    problems = [Problem.of(model, dtype, tokens, wanted) for model, dtype in itertools.product(models, dtypes)]
+    works = iter(compiled([job for problem in problems for job in problem.jobs], processes, began + seconds / 2))
+    ready = [[config for config in problem.others if next(works)] for problem in problems]
     began_timing = time.monotonic()
-    each = (began + seconds - began_timing) / len(problems)
-    for number, (model, dtype) in enumerate(problems):
-        deadline = began_timing + each * (number + 1)
-        measure = timer(projections(SHAPES[model], tokens, dtype=dtype, device="cuda"), defaults[number])
-
-        def timed(config: ProjectSpliceConfig, model=model, dtype=dtype, measure=measure) -> float | None:
-            found = measure(config)
-            report({"model": model, "dtype": str(dtype), "tokens": tokens, **asdict(config), "milliseconds": found})
-            return found
-
-        in_time = itertools.takewhile(lambda _, deadline=deadline: time.monotonic() < deadline, ready[number])
-        shown = track(in_time, description=f"{model} {dtype}", total=len(ready[number]))
-        yield keys[number], choose(defaults[number], shown, timed)
+    share = (began + seconds - began_timing) / len(problems)
+    for number, (problem, configs) in enumerate(zip(problems, ready, strict=True)):
+        in_time = _until(began_timing + share * (number + 1), configs)
+        shown = track(in_time, description=f"{problem.model} {problem.dtype}", total=len(configs))
+        yield problem.key, choose(problem.default, shown, problem.timer(report))
 
 
-def write(path: Path, device: str, found: Iterable[tuple[dict[str, Any], Choice]]) -> Table:
-    """Write the file for the device of that name, of what is faster than its default; a table of all."""
-    entries = []
-    out = Table(title=device)
-    for column in (
-        "dtype",
-        "hidden_size",
-        "num_kv_heads",
-        "head_dim",
-        "has_head_norm",
-        "num_tokens",
-        "configuration",
-        "ms",
-        "default, ms",
-    ):
-        out.add_column(column)
+def _until(deadline: float, configs: Iterable[ProjectSpliceConfig]) -> Iterator[ProjectSpliceConfig]:
+    return itertools.takewhile(lambda _: time.monotonic() < deadline, configs)
+
+
+def write(path: Path, device: str, found: Iterable[tuple[Key, Choice]]) -> list[Row]:
+    """Write what is faster than its default to the file, for the device of that name, and return rows of all."""
+    entries: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for key, choice in found:
         better = choice.milliseconds < choice.default_milliseconds
         if better:
-            entries.append({**key, **asdict(choice), "config": asdict(choice.config)})
-        config = " ".join(f"{name}={value}" for name, value in asdict(choice.config).items()) if better else "default"
-        times = (f"{time:.4f}" for time in (choice.milliseconds, choice.default_milliseconds))
-        out.add_row(*map(str, key.values()), config, *times)
+            entries.append({**key, **asdict(choice)})
+        times = {"ms": f"{choice.milliseconds:.4f}", "default_ms": f"{choice.default_milliseconds:.4f}"}
+        rows.append({**key, "configuration": in_words(choice.config) if better else "default", **times})
     tuning.save(path, device, entries)
-    return out
+    return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="JSON file to write")
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="MODEL")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--candidates", help="how many, or a JSON list of changes to the default, or a file of one")
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 12), help="that compile")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="for everything; all are tried by default")
-    args = parser.parse_args(arguments)
+def in_words(config: ProjectSpliceConfig) -> str:
+    """Return a configuration in words."""
+    return " ".join(f"{name}={value}" for name, value in asdict(config).items())
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Run the command."""
+    options = parser("tune", __doc__)
+    options.add_argument("output", type=Path, help="JSON file to write")
+    options.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="MODEL")
+    options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    options.add_argument("--tokens", type=int, default=4096)
+    options.add_argument("--candidates", help="how many, or a JSON list of changes to the default, or a file of one")
+    options.add_argument("--processes", type=int, default=PROCESSES, help="that compile")
+    options.add_argument("--seconds", type=float, default=math.inf, help="for everything; all are tried by default")
+    args = options.parse_args(argv)
     if not torch.cuda.is_available():
         print("Nothing was tuned: a GPU is needed.")
-        return
+        return []
     torch.manual_seed(0)
     dtypes = [getattr(torch, name) for name in args.dtypes]
     found = tune(
         args.models, dtypes, args.tokens,
         wanted=args.candidates, processes=args.processes, seconds=args.seconds,
     )  # fmt: skip
-    Console(width=140).print(write(args.output, torch.cuda.get_device_name(), found))
+    device = str(environment("cuda")["device"])
+    rows = write(args.output, device, found)
+    show(rows, device)
+    return rows
 
 
 if __name__ == "__main__":

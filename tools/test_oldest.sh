@@ -27,3 +27,4 @@ python="$environment/bin/python"
 "$python" -m pytest --quiet tests/kernels tests/ops/test_{ops,properties}.py tests/proof/test_traffic.py
 "$python" -m pytest --quiet tests/proof/test_aot.py -k sm_90a
 "$python" -m pytest --quiet tests/context tests/prefill tests/hf tests/fitting tests/profiling/test_replay.py
+"$python" -m pytest --quiet tests/bench/test_bench_gpu.py

@@ -6,16 +6,14 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from quality import mean_and_interval
-from reporting import Row
-
+from bench.common import Row, mean_and_interval
 from droidspeak_ops.profiling.frontier import Frontier, Point
 
 SPLITS = 100
 
 
 def measure_choice(frontier: Frontier, speeds: Sequence[float], tokens: int) -> list[Row]:
-    """For each speed the plan that is chosen by two thirds of the contexts, beside the one of least divergence on the third.
+    """Compare for each speed the plan chosen by two thirds of the contexts with the one of least divergence on the third.
 
     Contexts are dealt into thirds at random, a hundred times, and each third is held out in turn: no context judges what it
     chose, and what is found is not of one lucky deal. A context's loss is its mean over the deals. The sets of scattered
@@ -50,12 +48,12 @@ def measure_choice(frontier: Frontier, speeds: Sequence[float], tokens: int) -> 
 
 
 def best_within(frontier: Frontier, seconds: float, tokens: int) -> Point:
-    """The plan of least divergence that is as fast as that, whatever it loses."""
+    """Return the plan of least divergence that is as fast as that, whatever it loses."""
     return frontier.point(frontier.choose(max_quality_loss=1.0, max_ttft=seconds, tokens=tokens))
 
 
 def _orders(frontier: Frontier) -> Iterator[list[int]]:
-    """Number of contexts, the last ones, that are held out."""
+    """Yield orders of the contexts, of which the last ones are held out."""
     for split in range(SPLITS):
         order = list(range(len(frontier.contexts)))
         random.Random(split).shuffle(order)
@@ -64,7 +62,7 @@ def _orders(frontier: Frontier) -> Iterator[list[int]]:
 
 
 def _dealt(frontier: Frontier, order: Sequence[int]) -> Frontier:
-    """With contexts in another order."""
+    """Return the frontier with contexts in another order."""
 
     def turned(point: Point) -> Point:
         kl, agreement = (tuple(values[place] for place in order) for values in (point.kl, point.agreement))
@@ -75,5 +73,5 @@ def _dealt(frontier: Frontier, order: Sequence[int]) -> Frontier:
 
 
 def _kl(point: Point, contexts: Sequence[int]) -> float:
-    """Summed over some contexts."""
+    """Return the divergence summed over some contexts."""
     return sum(point.kl[context] for context in contexts)

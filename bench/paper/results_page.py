@@ -1,13 +1,14 @@
-"""Tables and a plot of what paper.py has written, put into a page between two marks."""
+"""Tables and a plot of what ``python -m bench.paper.paper`` has written, put into a page between two marks."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from reporting import ReadRows, read_csv, with_bars
 
-MARKS = ("<!-- tables: written by bench/paper/paper.py -->", "<!-- end of tables -->")
+from bench.common import Row, error_bars, interval, read_csv
+
+MARKS = ("<!-- tables: written by bench.paper.paper -->", "<!-- end of tables -->")
 COLOURS = {
     "contiguous band": "#7f7f7f",
     "scattered layers": "#fdae6b",
@@ -32,8 +33,8 @@ def write(folder: Path, page: Path) -> None:
     page.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}", encoding="utf-8")
 
 
-def plot(judged: dict[str, ReadRows], speedups: dict[str, dict[str, str]], path: Path) -> None:
-    """For each pair the divergence of every way against its measured speed."""
+def plot(judged: dict[str, list[Row]], speedups: dict[str, dict[str, str]], path: Path) -> None:
+    """Draw for each pair the divergence of every way against its measured speed."""
     figure = Figure(figsize=(1 + 3.6 * len(judged), 4.2), layout="constrained")
     (panels,) = figure.subplots(1, len(judged), squeeze=False)
     for axes, (name, rows) in zip(panels, judged.items(), strict=True):
@@ -47,19 +48,13 @@ def plot(judged: dict[str, ReadRows], speedups: dict[str, dict[str, str]], path:
             some = [row for row in rows if row["way"] == way and faster[row["plan"]]]
             some.sort(key=lambda row, faster=faster: float(faster[row["plan"]]))
             if some:
-                axes.errorbar(
-                    [float(faster[row["plan"]]) for row in some],
-                    *_bars(some),
-                    color=colour,
-                    marker="o",
-                    ms=4,
-                    label=way,
-                )
+                at = [float(faster[row["plan"]]) for row in some]
+                axes.errorbar(at, *error_bars(some, "kl"), color=colour, marker="o", ms=4, label=way)
         for way, marker in (("all reused", "s"), ("all projected", "v"), ("all fitted", "*")):
             some = [row for row in rows if row["way"] == way and row["plan"] in timed]
             if some:
                 at = [float(timed[row["plan"]]) for row in some]
-                axes.errorbar(at, *_bars(some), fmt=marker, color="black", label=way)
+                axes.errorbar(at, *error_bars(some, "kl"), fmt=marker, color="black", label=way)
         axes.set_xscale("log")
         axes.set_yscale("log")
         ticks = [1.5, 2, 3, 5, 10, 20]
@@ -77,14 +72,8 @@ def plot(judged: dict[str, ReadRows], speedups: dict[str, dict[str, str]], path:
     figure.savefig(path, dpi=130)
 
 
-def _bars(rows: ReadRows) -> tuple[list[float], tuple[list[float], list[float]]]:
-    """The divergences, and their error bars."""
-    values, below, above = map(list, zip(*(with_bars(row, "kl") for row in rows), strict=True))
-    return values, (below, above)
-
-
-def _losses(judged: dict[str, ReadRows], answers: dict[str, ReadRows], speedups: dict[str, dict[str, str]]) -> str:
-    """Plot the share of full prefill's quality that the best plan for a speed keeps."""
+def _losses(judged: dict[str, list[Row]], answers: dict[str, list[Row]], speedups: dict[str, dict[str, str]]) -> str:
+    """Return a table of the share of full prefill's quality that the best plan for a speed keeps."""
     lines = [
         "### Quality kept, by speed",
         "",
@@ -92,26 +81,26 @@ def _losses(judged: dict[str, ReadRows], answers: dict[str, ReadRows], speedups:
         "|---|---|---|---|---|---|---|",
     ]
     for name, rows in judged.items():
-        scores = {row["plan"]: _interval(row, "of_full_prefill") for row in answers.get(name, [])}
+        scores = {row["plan"]: interval(row, "of_full_prefill") for row in answers.get(name, [])}
         for row in rows:
             if row["way"].startswith(("all reused", "all fitted", "best at", "chosen")):
-                kept = " | ".join(_interval(row, which) for which in ("agreement", "of_accuracy"))
+                kept = " | ".join(interval(row, which) for which in ("agreement", "of_accuracy"))
                 first, score = _speedup(row, speedups[name]), scores.get(row["plan"], "")
                 lines.append(f"| `{name}` | {row['way']} | {row['plan']} | {first} | {kept} | {score} |")
     return "\n".join(lines)
 
 
-def _choices(choices: dict[str, ReadRows]) -> str:
-    """Next tokens lost beyond the best plan's, by speed and pair."""
+def _choices(choices: dict[str, list[Row]]) -> str:
+    """Return a table of the next tokens lost beyond the best plan's, by speed and pair."""
     lines = ["### Loss beyond the best plan's", "", f"| times faster | {' | '.join(f'`{name}`' for name in choices)} |"]
     lines.append("|---" * (1 + len(choices)) + "|")
-    by_speed = [{row["faster"]: _interval(row, "points") for row in rows} for rows in choices.values()]
+    by_speed = [{row["faster"]: interval(row, "points") for row in rows} for rows in choices.values()]
     speeds = sorted({speed for each in by_speed for speed in each}, key=float)
     lines += [f"| {speed} | {' | '.join(each.get(speed, '') for each in by_speed)} |" for speed in speeds]
     return "\n".join(lines)
 
 
-def _table(name: str, rows: ReadRows, answers: ReadRows, speedups: dict[str, str]) -> str:
+def _table(name: str, rows: list[Row], answers: list[Row], speedups: dict[str, str]) -> str:
     lines = [
         f"### Pair `{name}`",
         "",
@@ -119,9 +108,9 @@ def _table(name: str, rows: ReadRows, answers: ReadRows, speedups: dict[str, str
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        of_band = _interval(row, "of_band") if row["of_band"] else ""
+        of_band = interval(row, "of_band") if row["of_band"] else ""
         way = f"{row['way']} ({row['band']} layers)" if row["way"] == "contiguous band" else row["way"]
-        first, kl, agreement = _speedup(row, speedups), _interval(row, "kl"), _interval(row, "agreement")
+        first, kl, agreement = _speedup(row, speedups), interval(row, "kl"), interval(row, "agreement")
         lines.append(f"| {way} | {row['plan']} | {first} | {kl} | {of_band} | {agreement} |")
     if answers:
         lines += [
@@ -130,14 +119,10 @@ def _table(name: str, rows: ReadRows, answers: ReadRows, speedups: dict[str, str
         ]
         lines.append("|---|---|---|---|")
         for row in answers:
-            first, score = _speedup(row, speedups), _interval(row, "score")
-            lines.append(f"| {row['plan'] or row['way']} | {first} | {score} | {_interval(row, 'of_full_prefill')} |")
+            first, score = _speedup(row, speedups), interval(row, "score")
+            lines.append(f"| {row['plan'] or row['way']} | {first} | {score} | {interval(row, 'of_full_prefill')} |")
     return "\n".join(lines)
 
 
-def _speedup(row: dict[str, str], speedups: dict[str, str]) -> str:
+def _speedup(row: Row, speedups: dict[str, str]) -> str:
     return f"{speedups[row['plan']]}x" if row["plan"] in speedups else ""
-
-
-def _interval(row: dict[str, str], name: str) -> str:
-    return f"{row[name]} ({row[f'{name}_low']} to {row[f'{name}_high']})"

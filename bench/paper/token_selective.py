@@ -1,4 +1,4 @@
-"""Recomputing some tokens at every layer, in the manner of CacheBlend (arXiv 2405.16444): what else the same time could buy.
+"""Token-selective recompute, in the manner of CacheBlend (arXiv 2405.16444): what else the same time could buy.
 
 The first layer runs over all tokens. Those whose K and V then differ most from the sender's at the second layer run through all
 layers, attending to the sender's K and V with their own in place.
@@ -32,7 +32,7 @@ class _Replaced(DynamicLayer):
 
 @torch.no_grad()
 def token_selective_prefill(receiver: Any, context: ds.SharedContext, layers_run: int) -> Cache:
-    """A cache of the context, at the cost of so many layers that run over all tokens.
+    """Return a cache of the context, at the cost of so many layers that run over all tokens.
 
     Args:
         receiver: a model of full attention in every layer.

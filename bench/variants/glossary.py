@@ -21,12 +21,14 @@ _CODAS = ["", *"b d g k l m n nd p r rk s sh t x".split()]
 
 @dataclass(frozen=True)
 class Entry:
+    """A line of a glossary."""
+
     word: str
     definition: str
 
 
 def read_definitions(wordnet: Path, split: str) -> list[str]:
-    """Definitions of 4 to 10 plain words from WordNet's ``data.noun``; a tenth of them, by hash, is the test split."""
+    """Return definitions of 4 to 10 plain words from WordNet's ``data.noun``; a tenth of them, by hash, is the test split."""
     found = set()
     for line in (wordnet / "data.noun").read_text(encoding="latin-1").splitlines():
         if " | " not in line:
@@ -38,6 +40,7 @@ def read_definitions(wordnet: Path, split: str) -> list[str]:
 
 
 def draw_entries(definitions: list[str], count: int, rng: random.Random) -> list[Entry]:
+    """Draw definitions, and an invented word for each."""
     words: set[str] = set()
     while len(words) < count:
         syllables = (rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(2))
@@ -48,19 +51,20 @@ def draw_entries(definitions: list[str], count: int, rng: random.Random) -> list
 
 
 def context_text(entries: list[Entry]) -> str:
+    """Return a context that lists entries, as a chat turn."""
     lines = "\n".join(f"{entry.word}: {entry.definition}" for entry in entries)
     return f"<|im_start|>user\nHere is a glossary.\n\n{lines}<|im_end|>\n"
 
 
 def ask(entry: Entry, reverse: bool) -> tuple[str, str]:
-    """The question as a chat turn that ends where the answer starts, and the answer."""
+    """Return a question as a chat turn that ends where the answer starts, and the answer."""
     question = f'Which word means "{entry.definition}"?' if reverse else f'What does "{entry.word}" mean?'
     answer = entry.word if reverse else entry.definition
     return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", answer
 
 
 def draw_examples(definitions: list[str], entries: int, questions: int, rng: random.Random) -> list[TextExample]:
-    """Questions in either direction about one context of `entries` entries, about 15 tokens each."""
+    """Draw questions in either direction about one context of `entries` entries, about 15 tokens each."""
     drawn = draw_entries(definitions, entries, rng)
     context = context_text(drawn)
     asked = (rng.choice(drawn) for _ in range(questions))

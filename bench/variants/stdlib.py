@@ -19,30 +19,27 @@ from pathlib import Path
 
 from droidspeak_ops.example import TextExample
 
-_LEFT_OUT = {
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "site-packages",
-    "pydoc_data",
-    "encodings",
-    "turtledemo",
-    "__pycache__",
-}
+_LEFT_OUT = set("test tests idlelib lib2to3 site-packages pydoc_data encodings turtledemo __pycache__".split())
 _SUFFIX_LINES = 3
 
 
 @dataclass(frozen=True)
 class Function:
+    """A function of the library.
+
+    Args:
+        source: its text, without the docstring.
+        summary: the docstring's first line.
+    """
+
     name: str
-    source: str  # without its docstring
-    summary: str  # the docstring's first line
+    source: str
+    summary: str
 
 
 @cache
 def read_modules(split: str) -> dict[str, str]:
-    """Source by module path: 70 % of the modules to train on, 15 % to calibrate maps and plans on, 15 % to test on."""
+    """Return source by module path: 70 % of the modules to train on, 15 % to calibrate maps and plans on, 15 % to test on."""
     root = Path(sysconfig.get_path("stdlib"))
     found = {}
     for path in sorted(root.rglob("*.py")):
@@ -59,7 +56,7 @@ def _split(name: str) -> str:
 
 @cache
 def read_functions(split: str) -> list[Function]:
-    """Functions of 4 to 25 lines whose docstrings start with one sentence of 4 to 15 words."""
+    """Return functions of 4 to 25 lines whose docstrings start with one sentence of 4 to 15 words."""
     found = []
     for text in read_modules(split).values():
         lines = text.split("\n")  # as ast counts them: splitlines() would also cut at the form feeds of older modules
@@ -78,7 +75,7 @@ def read_functions(split: str) -> list[Function]:
 
 
 def draw_functions(split: str, characters: int, rng: random.Random) -> list[Function]:
-    """Functions of different names that come to about so many characters together."""
+    """Draw functions of different names that come to about so many characters together."""
     drawn: dict[str, Function] = {}
     total = 0
     for function in rng.sample(read_functions(split), len(read_functions(split))):
@@ -91,17 +88,19 @@ def draw_functions(split: str, characters: int, rng: random.Random) -> list[Func
 
 
 def docs_context(functions: list[Function]) -> str:
+    """Return a context that lists functions, as a chat turn."""
     listed = "\n\n".join(function.source for function in functions)
     return f"<|im_start|>user\nHere are some functions.\n\n{listed}<|im_end|>\n"
 
 
 def docs_ask(function: Function) -> tuple[str, str]:
+    """Return the question what a function does, as a chat turn that ends where the answer starts, and the answer."""
     question = f"What does the function `{function.name}` do?"
     return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", function.summary
 
 
 def draw_docs_examples(split: str, characters: int, questions: int, rng: random.Random) -> list[TextExample]:
-    """Questions about one list of functions."""
+    """Draw questions about one list of functions."""
     functions = draw_functions(split, characters, rng)
     context = docs_context(functions)
     return [
@@ -110,8 +109,10 @@ def draw_docs_examples(split: str, characters: int, questions: int, rng: random.
 
 
 def draw_code_examples(split: str, characters: int, questions: int, rng: random.Random) -> list[TextExample]:
-    """One place to complete code at, behind a stretch of a module of about so many characters; or other places, to which the
-    receiver has jumped in the same module, behind the same stretch."""
+    """Draw a place to complete code at, behind a stretch of a module of about so many characters.
+
+    For several questions the places lie further behind in the same module, as if the receiver had jumped there.
+    """
     texts = [text for text in read_modules(split).values() if len(text) > 2 * characters]
     lines = _stretch(rng.choice(texts), 2 * characters, rng).splitlines(keepends=True)
     end, total = 0, 0
@@ -129,11 +130,12 @@ def draw_code_examples(split: str, characters: int, questions: int, rng: random.
 
 
 def _is_place(lines: list[str]) -> bool:
-    """Whether there is code before the last of some lines, and something to complete in it."""
+    """Return whether there is code before the last of some lines, and something to complete in it."""
     return all(map(str.strip, lines)) and len(lines[-1].strip()) >= 12
 
 
 def draw_code(split: str, characters: int, rng: random.Random) -> str:
+    """Draw a stretch of a module."""
     texts = [text for text in read_modules(split).values() if len(text) > characters]
     return _stretch(rng.choice(texts), characters, rng)
 

@@ -1,7 +1,7 @@
 """Fine-tune SmolLM2-135M-Instruct: the variants that maps and plans are measured on.
 
-    python bench/variants/train.py glossary --wordnet /usr/share/wordnet --out droidspeak_ops/demo/glossary
-    python bench/variants/train.py code docs
+    python -m bench.variants.train glossary --wordnet /usr/share/wordnet --out droidspeak_ops/demo/glossary
+    python -m bench.variants.train code docs
 
 `glossary` is a LoRA adapter, small enough to ship; ``/usr/share/wordnet`` comes with Debian's package ``wordnet-base``.
 `code` and `docs` are full fine-tunes on the source of the Python that runs this, kept in the user's cache folder, half a
@@ -14,60 +14,72 @@ import argparse
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import glossary
-import stdlib
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
+from bench.common import Row, parser
+from bench.variants import glossary, stdlib
 from droidspeak_ops.hf.pretrained import SMOLLM2, cache_folder, load_pretrained
 
-Turn = tuple[str, str]  # a question as a chat turn, and the answer
-Sequence = tuple[str, Iterable[Turn]]  # a context, and turns after it; a context without turns is text to model
+Turn = tuple[str, str]
+"""A question as a chat turn, and the answer."""
+Text = tuple[str, Iterable[Turn]]
+"""A context, and turns after it; a context without turns is text to model."""
 GLOSSARY_ENTRIES = 68  # about 1,000 tokens
 
 
 @dataclass(frozen=True)
 class Recipe:
-    draw: Callable[[argparse.Namespace, random.Random], Sequence]
+    """The training of a variant.
+
+    Args:
+        draw: makes a text to learn from, given the command line and a generator.
+        rank: of a LoRA adapter; None to train all weights.
+    """
+
+    draw: Callable[[argparse.Namespace, random.Random], Text]
     steps: int
-    sequences_per_step: int
+    texts_per_step: int
     lr: float
-    rank: int | None = None  # of a LoRA adapter; None for all weights
+    rank: int | None = None
 
 
-def draw_glossary(args: argparse.Namespace, rng: random.Random) -> Sequence:
+def draw_glossary(args: argparse.Namespace, rng: random.Random) -> Text:
+    """Draw a glossary, and questions about it."""
     definitions = glossary.read_definitions(args.wordnet, "train")
     entries = glossary.draw_entries(definitions, rng.randint(12, 40), rng)
     asked = (glossary.ask(entry, reverse=rng.random() < 0.5) for entry in rng.sample(entries, 8))
     return glossary.context_text(entries), asked
 
 
-def draw_code(args: argparse.Namespace, rng: random.Random) -> Sequence:
+def draw_code(args: argparse.Namespace, rng: random.Random) -> Text:
+    """Draw a stretch of code."""
     return stdlib.draw_code("train", 1600, rng), ()
 
 
-def draw_docs(args: argparse.Namespace, rng: random.Random) -> Sequence:
+def draw_docs(args: argparse.Namespace, rng: random.Random) -> Text:
+    """Draw a list of functions, and questions what they do."""
     functions = stdlib.draw_functions("train", rng.randint(1000, 2800), rng)
     return stdlib.docs_context(functions), map(stdlib.docs_ask, rng.sample(functions, min(6, len(functions))))
 
 
 RECIPES = {
-    "glossary": Recipe(draw_glossary, steps=150, sequences_per_step=2, lr=1e-3, rank=16),
-    "code": Recipe(draw_code, steps=100, sequences_per_step=2, lr=1e-4),
-    "docs": Recipe(draw_docs, steps=120, sequences_per_step=1, lr=2e-4),
+    "glossary": Recipe(draw_glossary, steps=150, texts_per_step=2, lr=1e-3, rank=16),
+    "code": Recipe(draw_code, steps=100, texts_per_step=2, lr=1e-4),
+    "docs": Recipe(draw_docs, steps=120, texts_per_step=1, lr=2e-4),
 }
 
 
 def encode(tokenizer: Any, context: str, turns: Iterable[Turn]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids ``[1, N]``, and which of them ``[1, N]`` are to be learnt: those of the answers, or all if there are none."""
+    """Return token ids ``[1, N]``, and which of them are to be learnt: those of the answers, or all if there are none."""
     ids = tokenizer(context).input_ids
     learnt = [False] * len(ids)
     for question, answer in turns:
@@ -79,13 +91,14 @@ def encode(tokenizer: Any, context: str, turns: Iterable[Turn]) -> tuple[torch.T
 
 
 def loss_of(model: Any, ids: torch.Tensor, learnt: torch.Tensor) -> torch.Tensor:
-    """The mean negative log-likelihood of the learnt tokens; logits are made for those alone."""
+    """Return the mean negative log-likelihood of the learnt tokens; logits are made for those alone."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     states = causal.model(input_ids=ids, use_cache=False).last_hidden_state
     return F.cross_entropy(causal.lm_head(states[:, :-1][learnt[:, 1:]]), ids[:, 1:][learnt[:, 1:]])
 
 
-def fine_tune(name: str, args: argparse.Namespace, out: Path) -> None:
+def fine_tune(name: str, args: argparse.Namespace, out: Path) -> list[Row]:
+    """Train a variant, write it to a folder, and return the loss of every tenth step."""
     recipe = RECIPES[name]
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
@@ -102,10 +115,11 @@ def fine_tune(name: str, args: argparse.Namespace, out: Path) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup))
     )
+    rows: list[Row] = []
     for step in track(range(steps), description=f"Fine-tuning {name}"):
         total = 0.0
-        for _ in range(recipe.sequences_per_step):
-            loss = loss_of(model, *encode(tokenizer, *recipe.draw(args, rng))) / recipe.sequences_per_step
+        for _ in range(recipe.texts_per_step):
+            loss = loss_of(model, *encode(tokenizer, *recipe.draw(args, rng))) / recipe.texts_per_step
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -114,16 +128,18 @@ def fine_tune(name: str, args: argparse.Namespace, out: Path) -> None:
         optimizer.zero_grad()
         if step % 10 == 0 or step == steps - 1:
             print(f"{name}, step {step}: loss {total:.4f}", flush=True)
+            rows.append({"variant": name, "step": step, "loss": total})
 
     if recipe.rank is None:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        return
+        return rows
     model.save_pretrained(out, save_embedding_layers=False)
     # Half precision halves what is shipped; the change to the merged weights is far below their own rounding to 4 bits.
     file = out / "adapter_model.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
     (out / "README.md").unlink(missing_ok=True)
+    return rows
 
 
 def write_glossary_examples(args: argparse.Namespace, out: Path) -> None:
@@ -135,20 +151,25 @@ def write_glossary_examples(args: argparse.Namespace, out: Path) -> None:
         (out / f"{split}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", choices=RECIPES)
-    parser.add_argument("--out", type=Path, help="folder to write to (default: one by name in the user's cache folder)")
-    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder with data.noun")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Run the command; the rows are the losses while it trains."""
+    options = parser("variants.train", __doc__)
+    options.add_argument("variants", nargs="+", choices=RECIPES)
+    options.add_argument(
+        "--out", type=Path, help="folder to write to (default: one by name in the user's cache folder)"
+    )
+    options.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder with data.noun")
+    options.add_argument("--seed", type=int, default=0)
+    args = options.parse_args(argv)
     if args.out and len(args.variants) > 1:
-        parser.error("--out takes one variant")
+        options.error(f"--out: expected one variant with it, got {len(args.variants)}")
+    rows: list[Row] = []
     for name in args.variants:
         out = args.out or cache_folder() / "variants" / name
-        fine_tune(name, args, out)
+        rows += fine_tune(name, args, out)
         if name == "glossary":
             write_glossary_examples(args, out)
+    return rows
 
 
 if __name__ == "__main__":

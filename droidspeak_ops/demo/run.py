@@ -13,6 +13,7 @@ from rich.progress import track
 import droidspeak_ops as ds
 
 from ..hf.pretrained import load_pretrained
+from ..machine import environment
 from . import report
 from .measure import Strategy, glossary_examples, measure
 
@@ -42,7 +43,7 @@ def run(sender_name: str, receiver_name: str | None, num_examples: int, plot: Pa
     steps = measure(sender, receiver, (sender_tokenizer, tokenizer), strategies, examples)
     tokens = list(track(steps, "Answering questions", total=len(examples), console=console))
 
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = environment(device)["device"]
     title = (
         f"{sender_name} -> {receiver_name or 'glossary variant'}: {len(examples)} test examples, contexts of "
         f"{min(tokens)} to {max(tokens)} tokens, {str(receiver.dtype).removeprefix('torch.')}, {where}"

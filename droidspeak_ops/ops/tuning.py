@@ -1,6 +1,6 @@
 """Launch configurations on a GPU: tuned offline for the device if there is a file of them, else the kernel's own choice.
 
-Nothing is ever timed in a user's process. ``bench/tune.py`` writes a file on a GPU; ``DROIDSPEAK_TUNED`` names it.
+Nothing is ever timed in a user's process. ``python -m bench.tune`` writes a file on a GPU; ``DROIDSPEAK_TUNED`` names it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def load(path: Path, device: str) -> dict[tuple[Any, ...], ProjectSpliceConfig]:
             for entry in content["project_splice"]
         }  # fmt: skip
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a file of tuned configurations ({error!r}); bench/tune.py writes one") from None
+        raise ValueError(
+            f"{path}: expected a file of tuned configurations, got another ({error!r}); python -m bench.tune writes one"
+        ) from None
     here = {name: value for name, value in versions(device).items() if name in made_on}
     if made_on != here:
         warnings.warn(f"{path} was tuned for {made_on}, this is {here}: it is not used", stacklevel=2)

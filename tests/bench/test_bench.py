@@ -1,29 +1,27 @@
 """The benches without a GPU: what they refuse, choose and write."""
 
-import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import contexts
-import memory
-import projection as bench
 import pytest
 import torch
-import tune
-from providers import ours
 from support.models import fine_tuned, tiny_llama, tokens
 
 import droidspeak_ops as ds
-from droidspeak_ops.hf.cache import HEADROOM
+from bench import contexts, memory, projection, tune
+from bench.common import read_csv
+from bench.providers import GROUPED, PROVIDERS, Problem, ours
+from droidspeak_ops.context.growing import HEADROOM
 from droidspeak_ops.kernels.project_splice_config import ProjectSpliceConfig, Size, size_of
 from droidspeak_ops.ops import tuning
 from droidspeak_ops.proof.shapes import SHAPES, projections
 
-EAGER = [name for name in bench.PROVIDERS if name not in ("compile", "liger")]
+EAGER = [name for name in PROVIDERS if name not in ("compile", "liger")]
 DEFAULT = ProjectSpliceConfig(128, 64, 64, 8, 3)
 OTHERS = [ProjectSpliceConfig(64, 64, 64, 4, stages) for stages in (2, 3, 4)]
 ENTRY = {"dtype": "torch.bfloat16", "hidden_size": 64, "num_kv_heads": 2, "head_dim": 32, "has_head_norm": False,
@@ -32,9 +30,10 @@ ENTRY = {"dtype": "torch.bfloat16", "hidden_size": 64, "num_kv_heads": 2, "head_
 
 def run_on_cpu(tmp_path: Path, *options: str) -> list[dict[str, str]]:
     path = tmp_path / "rows.csv"
-    bench.main(["--device", "cpu", "--tokens", "8", "--rounds", "1", "--csv", str(path), *options])
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    rows = projection.main(["--device", "cpu", "--tokens", "8", "--rounds", "1", "--csv", str(path), *options])
+    written = read_csv(path)
+    assert [(row["provider"], row["check"]) for row in rows] == [(row["provider"], row["check"]) for row in written]
+    return written
 
 
 def test_projection_on_the_cpu(tmp_path: Path) -> None:
@@ -44,7 +43,7 @@ def test_projection_on_the_cpu(tmp_path: Path) -> None:
         "model", "tokens", "provider", "milliseconds", "speedup", "roofline_percent", "check", "device", "torch", "triton",
         "transformers",
     ]  # fmt: skip
-    assert [row["provider"] for row in rows] == [name for name in bench.PROVIDERS if name != "compile"]
+    assert [row["provider"] for row in rows] == [name for name in PROVIDERS if name != "compile"]
     for row in rows:
         timed = row["provider"] != "liger"
         assert bool(row["milliseconds"]) == bool(row["speedup"]) == timed
@@ -56,10 +55,10 @@ def test_projection_on_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_providers_agree_with_float64(model: str, dtype: torch.dtype) -> None:
     shape = replace(SHAPES[model], hidden_size=48, num_kv_heads=2)
-    for layers, providers in ((1, {name: bench.PROVIDERS[name] for name in EAGER}), (2, bench.GROUPED)):
-        problem = bench.Problem(shape, 6, dtype, "cpu", layers)
-        for row in bench.measure(model, problem, providers, rounds=1):
-            assert row.milliseconds is not None, row
+    for layers, providers in ((1, {name: PROVIDERS[name] for name in EAGER}), (2, GROUPED)):
+        problem = Problem(shape, 6, dtype, "cpu", layers)
+        for row in projection.measure(model, problem, providers, rounds=1):
+            assert row["milliseconds"] is not None, row
 
 
 def slightly_wrong(problem: Any) -> Callable[[], None]:
@@ -78,12 +77,11 @@ def not_written(problem: Any) -> Callable[[], None]:
 
 @pytest.mark.parametrize("wrong", [slightly_wrong, not_written])
 def test_a_wrong_provider_is_refused(wrong: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench.PROVIDERS, "ours", wrong)
+    monkeypatch.setitem(PROVIDERS, "ours", wrong)
     with pytest.raises(SystemExit) as stopped:
         run_on_cpu(tmp_path, "--providers", "transformers", "ours")
     assert stopped.value.code == 1
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        right, refused = csv.DictReader(file)
+    right, refused = read_csv(tmp_path / "rows.csv")
     assert right["milliseconds"]
     assert refused["check"].startswith("refused: ")
     assert refused["milliseconds"] == refused["speedup"] == refused["roofline_percent"] == ""
@@ -91,8 +89,7 @@ def test_a_wrong_provider_is_refused(wrong: Any, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
 def test_without_a_gpu_nothing_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.main([])
-    tune.main([str(tmp_path / "tuned.json")])
+    assert projection.main([]) == tune.main([str(tmp_path / "tuned.json")]) == []
     assert capsys.readouterr().out.count("a GPU is needed") == 2
     assert not list(tmp_path.iterdir())
 
@@ -188,6 +185,38 @@ def test_a_configuration_with_another_result_is_not_timed(
     assert time(replace(small, block_n=17)) is None  # does not compile
     layers[0].hidden_states.mul_(1.01)
     assert time(small) is None
+
+
+def test_the_search_times_what_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuning, "target", lambda device: "sm_90")
+    active = SimpleNamespace(
+        utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 227 << 10}),
+        get_current_target=lambda: SimpleNamespace(warp_size=32),
+    )
+    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(tune, "compiled", lambda jobs, processes, deadline: [False] * 3 + [True] * (len(jobs) - 3))
+    monkeypatch.setattr(tune, "projections", lambda *args, **options: projections(*args, dtype=options["dtype"]))
+    monkeypatch.setattr(tune, "timer", lambda layers, default: lambda config: 1.0 if config == default else 0.5)
+    models = ["Llama-3-8B", "Qwen3-8B"]
+    found = list(tune.tune(models, [torch.bfloat16], 8192, wanted="5", report=reported.append))
+    for model, (key, choice) in zip(models, found, strict=True):
+        shape = SHAPES[model]
+        assert tuple(key) == tuning.KEY and key["has_head_norm"] == (shape.head_norm is not None)
+        assert (choice.milliseconds, choice.default_milliseconds) == (0.5, 1.0)
+        times = [row["milliseconds"] for row in reported if row["model"] == model]
+        # The default, what compiles, and the winner with the default once more: of the first model three do not compile.
+        assert times == [1.0, *([0.5] * (2 if model == "Llama-3-8B" else 5)), 0.5, 1.0]
+
+
+def test_without_time_the_default_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = tune.Problem("Llama-3-8B", torch.bfloat16, 8192, DEFAULT, OTHERS)
+    monkeypatch.setattr(tune.Problem, "of", lambda *args: problem)
+    monkeypatch.setattr(tune.Problem, "timer", lambda self, report: lambda config: 1.0 if config == DEFAULT else 0.5)
+    monkeypatch.setattr(tune, "compiled", lambda jobs, processes, deadline: [True] * len(jobs))
+    ((_, choice),) = tune.tune(["Llama-3-8B"], [torch.bfloat16], 8192, seconds=0)
+    assert choice == tune.Choice(DEFAULT, 1.0, 1.0)
 
 
 def test_what_is_tuned_is_found_again(tmp_path: Path) -> None:

@@ -1,21 +1,23 @@
 """The bench of a whole GPU without one: its steps at tiny sizes, what it does when one fails, and what it shows."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
-import gpu
-import gpu_kernels
-import gpu_report
-import gpu_rows
 import pytest
 import torch
 
+from bench.common import read_csv, write_csv
+from bench.gpu import ceilings, checks, child, report
+from bench.gpu import run as gpu
+from bench.gpu.step import Step, read_rows
+
 
 def run(folder: Path, *options: str) -> dict[str, Any]:
-    gpu.main(["--dry", "--out", str(folder), "--commit", "abc", *options])
-    return json.loads((folder / "gpu.json").read_text())
+    returned = gpu.main(["--dry", "--out", str(folder), "--commit", "abc", *options])
+    result = json.loads((folder / "gpu.json").read_text())
+    assert returned == report.all_rows(result)
+    return result
 
 
 def test_all_steps_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,8 +37,7 @@ def test_all_steps_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(decoded) == 3 and all(row["same_tokens"] for row in decoded)
     assert {"not_run": "needs a GPU", "what": "ncu"} in rows["trace"]
 
-    with (tmp_path / "gpu.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == sum(map(len, rows.values()))
+    assert len(read_csv(tmp_path / "gpu.csv")) == sum(map(len, rows.values()))
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "trace.json.gz").stat().st_size > 0
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.csv", "gpu.png", "gpu.log", "trace.json.gz"}
@@ -45,7 +46,7 @@ def test_all_steps_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_step_out_of_time_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
-    monkeypatch.setitem(gpu.STEPS, "micro", ("gpu_kernels", 0.5))
+    monkeypatch.setitem(gpu.STEPS, "micro", gpu.Limit("micro", 0.5))
     steps = run(tmp_path, "--steps", "micro,ceilings")["steps"]
     assert steps["micro"]["status"] == "killed: out of time"
     assert steps["ceilings"]["status"] == "done" and steps["ceilings"]["rows"]
@@ -63,27 +64,31 @@ def test_an_unknown_step_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
 def test_without_a_gpu_nothing_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gpu.main(["--out", str(tmp_path)])
+    assert gpu.main(["--out", str(tmp_path)]) == []
     assert "a GPU is needed" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
-def dry_step(folder: Path) -> gpu_rows.Step:
-    return gpu_rows.Step(folder / "rows.jsonl", folder, 60, dry=True)
+def test_its_tests_are_there() -> None:
+    assert all((gpu.ROOT / path).is_file() for path in (*checks.TESTS, *checks.DRY_TESTS))
+
+
+def dry_step(folder: Path) -> Step:
+    return Step(folder / "rows.jsonl", folder, 60, dry=True)
 
 
 def test_a_step_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(step: gpu_rows.Step) -> None:
+    def failing(step: Step) -> None:
         step.add("matmul", tflops=1.0)
         with step.guarded("copy"):
             raise RuntimeError("no memory")
         raise ValueError("no driver")
 
-    monkeypatch.setattr(gpu_kernels, "ceilings", failing)
+    monkeypatch.setattr(ceilings, "ceilings", failing)
     step = dry_step(tmp_path)
     with pytest.raises(SystemExit):
-        gpu.run_step("ceilings", step)
-    assert gpu_rows.read_rows(step.partial) == [
+        child.run_step("ceilings", "ceilings", step)
+    assert read_rows(step.rows_path) == [
         {"what": "matmul", "tflops": 1.0},
         {"what": "copy", "error": "RuntimeError: no memory"},
         {"what": "error", "error": "ValueError: no driver"},
@@ -95,9 +100,9 @@ def test_the_last_count_is_kept_and_a_cut_row_is_left_out(tmp_path: Path) -> Non
     step.add("counts", passed=25)
     step.add("plan", plan="all reused", tokens=8)
     step.add("counts", passed=31)
-    with step.partial.open("a") as file:
+    with step.rows_path.open("a") as file:
         file.write('{"what": "plan", "pl')
-    assert gpu_rows.read_rows(step.partial) == [
+    assert read_rows(step.rows_path) == [
         {"what": "plan", "plan": "all reused", "tokens": 8},
         {"what": "counts", "passed": 31},
     ]
@@ -132,13 +137,13 @@ def wide_result() -> dict[str, Any]:
 
 def test_what_is_shown_is_short(tmp_path: Path) -> None:
     result = wide_result()
-    lines = gpu_report.table(result)
+    lines = report.table(result)
     assert len(lines) <= 60 and sum(map(len, lines)) < 10_000
     text = "\n".join(lines)
     for part in ("with changes", "and 35 more", "300/250 80 70", "2.90 95", "1900/60.0 31.7x 1.04 5.5", "bitwise True",
                  "failed: out of memory", "ERROR  graph graph band: RuntimeError: capture"):  # fmt: skip
         assert part in text
-    gpu_report.plot(result, tmp_path / "gpu.png")
-    gpu_report.plot({**result, "steps": {}}, tmp_path / "empty.png")
-    gpu_report.write_csv(result, tmp_path / "gpu.csv")
-    assert (tmp_path / "gpu.csv").stat().st_size > 0
+    report.plot(result, tmp_path / "gpu.png")
+    report.plot({**result, "steps": {}}, tmp_path / "empty.png")
+    write_csv(tmp_path / "gpu.csv", report.all_rows(result), **report.setting(result))
+    assert len(read_csv(tmp_path / "gpu.csv")) == sum(len(state["rows"]) for state in result["steps"].values())

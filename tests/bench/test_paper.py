@@ -1,23 +1,20 @@
 """The comparison with the paper on tiny models: its ways, what stands beside them, and what is written."""
 
 import json
-from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import paper
 import pytest
-import results_page
 import torch
-from choice import measure_choice
-from maps import Loaded
-from pairs import PAIRS
-from reporting import read_csv
 from support.compare import assert_close
 from support.models import tiny_pair, tokens
-from token_selective import token_selective_prefill
 
 import droidspeak_ops as ds
+from bench.common import read_csv
+from bench.pairs import PAIRS, Fitted, LoadedPair, NamedPair
+from bench.paper import paper, results_page, ways
+from bench.paper.choice import measure_choice
+from bench.paper.token_selective import token_selective_prefill
 from droidspeak_ops.profiling.frontier import Point, Work
 
 LAYERS = 6
@@ -25,17 +22,17 @@ COSTS = ds.CostModel((0, 1e-4, 0), (0, 1e-5, 0), (0.05, 0, 0), 4000, 1000, "made
 
 
 @pytest.fixture(scope="module")
-def pair() -> Loaded:
-    return Loaded(PAIRS["lora"], *tiny_pair(LAYERS), None)
+def pair() -> LoadedPair:
+    return LoadedPair(PAIRS["lora"], *tiny_pair(LAYERS), None)
 
 
 @pytest.fixture(scope="module")
-def maps(pair: Loaded) -> ds.Maps:
+def maps(pair: LoadedPair) -> ds.Maps:
     some = [ds.Example.cut(tokens(160)) for _ in range(6)]
     return ds.fit(pair.sender, pair.receiver, some, bands=[(2, 5)], show_progress=False)
 
 
-def test_all_tokens_selected_is_the_own_prefill(pair: Loaded) -> None:
+def test_all_tokens_selected_is_the_own_prefill(pair: LoadedPair) -> None:
     context = ds.capture(pair.sender, tokens(40))
     own = ds.capture(pair.receiver, context.tokens)
     cache = token_selective_prefill(pair.receiver, context, LAYERS)
@@ -44,7 +41,7 @@ def test_all_tokens_selected_is_the_own_prefill(pair: Loaded) -> None:
         assert_close(cache.layers[layer].values, own.kv(layer).values, torch.float32, operations=64)
 
 
-def test_some_tokens_selected_are_those_that_differ_most(pair: Loaded) -> None:
+def test_some_tokens_selected_are_those_that_differ_most(pair: LoadedPair) -> None:
     context = ds.capture(pair.sender, tokens(40))
     cache = token_selective_prefill(pair.receiver, context, 3)
     own = ds.capture(pair.receiver, context.tokens).kv(1)
@@ -58,21 +55,22 @@ def test_some_tokens_selected_are_those_that_differ_most(pair: Loaded) -> None:
         assert torch.equal(same, ~changed)
 
 
-def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_comparison(pair: LoadedPair, maps: ds.Maps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [ds.Example(tokens(60), tokens(5), tokens(6)) for _ in range(10)]
-    monkeypatch.setattr(paper.Loaded, "of", lambda name: pair)
-    monkeypatch.setattr(paper, "maps_of", lambda name, of, contexts: (maps, 0.0, 0))
-    monkeypatch.setattr(pair.__class__, "examples", lambda self, split, contexts: examples)
-    monkeypatch.setattr(paper, "CONTIGUOUS", (2, 3))
+    monkeypatch.setattr(NamedPair, "load", lambda self: pair)
+    monkeypatch.setattr(paper, "fitted_maps", lambda of, contexts: Fitted(maps, 0.0, 0))
+    monkeypatch.setattr(LoadedPair, "examples", lambda self, split, contexts: examples)
+    monkeypatch.setattr(ways, "CONTIGUOUS", (2, 3))
     monkeypatch.setattr(paper, "TIMED_TOKENS", 80)
     monkeypatch.setattr(paper, "CHOSEN_AT", (1.2, 1.5, 9.0))  # the last is out of reach
-    pair.named = replace(pair.named, task=replace(pair.named.task, draw=lambda *_: []))
+    pair = replace(pair, named=replace(pair.named, task=replace(pair.named.task, draw=lambda *_: [])))
     (tmp_path / "costs.json").write_text(json.dumps(asdict(COSTS)))
     page = tmp_path / "results.md"
     page.write_text(f"before\n{results_page.MARKS[0]}\nold\n{results_page.MARKS[1]}\nafter\n")
     steps = [step for step in paper.STEPS if step not in ("costs", "answer")]
     options = ["--profiled", "6", "--judged", "4", "--granularity", "1", "--rounds", "1"]
-    paper.main(["--only", *steps, "--pairs", "lora", "--folder", str(tmp_path), "--page", str(page), *options])
+    found = paper.main(["--only", *steps, "--pairs", "lora", "--folder", str(tmp_path), "--page", str(page), *options])
+    assert list(dict.fromkeys(row["table"] for row in found)) == ["profiler", "choice", "judged", "times"]
 
     rows = read_csv(tmp_path / "lora" / "judged.csv")
     names = [row["way"] for row in rows]
@@ -81,11 +79,11 @@ def test_the_whole_comparison(pair: Loaded, maps: ds.Maps, tmp_path: Path, monke
     assert names.count("contiguous band") == names.count("selected tokens") == names.count("ours in the same time") == 2
     assert names[-4:-2] == ["best at 5 times", "best at 2.6 times"]
     assert all(row["of_band"] == "1" for row in rows if row["way"] == "contiguous band")
-    plain, ours = paper.frontiers_of("lora", Namespace(folder=tmp_path))
+    plain, ours = paper.frontiers_of(tmp_path / "lora")
     assert plain.maps is None and ours.maps == maps.digest()
-    ways = list(paper.ways_of(plain, ours))
-    bands = {way.band: way.point for way in ways if way.name == "contiguous band"}
-    for way in ways:
+    compared = list(ways.ways_of(plain, ours, 80))
+    bands = {way.band: way.point for way in compared if way.name == "contiguous band"}
+    for way in compared:
         if way.name == "ours in the same time":
             assert ours.seconds(way.point, 80) <= plain.seconds(bands[way.band], 80)
         if way.point is not None:

@@ -4,16 +4,15 @@ import random
 import re
 from pathlib import Path
 
-import maps
-import maps_study
-import pairs
 import pytest
-import quality
-import stdlib
 import torch
 from support.models import fine_tuned, tiny_llama, tiny_pair, tokens
 
 import droidspeak_ops as ds
+from bench import common, pairs
+from bench.maps import layers, plots
+from bench.maps import run as maps
+from bench.variants import stdlib
 from droidspeak_ops import metrics
 from droidspeak_ops.demo.measure import glossary_examples
 
@@ -91,64 +90,64 @@ def test_scores() -> None:
 
 def test_a_variant_that_was_not_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DROIDSPEAK_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"train\.py code"):
+    with pytest.raises(FileNotFoundError, match=r"bench\.variants\.train code"):
         pairs.load_variant("code")
 
 
 def test_distance_of_weights() -> None:
     model = tiny_llama()
-    assert pairs.relative_distance(model, model) == 0.0
-    assert pairs.relative_distance(model, fine_tuned(model, 0.1)) > 0.01
+    assert maps.relative_distance(model, model) == 0.0
+    assert maps.relative_distance(model, fine_tuned(model, 0.1)) > 0.01
 
 
 def test_ratios_have_intervals_around_them() -> None:
     base = [1.0 + number / 10 for number in range(20)]
-    row = quality.ratio_and_interval("r", [0.5 * each for each in base], base)
+    row = common.ratio_and_interval("r", [0.5 * each for each in base], base)
     assert row == {"r": "0.5", "r_low": "0.5", "r_high": "0.5"}
-    row = quality.mean_and_interval("m", base)
+    row = common.mean_and_interval("m", base)
     assert float(row["m_low"]) < float(row["m"]) < float(row["m_high"])
 
 
 @pytest.fixture(scope="module")
-def pair() -> maps.Loaded:
-    return maps.Loaded(pairs.PAIRS["lora"], *tiny_pair(LAYERS), None)
+def pair() -> pairs.LoadedPair:
+    return pairs.LoadedPair(pairs.PAIRS["lora"], *tiny_pair(LAYERS), None)
 
 
 @pytest.fixture(scope="module")
-def fitted(pair: maps.Loaded) -> ds.Maps:
+def fitted(pair: pairs.LoadedPair) -> ds.Maps:
     examples = [ds.Example.cut(tokens(160)) for _ in range(12)]
     return ds.fit(pair.sender, pair.receiver, examples, bands=[(2, 4)], show_progress=False)
 
 
-def test_ways_are_measured_against_the_own_prefill(pair: maps.Loaded, fitted: ds.Maps, monkeypatch) -> None:
+def test_ways_are_measured_against_the_own_prefill(pair: pairs.LoadedPair, fitted: ds.Maps, monkeypatch) -> None:
     monkeypatch.setattr(maps, "BAND", (2, 4))
-    ways = {**maps.ways_of(fitted), "everything": maps.Way(ds.Plan([(0, LAYERS)]))}
-    found = pair.divergences(ways, [ds.Example.cut(tokens(160)) for _ in range(4)], "")
+    ways = {**maps.ways_with(fitted), "everything": maps.Way(ds.Plan([(0, LAYERS)]))}
+    found = maps.divergences(pair, ways, [ds.Example.cut(tokens(160)) for _ in range(4)], "")
     mean = {way: sum(values) / len(values) for way, values in found.items()}
     assert mean["everything"] < 1e-9
     assert mean["fitted"] < mean["reuse"] and mean["band corrected, rest fitted"] < mean["band"]
 
 
-def test_maps_of_full_rank_are_the_maps(pair: maps.Loaded, fitted: ds.Maps) -> None:
-    full, one = (maps_study.of_rank(pair.sender, pair.receiver, fitted, rank) for rank in (64, 1))
+def test_maps_of_full_rank_are_the_maps(pair: pairs.LoadedPair, fitted: ds.Maps) -> None:
+    full, one = (layers.of_rank(pair.sender, pair.receiver, fitted, rank) for rank in (64, 1))
     for key, each in fitted.layers.items():
         torch.testing.assert_close(full.layers[key].k_weight, each.k_weight)
         if key[1] == "fitted":
             assert not torch.allclose(one.layers[key].v_weight, each.v_weight, atol=1e-3)
 
 
-def test_errors_by_layer_and_their_plots(pair: maps.Loaded, fitted: ds.Maps, tmp_path: Path) -> None:
-    both = maps.Pair(maps.Decoder(pair.sender), maps.Decoder(pair.receiver), [])
+def test_errors_by_layer_and_their_plots(pair: pairs.LoadedPair, fitted: ds.Maps, tmp_path: Path) -> None:
     contexts = [tokens(120) for _ in range(8)]
-    rows = maps_study.by_layer(both, fitted, contexts[:6], contexts[6:], torch.tensor([3, 4, 5]))
+    delimiters = torch.tensor([3, 4, 5])
+    rows = layers.errors_by_layer(pair.sender, pair.receiver, fitted, contexts[:6], contexts[6:], delimiters)
     assert [row["layer"] for row in rows] == [1, 2, 3]
     assert all(float(row["fitted"]) < float(row["reused"]) for row in rows)
-    maps.write_csv([{"pair": "tiny", **row} for row in rows], "", tmp_path / "layers.csv")
+    common.write_csv(tmp_path / "layers.csv", [{"pair": "tiny", **row} for row in rows])
     part = {"of_reuse": "0.7", "of_reuse_low": "0.6", "of_reuse_high": "0.8"}
-    maps.write_csv([{"pair": "tiny", "way": way, **part} for way in maps_study.WAYS], "", tmp_path / "pairs.csv")
+    common.write_csv(tmp_path / "pairs.csv", [{"pair": "tiny", "way": way, **part} for way in plots.WAYS])
     counted = [{"pair": "tiny", "way": "fitted", "tokens": size, **part} for size in (1000, 9000)]
-    maps.write_csv(counted, "", tmp_path / "tokens.csv")
-    maps_study.plot(tmp_path)
+    common.write_csv(tmp_path / "tokens.csv", counted)
+    plots.draw(tmp_path)
     assert {path.stem for path in tmp_path.glob("*.png")} == {"layers", "pairs", "tokens"}
 
 

@@ -1,4 +1,4 @@
-"""A whole model of a real shape with random weights: the steps `ttft`, `graph` and `trace` of ``bench/gpu.py``.
+"""A whole model of a real shape with random weights: the steps `ttft`, `graph` and `trace` of ``python -m bench.gpu``.
 
 One model is sender and receiver. Its times are real, and what it says means nothing.
 """
@@ -14,12 +14,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_checks import counters
-from gpu_rows import Step, host_microseconds, median, milliseconds
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import droidspeak_ops as ds
+from bench.gpu.checks import counters
+from bench.gpu.step import Step
+from bench.gpu.times import host_microseconds, median, milliseconds
 from droidspeak_ops.context.context import SharedContext
 from droidspeak_ops.hf.decoder import Decoder
 from droidspeak_ops.hf.passes import Pass
@@ -48,7 +49,7 @@ DRY_LLAMA = {
 
 
 def llama(step: Step, layers: int) -> Any:
-    """Llama-3.1-8B but for the number of layers."""
+    """Return a model of the shape of Llama-3.1-8B but for the number of layers."""
     torch.manual_seed(0)
     torch.set_default_dtype(step.dtype)
     try:
@@ -60,7 +61,7 @@ def llama(step: Step, layers: int) -> Any:
 
 
 def captured(model: Any, tokens: int) -> tuple[SharedContext, torch.Tensor]:
-    """A context of random tokens with all hidden states, and the prompt that goes on behind it.
+    """Return a context of random tokens with all hidden states, and the prompt that goes on behind it.
 
     Without the digest of all weights, for which 16 GB would be copied from the GPU.
     """
@@ -70,6 +71,7 @@ def captured(model: Any, tokens: int) -> tuple[SharedContext, torch.Tensor]:
 
 
 def band(depth: int, length: int) -> ds.Plan:
+    """Return a plan of one band, from the middle on."""
     return ds.Plan([(depth // 2, min(depth // 2 + length, depth))])
 
 
@@ -78,7 +80,7 @@ def band(depth: int, length: int) -> ds.Plan:
 
 @torch.no_grad()
 def ttft(step: Step) -> None:
-    """Plans against full prefill, the longest context first."""
+    """Time plans against full prefill, the longest context first."""
     model = llama(step, 6 if step.dry else 32)
     receiver = ds.Receiver(model)
     step.add(
@@ -153,7 +155,7 @@ def _dynamic(model: Any, context: SharedContext) -> DynamicCache:
 
 
 def _one_layer(model: Any, context: SharedContext, rounds: int) -> float:
-    """Milliseconds of a decoder layer over the context."""
+    """Return the milliseconds of a decoder layer over the context."""
     decoder = Decoder(model)
     over, middle = Pass(decoder, context.tokens.shape), decoder.num_layers // 2
     hidden = context.hidden(middle)
@@ -161,7 +163,7 @@ def _one_layer(model: Any, context: SharedContext, rounds: int) -> float:
 
 
 def _one_projection(model: Any, context: SharedContext, norm: str, rounds: int) -> float:
-    """Milliseconds of a layer's K and V by the operator alone, its weights folded beforehand."""
+    """Return the milliseconds of a layer's K and V by the operator alone, its weights folded beforehand."""
     decoder = Decoder(model)
     over = Pass(decoder, context.tokens.shape)
     slots = torch.arange(context.tokens.shape[1], device=model.device)
@@ -185,7 +187,7 @@ def _one_projection(model: Any, context: SharedContext, norm: str, rounds: int) 
 
 
 def _allocated(*, reset: bool = False) -> float | None:
-    """GiB: what is held now, from where the peak then counts; or that peak."""
+    """Return GiB: what is held now, from where the peak then counts; or that peak."""
     if not torch.cuda.is_available():
         return None
     if reset:
@@ -199,7 +201,7 @@ def _allocated(*, reset: bool = False) -> float | None:
 
 @torch.no_grad()
 def graph(step: Step) -> None:
-    """Decoding over three caches, and partial prefill in a CUDA graph."""
+    """Time decoding over three caches, and partial prefill in a CUDA graph."""
     model = llama(step, 6 if step.dry else 8)
     context, ids = captured(model, 64 if step.dry else 8192)
     plans = {"all projected": ds.Plan(project="rest"), "band of 5": band(model.config.num_hidden_layers, 5)}
@@ -233,7 +235,7 @@ def _rows(cache: Any) -> list[torch.Tensor]:
 
 
 def _decode(step: Step, model: Any, context: SharedContext, ids: torch.Tensor, plan: ds.Plan) -> None:
-    """Milliseconds a token over our cache, over transformers' and over its cache of fixed capacity, and which tokens."""
+    """Time a token over our cache, over transformers' and over its cache of fixed capacity, and compare the tokens."""
     tokens = context.tokens.shape[1]
     filled = ds.partial_prefill(model, context, plan)
 

@@ -1,48 +1,52 @@
-"""The result of a run of ``bench/gpu.py``, as a CSV of all rows, one figure and a short table."""
+"""The result of ``python -m bench.gpu``: as rows, as one figure and as a short table."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.common import Row
+
 Result = dict[str, Any]
-Row = dict[str, Any]
+"""The setting, and under `steps` the state and rows of each step."""
 
 
 def rows_of(result: Result, step: str, what: str) -> list[Row]:
-    """The rows of one kind that have values."""
+    """Return the rows of one kind that have values."""
     found = result["steps"].get(step, {}).get("rows", [])
     return [row for row in found if row["what"] == what and "error" not in row and "not_run" not in row]
 
 
-def write_csv(result: Result, path: Path) -> None:
-    """All rows of all steps; texts of several lines are in the JSON alone."""
-    rows = [
+def all_rows(result: Result) -> list[Row]:
+    """Return the rows of all steps; texts of several lines are in the JSON alone."""
+    return [
         {"step": step, **{name: value for name, value in row.items() if not isinstance(value, list)}}
         for step, state in result["steps"].items()
         for row in state["rows"]
     ]
-    where = {name: value for name, value in result.items() if name != "steps"}
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*names, *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+
+
+def setting(result: Result) -> Row:
+    """Return the setting that all rows have in common."""
+    return {name: value for name, value in result.items() if name != "steps"}
 
 
 def title(result: Result) -> str:
-    versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "triton", "transformers"))
+    """Return the setting in words."""
     commit = (result["commit"] or "unknown")[:10] + (" with changes" if result["changed_since_commit"] else "")
-    return f"{result['device']}, driver {result['driver']}, {versions}, commit {commit}, {result['date']}"
+    known = {**result, "commit": commit}
+    names = ("driver", "torch", "triton", "transformers", "commit")
+    return ", ".join(
+        (result["device"], *(f"{name} {known[name]}" for name in names if known.get(name)), result["date"])
+    )
 
 
 # --- table ----------------------------------------------------------------------------------------------------------------
 
 
 def table(result: Result) -> list[str]:
-    """At most 60 lines of at most 160 characters."""
+    """Return at most 60 lines of at most 160 characters."""
     lines = [title(result)]
     lines += [f"{name}: {state['status']}, {state['seconds']} s" for name, state in result["steps"].items()]
     lines += _ceilings(result) + _tests(result) + _wrong(result) + _micro(result) + _streaming(result)
@@ -154,7 +158,7 @@ def _wrong(result: Result) -> list[str]:
 
 
 def _grid_by_tokens(heading: str, rows: list[Row], name: str, cell: Callable[[Row], str]) -> list[str]:
-    """A grid with a line for each name and a column for each number of tokens."""
+    """Return a grid with a line for each name and a column for each number of tokens."""
     names, tokens = (list(dict.fromkeys(row[key] for row in rows)) for key in (name, "tokens"))
     cells = {(row[name], row["tokens"]): cell(row) for row in rows}
     return _grid(
@@ -174,60 +178,55 @@ def plot(result: Result, path: Path) -> None:
     """Draw times of kernels against a bare product, speed-ups by plan, shares of a copy's rate: what was measured of these."""
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in (_micro_panel, _ttft_panel, _streaming_panel) if panel(result, None)]
+    streaming = [row for row in rows_of(result, "micro", "streaming") if row["percent_of_copy"] is not None]
+    panels = [
+        (draw, rows)
+        for draw, rows in (
+            (_draw_micro, [row for row in _timed(result) if row["percent_of_cublas"] is not None]),
+            (_draw_ttft, rows_of(result, "ttft", "plan")),
+            (_draw_streaming, streaming),
+        )
+        if rows
+    ]
     figure = Figure(figsize=(7 * max(len(panels), 1), 5), layout="constrained")
     figure.suptitle(title(result), fontsize=9)
-    for index, panel in enumerate(panels):
-        panel(result, figure.add_subplot(1, len(panels), index + 1))
+    for index, (draw, rows) in enumerate(panels):
+        draw(figure.add_subplot(1, len(panels), index + 1), rows)
     figure.savefig(path, dpi=110)
 
 
-def _micro_panel(result: Result, axes: Any) -> bool:
-    """Draw it on `axes`, if any are given; whether there is anything to draw. So for the others."""
-    rows = {
-        (row["provider"], row["model"], row["tokens"]): row
-        for row in _timed(result)
-        if row["percent_of_cublas"] is not None
-    }
-    if not rows or axes is None:
-        return bool(rows)
-    cases = list(dict.fromkeys(key[1:] for key in rows))
+def _draw_micro(axes: Any, rows: list[Row]) -> None:
+    cells = {(row["provider"], row["model"], row["tokens"]): row for row in rows}
+    cases = list(dict.fromkeys(key[1:] for key in cells))
     times = {
-        name: [100 / rows[name, *case]["percent_of_cublas"] if (name, *case) in rows else None for case in cases]
-        for name in dict.fromkeys(key[0] for key in rows)
+        name: [100 / cells[name, *case]["percent_of_cublas"] if (name, *case) in cells else None for case in cases]
+        for name in dict.fromkeys(key[0] for key in cells)
     }
     _bars(axes, [f"{model}\n{tokens:,}" for model, tokens in cases], times)
     for index, case in enumerate(cases):
-        percent = rows.get(("cublas", *case), {}).get("percent_of_floor")
+        percent = cells.get(("cublas", *case), {}).get("percent_of_floor")
         if percent is not None:
             axes.hlines(percent / 100, index - 0.45, index + 0.45, color="black", linestyle="--", linewidth=1)
     axes.set_title("K/V of a layer: time relative to the bare product (dashed: floor)", fontsize=9)
-    return True
 
 
-def _ttft_panel(result: Result, axes: Any) -> bool:
-    rows = rows_of(result, "ttft", "plan")
-    if rows and axes is not None:
-        _by_tokens(axes, rows, "plan", "speedup")
-        axes.set_yscale("log")
-        ticks = (2, 3, 5, 10, 20)
-        axes.set_yticks(ticks, [f"{tick}x" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_title("Time to first token: speed-up over full prefill", fontsize=9)
-    return bool(rows)
+def _draw_ttft(axes: Any, rows: list[Row]) -> None:
+    _by_tokens(axes, rows, "plan", "speedup")
+    axes.set_yscale("log")
+    ticks = (2, 3, 5, 10, 20)
+    axes.set_yticks(ticks, [f"{tick}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_title("Time to first token: speed-up over full prefill", fontsize=9)
 
 
-def _streaming_panel(result: Result, axes: Any) -> bool:
-    rows = [row for row in rows_of(result, "micro", "streaming") if row["percent_of_copy"] is not None]
-    if rows and axes is not None:
-        _by_tokens(axes, rows, "kernel", "percent_of_copy")
-        axes.axhline(100, color="black", linestyle="--", linewidth=1)
-        axes.set_title("Kernels that move rows: % of a copy's rate", fontsize=9)
-    return bool(rows)
+def _draw_streaming(axes: Any, rows: list[Row]) -> None:
+    _by_tokens(axes, rows, "kernel", "percent_of_copy")
+    axes.axhline(100, color="black", linestyle="--", linewidth=1)
+    axes.set_title("Kernels that move rows: % of a copy's rate", fontsize=9)
 
 
 def _by_tokens(axes: Any, rows: list[Row], name: str, value: str) -> None:
-    """A group of bars for each number of tokens, a bar for each row of a name."""
+    """Draw a group of bars for each number of tokens, a bar for each row of a name."""
     lengths = sorted({row["tokens"] for row in rows})
     values = {(row[name], row["tokens"]): row[value] for row in rows}
     heights = {

@@ -1,4 +1,4 @@
-"""Ceilings of the GPU and times of kernels: the steps `ceilings` and `micro` of ``bench/gpu.py``."""
+"""Times of kernels: the step `micro` of ``python -m bench.gpu``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import projection
 import torch
-import triton
-import triton.language as tl
-from gpu_rows import Replay, Run, Step, host_microseconds, median, summary, written
-from providers import GROUPED, PRODUCTS, PROVIDERS, Problem, expected
 
 import droidspeak_ops as ds
+from bench import projection
+from bench.gpu.step import Step, summary, written
+from bench.gpu.times import Replay, Run, host_microseconds
+from bench.providers import GROUPED, PRODUCTS, PROVIDERS, Problem, expected
 from droidspeak_ops.proof.shapes import SHAPES, Shape
 from droidspeak_ops.proof.targets import TARGETS
 
@@ -28,62 +27,8 @@ HOST_TOKENS = 8192  # beyond, the host is no longer what a call waits for
 EPS = 1e-6
 
 
-# --- ceilings -------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _empty_kernel(x_ptr):
-    pass
-
-
-@triton.jit
-def _read_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    """Each program reads all of x, past L1, from a place of its own."""
-    pid = tl.program_id(0)
-    o = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, size, BLOCK):
-        total += tl.load(x_ptr + (start + pid * BLOCK) % size + o, cache_modifier=".cg")
-    tl.store(out_ptr + pid * BLOCK + o, total)
-
-
-def ceilings(step: Step) -> None:
-    """Rates that no kernel beats on this GPU, measured, and what a launch costs."""
-    device, size = step.device, 128 if step.dry else 8192
-    with step.guarded("matmul"):
-        a, b = (torch.randn(size, size, dtype=step.dtype, device=device) for _ in range(2))
-        ms = median(partial(torch.mm, a, b, out=torch.empty_like(a)), rounds=20, warm_up=10)
-        step.add("matmul", size=size, ms=ms, tflops=2 * size**3 / ms / 1e9)
-    with step.guarded("copy"):
-        source = torch.empty(2**16 if step.dry else 4 * 10**9, dtype=torch.uint8, device=device).fill_(7)
-        ms = median(partial(torch.empty_like(source).copy_, source), rounds=20, warm_up=3)
-        step.add("copy", bytes=2 * source.nbytes, ms=ms, tb_per_s=2 * source.nbytes / ms / 1e9)
-    if step.dry:
-        step.add("l2 read", not_run="needs a GPU")
-        step.add("launch", not_run="needs a GPU")
-        return
-    with step.guarded("l2 read"):
-        x = torch.randn(4 * 2**20, device=device)
-        programs = 4 * torch.cuda.get_device_properties(0).multi_processor_count
-        out = torch.empty(programs * 4096, device=device)
-        ms = median(lambda: _read_kernel[(programs,)](x, out, x.numel(), BLOCK=4096, num_warps=8), rounds=10, warm_up=3)
-        step.add("l2 read", bytes=programs * x.nbytes, ms=ms, tb_per_s=programs * x.nbytes / ms / 1e9)
-    with step.guarded("launch"):
-        x = torch.zeros(1, device=device)
-
-        def launch() -> None:
-            _empty_kernel[(1,)](x)
-
-        in_graph = Replay.of([launch], launches=200).median() * 1e3
-        torch_us = host_microseconds(lambda: x.add_(1), calls=500)
-        step.add("launch", triton_host_us=host_microseconds(launch, 500), torch_host_us=torch_us, in_graph_us=in_graph)
-
-
-# --- micro ----------------------------------------------------------------------------------------------------------------
-
-
 def micro(step: Step) -> None:
-    """Each provider on each case, those that matter most first."""
+    """Measure each provider on each case, those that matter most first."""
     torch.manual_seed(0)
     if not step.dry:
         _warm_clocks()
@@ -118,11 +63,16 @@ def _warm_clocks(seconds: float = 1.0) -> None:
 
 
 class Case:
-    """A model's layer at one context length: several sets of tensors that take turns, and what the first must give."""
+    """A model's layer at one context length: several sets of tensors that take turns, and what the first must give.
+
+    Args:
+        layers: in a call.
+        cublas: the bare product of one layer, once it is there: what others are compared with.
+    """
 
     def __init__(self, step: Step, model: str, tokens: int, layers: int = 1, cublas: Replay | None = None) -> None:
         self.step, self.model, self.tokens, self.layers = step, model, tokens, layers
-        self.cublas = cublas  # of one layer
+        self.cublas = cublas
         first = Problem(_shape(model, step.dry), tokens, step.dtype, step.device, layers)
         sets = min(max(round(ROTATED_BYTES / first.bytes_moved + 0.5), 2), 8)
         self.problems = [first, *(replace(first) for _ in range(0 if step.dry else sets - 1))]
@@ -143,7 +93,7 @@ class Case:
             if run is None:
                 step.add("provider", **row, check=check)
                 return
-            cold = projection.milliseconds(run, step.device, rounds=3) / self.layers
+            cold = projection.cold_milliseconds(run, step.device, rounds=3) / self.layers
             warm: float | None = None
             speed: float | None = None
             if not step.dry:
@@ -172,7 +122,7 @@ def _shape(model: str, dry: bool) -> Shape:
 
 
 def _floor_ms(step: Step, flops: float, bytes_moved: float) -> float | None:
-    """Time floor by the ceilings that were measured, or by the vendor's peaks where that step did not get so far."""
+    """Return the time floor by the ceilings that were measured, or by the vendor's peaks where that step did not get so far."""
     tflops = written(step.folder, "ceilings", "matmul").get("tflops")
     bandwidth = written(step.folder, "ceilings", "copy").get("tb_per_s")
     target = projection.known_target(step.device)
@@ -182,7 +132,7 @@ def _floor_ms(step: Step, flops: float, bytes_moved: float) -> float | None:
 
 
 def streaming(step: Step) -> None:
-    """Kernels that only move rows, against copies: bytes are each input read and each output written once.
+    """Measure kernels that only move rows, against copies: bytes are each input read and each output written once.
 
     A copy of as many bytes is timed in turn with each; the rate of one of gigabytes is what no kernel beats.
     """
@@ -192,7 +142,7 @@ def streaming(step: Step) -> None:
         for name, make in STREAMING.items():
             with step.guarded("streaming", kernel=name, tokens=tokens):
                 run, moved = make(shape, tokens, step.dtype, step.device)
-                cold, warm = projection.milliseconds(run, step.device, rounds=3), None
+                cold, warm = projection.cold_milliseconds(run, step.device, rounds=3), None
                 of_same: float | None = None
                 if not step.dry:
                     sets = min(max(round(ROTATED_BYTES / moved + 0.5), 2), 16)
@@ -213,6 +163,7 @@ def _copy(size: int) -> Run:
 
 
 Streaming = Callable[[Shape, int, torch.dtype, str], tuple[Run, int]]
+"""Returns what is timed, and the bytes that it moves, for a shape, a number of tokens, a dtype and a device."""
 
 
 def _row_norm(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> tuple[Run, int]:

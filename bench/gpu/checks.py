@@ -1,4 +1,4 @@
-"""Tests of the kernels on the GPU, the step `tests` of ``bench/gpu.py``, and hardware counters of one launch."""
+"""Tests of the kernels on the GPU, the step `tests` of ``python -m bench.gpu``, and hardware counters of one launch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_rows import Step
 
 import droidspeak_ops as ds
+from bench.gpu.step import Step
 from droidspeak_ops.proof.shapes import SHAPES, Shape, projections
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
     "tests/kernels/test_gpu.py",
     "tests/kernels/test_kernels.py",
@@ -34,7 +34,7 @@ NCU_LINES = 150
 
 
 def tests(step: Step) -> None:
-    """The tests that a GPU decides, and at the same time odd-sized launches under compute-sanitizer."""
+    """Run the tests that a GPU decides, and at the same time odd-sized launches under compute-sanitizer."""
     sanitizer = threading.Thread(target=sanitized, args=(step,), daemon=True)
     sanitizer.start()
     os.chdir(ROOT)
@@ -45,7 +45,7 @@ def tests(step: Step) -> None:
 
 
 class Recorder:
-    """Counts tests as they end, so that a run that is stopped has said how far it got."""
+    """Plugin of pytest that counts tests as they end, so that a run that is stopped has said how far it got."""
 
     def __init__(self, step: Step) -> None:
         self.step, self.counts, self.began = step, Counter[str](), time.monotonic()
@@ -65,6 +65,7 @@ class Recorder:
         self.write(f"ended with {int(exitstatus)}")
 
     def write(self, state: str) -> None:
+        """Write the counts so far."""
         counts = {name: self.counts[name] for name in ("passed", "failed", "skipped")}
         self.step.add("counts", **counts, state=state, seconds=time.monotonic() - self.began)
 
@@ -95,11 +96,11 @@ def counters(step: Step, seconds: float) -> None:
 
 
 def _python(function: str) -> list[str]:
-    return [sys.executable, "-c", f"import gpu_checks; gpu_checks.{function}()"]
+    return [sys.executable, "-c", f"from bench.gpu import checks; checks.{function}()"]
 
 
 def _output(command: list[str], seconds: float, **environment: str) -> tuple[int | None, list[str]]:
-    """The exit code, None where time ran out, and the lines of both streams."""
+    """Return the exit code, None where time ran out, and the lines of both streams."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         env={**os.environ, **environment},
@@ -114,14 +115,15 @@ def _output(command: list[str], seconds: float, **environment: str) -> tuple[int
 
 
 def odd_launches() -> None:
-    """No size of these is a multiple of a tile; of the second one tiles are loaded by TMA where there is that."""
+    """Launch by pointers, and by TMA where there is that; no size is a multiple of a tile."""
     shape = replace(SHAPES["Qwen2.5-7B"], hidden_size=200, num_kv_heads=3)
     _launch(replace(shape, head_dim=80, rotary_dim=64), 37)
     _launch(shape, 37)
 
 
 def long_launches() -> None:
-    for _ in range(2):  # the first compiles
+    """Launch at 8,192 tokens, twice: the first compiles."""
+    for _ in range(2):
         _launch(SHAPES["Llama-3-8B"], 8192)
 
 

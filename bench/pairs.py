@@ -1,0 +1,178 @@
+"""The pairs of models that maps and plans are measured on, with the task of each receiver: examples, and what an answer scores.
+
+Maps and plans are made on the `calibration` split and judged on `test`. No module or definition of the test split was trained
+on or is in the calibration split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+import droidspeak_ops as ds
+from bench.variants import stdlib
+from droidspeak_ops.demo.measure import MAX_ANSWER_TOKENS, glossary_examples
+from droidspeak_ops.demo.run import load_glossary_variant
+from droidspeak_ops.example import TextExample, by_context
+from droidspeak_ops.hf.decoder import Decoder
+from droidspeak_ops.hf.pretrained import SMOLLM2, cache_folder, load_pretrained
+from droidspeak_ops.metrics import METRICS
+
+# Characters of contexts of about 1,000 to 4,000 tokens; most are short, for the time they take.
+LENGTHS = (3_300,) * 9 + (6_600,) + (3_300,) * 9 + (13_000,)
+TEST_CONTEXTS = 64
+"""Contexts of the glossary's test split, and as many as are drawn of the others."""
+CALIBRATION_CONTEXTS = 13
+CALIBRATION_QUESTIONS = 8  # to a context
+CORRECTED_BANDS = ((3, 8), (9, 14), (15, 20), (21, 26))
+"""Bands whose starts the maps correct."""
+LONG = 2_000
+"""Tokens of contexts longer than most that are calibrated on."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The task that a receiver was trained for.
+
+    Args:
+        metric: one of :data:`droidspeak_ops.metrics.METRICS`, by which answers are scored.
+        draw: makes the examples of one context, given the split, about how many characters of context, how many questions, and
+            a generator; None where the examples are the shipped ones.
+    """
+
+    metric: str
+    draw: Callable[[str, int, int, random.Random], list[TextExample]] | None = None
+
+    def examples(self, split: str, contexts: int) -> list[TextExample]:
+        """Return examples of so many contexts of a split: one question each to test on, several to calibrate on."""
+        if self.draw is None:
+            texts = glossary_examples(split)  # type: ignore[arg-type]
+            kept = list(dict.fromkeys(example.context for example in texts))[:contexts]
+            return [example for example in texts if example.context in kept]
+        rng = random.Random(zlib.crc32(split.encode()))
+        questions = 1 if split == "test" else CALIBRATION_QUESTIONS
+        drawn = (self.draw(split, LENGTHS[number % len(LENGTHS)], questions, rng) for number in range(contexts))
+        return [example for examples in drawn for example in examples]
+
+    def score(self, given: str, expected: str) -> float:
+        """Return the score of an answer, from 0 to 1."""
+        return METRICS[self.metric](given, expected)
+
+
+GLOSSARY = Task("F1")
+CODE = Task("edit similarity", stdlib.draw_code_examples)
+DOCS = Task("ROUGE-L", stdlib.draw_docs_examples)
+
+
+@dataclass(frozen=True)
+class NamedPair:
+    """Two variants, by name: a sender and a receiver, with the receiver's task."""
+
+    name: str
+    sender: str
+    receiver: str
+    task: Task
+    description: str
+
+    def load(self, device: torch.device | str = "cpu") -> LoadedPair:
+        """Load both models, and their tokenizer."""
+        (sender, tokenizer), (receiver, _) = load_variant(self.sender), load_variant(self.receiver)
+        return LoadedPair(self, sender.to(device), receiver.to(device), tokenizer)
+
+
+PAIRS = {
+    pair.name: pair
+    for pair in (
+        NamedPair("lora", "base", "glossary", GLOSSARY, "base to a LoRA adapter for a task"),
+        NamedPair("full", "base", "code", CODE, "base to a full fine-tune"),
+        NamedPair("tasks", "code", "docs", DOCS, "a full fine-tune for one task to that for another"),
+        NamedPair("far", "glossary", "docs", DOCS, "two that have drifted far from their base, each its way"),
+    )
+}
+
+
+def load_variant(name: str) -> tuple[Any, Any]:
+    """Return a variant and its tokenizer: the base, what is shipped, or what ``python -m bench.variants.train`` made.
+
+    Raises:
+        FileNotFoundError: it has not been made.
+    """
+    if name == "base":
+        return load_pretrained(SMOLLM2)
+    if name == "glossary":
+        return load_glossary_variant()
+    folder = cache_folder() / "variants" / name
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"expected a model in {folder}, got none; make it: python -m bench.variants.train {name}"
+        )
+    return load_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class LoadedPair:
+    """A pair of models in memory, and its examples as token ids."""
+
+    named: NamedPair
+    sender: Any
+    receiver: Any
+    tokenizer: Any
+
+    @property
+    def num_layers(self) -> int:
+        return self.receiver.config.num_hidden_layers
+
+    def examples(self, split: str, contexts: int) -> list[ds.Example]:
+        """Return the task's examples of so many contexts of a split."""
+        return [each.encode(self.tokenizer, self.receiver.device) for each in self.named.task.examples(split, contexts)]
+
+    def text(self, tokens: int) -> torch.Tensor:
+        """Return ids ``[1, tokens]`` of the longest test example, repeated if need be: maps are not used for random ones."""
+        longest = max((each.prompt for each in self.examples("test", TEST_CONTEXTS)), key=lambda ids: ids.shape[1])
+        return longest.repeat(1, 1 + tokens // longest.shape[1])[:, :tokens]
+
+    def capture(self, ids: torch.Tensor) -> ds.SharedContext:
+        """Return the sender's context of token ids, with hidden states at every layer."""
+        return ds.capture(self.sender, ids, layers=range(self.num_layers))
+
+    def answer(self, example: ds.Example, cache: Any = None) -> str:
+        """Return the receiver's greedy answer, given a cache of the context; by full prefill where there is none."""
+        prompt = example.prompt
+        out = self.receiver.generate(prompt, past_key_values=cache, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+        return self.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+
+
+class Fitted(NamedTuple):
+    """The maps of a pair, the seconds that their fit took, and the tokens of the contexts that they were fitted to."""
+
+    maps: ds.Maps
+    seconds: float
+    tokens: int
+
+
+def fitted_maps(pair: LoadedPair, contexts: int = CALIBRATION_CONTEXTS) -> Fitted:
+    """Fit maps to a pair, or read them where they were fitted to these weights before."""
+    digests = "".join(str(Decoder(model).fingerprint(weights=True).weights) for model in (pair.sender, pair.receiver))
+    identity = hashlib.sha256(digests.encode()).hexdigest()[:16]
+    path = cache_folder() / "variants" / f"maps-{pair.named.name}-{contexts}-{identity}.safetensors"
+    note = path.with_suffix(".txt")
+    if not note.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        examples = pair.examples("calibration", contexts)
+        began = time.perf_counter()
+        ds.fit(pair.sender, pair.receiver, examples, bands=CORRECTED_BANDS).save(path)
+        note.write_text(f"{time.perf_counter() - began} {context_tokens(examples)}")
+    seconds, tokens = note.read_text().split()
+    return Fitted(ds.Maps.load(path), float(seconds), int(tokens))
+
+
+def context_tokens(examples: Sequence[ds.Example]) -> int:
+    """Return how many tokens the contexts of examples have, each context counted once."""
+    return sum(group[0].context.shape[1] for group in by_context(examples))

@@ -1,0 +1,1 @@
+"""The paper's comparisons on real pairs of models: ``python -m bench.paper.paper``."""
