@@ -11,6 +11,7 @@ import random
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -163,14 +164,18 @@ def fitted_maps(pair: LoadedPair, contexts: int = CALIBRATION_CONTEXTS) -> Fitte
     identity = hashlib.sha256(digests.encode()).hexdigest()[:16]
     path = cache_folder() / "variants" / f"maps-{pair.named.name}-{contexts}-{identity}.safetensors"
     note = path.with_suffix(".txt")
-    if not note.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        examples = pair.examples("calibration", contexts)
-        began = time.perf_counter()
-        ds.fit(pair.sender, pair.receiver, examples, bands=CORRECTED_BANDS).save(path)
-        note.write_text(f"{time.perf_counter() - began} {context_tokens(examples)}")
-    seconds, tokens = note.read_text().split()
-    return Fitted(ds.Maps.load(path), float(seconds), int(tokens))
+    if note.exists():
+        with suppress(ValueError):  # of maps in a format of before, or damaged
+            seconds, tokens = note.read_text().split()
+            return Fitted(ds.Maps.load(path), float(seconds), int(tokens))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    examples = pair.examples("calibration", contexts)
+    began = time.perf_counter()
+    maps = ds.fit(pair.sender, pair.receiver, examples, bands=CORRECTED_BANDS)
+    fitted = Fitted(maps, time.perf_counter() - began, context_tokens(examples))
+    maps.save(path)
+    note.write_text(f"{fitted.seconds} {fitted.tokens}")
+    return fitted
 
 
 def context_tokens(examples: Sequence[ds.Example]) -> int:

@@ -154,6 +154,7 @@ def _profile(inputs: _Inputs, options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from .files import remove_journal
     from .prefill.maps import Maps
     from .profiling.report import rows, write_report
     from .profiling.run import profile
@@ -173,7 +174,7 @@ def _profile(inputs: _Inputs, options: argparse.Namespace) -> None:
     )
     frontier.save(out / "frontier.json")
     written = write_report(frontier, out, f"{options.sender} to {options.receiver}")
-    journal.unlink()
+    remove_journal(journal)
     found = rows(frontier)
     table = Table(*found[0], caption=f"predicted for {frontier.mean_tokens} tokens on {frontier.costs.machine}")
     for row in found:

@@ -53,17 +53,44 @@ def test_a_file_keeps_its_mode_and_a_link_stays_one(tmp_path) -> None:
 
 def test_a_journal_goes_on_after_a_torn_line(tmp_path) -> None:
     path = tmp_path / "journal"
-    first = Journal(path, {"run": 1})
-    first.add([1.5, None])
-    first.add([2.5, 3.5])
+    with Journal(path, {"run": 1}) as first:
+        first.add([1.5, None])
+        first.add([2.5, 3.5])
     path.write_bytes(path.read_bytes()[:-3])
-    second = Journal(path, {"run": 1})
-    assert second.done == [[1.5, None]]
-    second.add([4.0])
-    assert Journal(path, {"run": 1}).done == [[1.5, None], [4.0]]
+    with Journal(path, {"run": 1}) as second:
+        assert second.done == [[1.5, None]]
+        second.add([4.0])
+    with Journal(path, {"run": 1}) as third:
+        assert third.done == [[1.5, None], [4.0]]
     with pytest.raises(ValueError, match="journal: expected a journal of this run, got that of another"):
         Journal(path, {"run": 2})
     assert Journal(None, {}).done == []
+
+
+def test_one_run_at_a_time_holds_a_journal(tmp_path) -> None:
+    path = tmp_path / "journal"
+    with Journal(path, {"run": 1}), pytest.raises(ValueError, match="journal: expected one run at a time"):
+        Journal(path, {"run": 1})
+    with Journal(path, {"run": 1}) as journal:
+        command = [sys.executable, "-c", WRITER, str(path), "3"]
+        assert b"expected one run at a time" in subprocess.run(command, capture_output=True).stderr
+        assert journal.done == []
+    subprocess.run([sys.executable, "-c", WRITER, str(path), "3"], check=True)
+    with Journal(path, {"run": 1}) as journal:
+        assert len(journal.done) == 3
+
+
+@pytest.mark.parametrize("line", [0, 1, 2])
+def test_a_damaged_line_is_named(tmp_path, line: int) -> None:
+    path = tmp_path / "journal"
+    with Journal(path, {"run": 1}) as journal:
+        journal.add([1.5])
+        journal.add([2.5])
+    lines = path.read_bytes().split(b"\n")
+    lines[line] = lines[line].replace(b"1", b"7").replace(b"2", b"8")
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match=f"journal: expected a line that its checksum fits, got .*, line {line + 1}"):
+        Journal(path, {"run": 1})
 
 
 # Imports neither torch nor this file, so that it starts in an instant.
@@ -92,9 +119,10 @@ def test_a_journal_that_is_killed_at_any_moment_goes_on(tmp_path) -> None:
         process.kill()
         process.wait()
         whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        done = [json.loads(line) for line in whole[1:]]
+        done = [json.loads(line.partition(b" ")[2]) for line in whole[1:]]
         assert done == [[number, "x" * (number % 5000)] for number in range(len(done))]
         assert len(done) >= known + (kill % 3 != 2), "every run that writes gets further"
         known = len(done)
     subprocess.run([sys.executable, "-c", WRITER, str(path), str(known + 3)], check=True)
-    assert Journal(path, {"run": 1}).done == [[number, "x" * (number % 5000)] for number in range(known + 3)]
+    with Journal(path, {"run": 1}) as journal:
+        assert journal.done == [[number, "x" * (number % 5000)] for number in range(known + 3)]

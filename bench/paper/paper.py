@@ -50,6 +50,7 @@ from bench.pairs import CALIBRATION_CONTEXTS, LONG, PAIRS, TEST_CONTEXTS, Loaded
 from bench.paper import results_page
 from bench.paper.choice import measure_choice
 from bench.paper.ways import SPEEDS, Way, best_at, ways_of
+from droidspeak_ops.files import remove_journal
 from droidspeak_ops.hf.decoder import Decoder
 from droidspeak_ops.profiling.candidates import Candidates
 from droidspeak_ops.profiling.frontier import Frontier
@@ -126,7 +127,7 @@ class Comparison:
                 journal=folder / "journal",
             )
             frontier.save(folder / "frontier.json")
-            (folder / "journal").unlink()
+            remove_journal(folder / "journal")
             write_report(frontier, folder, title)
 
     def choose(self) -> list[Row]:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from .. import ops
-from . import file as context_file
+from .. import ops, tensor_file
 from .fingerprint import Fingerprint, ReuseError
 from .kv import KV, decode_rows, encode, encode_rows, splice
 
@@ -153,7 +152,7 @@ class SharedContext:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file with a digest of it all; nothing half-written is left in its place."""
-        context_file.write(path, *self._described())
+        tensor_file.write(path, "context", *self._described())
 
     def _described(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Describe the context for :meth:`load`: plain values, and tensors by name."""
@@ -182,7 +181,7 @@ class SharedContext:
         Raises:
             ValueError: the file holds something else, or is damaged.
         """
-        described, tensors = context_file.read(path)
+        described, tensors = tensor_file.read(path, "context")
 
         def kv(prefix: str) -> KV:
             return KV(*(tensors.get(f"{prefix}.{name}") for name in KV._fields))  # type: ignore[arg-type]

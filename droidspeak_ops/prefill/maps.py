@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -11,13 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save
 
-from .. import ops
+from .. import ops, tensor_file
 from ..context.context import SharedContext
 from ..context.fingerprint import Fingerprint, ReuseError
-from ..files import replacing
 from .plan import Plan
 from .schedule import Source, resolve
 
@@ -164,60 +159,53 @@ class Maps:
 
     def digest(self) -> str:
         """SHA-256 of the maps' content."""
-        return hashlib.sha256(self._serialized()).hexdigest()
+        return tensor_file.digest(*self._described())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, atomically."""
-        with replacing(path) as scratch:
-            scratch.write_bytes(self._serialized())
+        """Write one safetensors file with a digest, atomically."""
+        tensor_file.write(path, "maps", *self._described())
 
-    def _serialized(self) -> bytes:
+    def _described(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Describe the maps for :meth:`load`: plain values, and tensors by name."""
         tensors = {
-            f"{layer}.{source}.{name}": tensor.contiguous()
+            f"{layer}.{source}.{name}": tensor
             for (layer, source), layer_map in self.layers.items()
             for name, tensor in vars(layer_map).items()
         }
         for layer, correction in self.corrections.items():
-            tensors |= {f"{layer}.correction.{name}": tensor.contiguous() for name, tensor in vars(correction).items()}
-        tensors |= {
-            f"{self.domain.layer}.domain.{name}": getattr(self.domain, name).contiguous()
-            for name in ("mean", "whitening")
-        }
-        metadata = {
+            tensors |= {f"{layer}.correction.{name}": tensor for name, tensor in vars(correction).items()}
+        tensors |= {f"{self.domain.layer}.domain.{name}": getattr(self.domain, name) for name in ("mean", "whitening")}
+        values = {
             "sender": asdict(self.sender),
             "receiver": asdict(self.receiver),
             "choices": self.choices,
             "choices_without_hidden": self.choices_without_hidden,
-            "shares": self.shares,
+            "shares": {str(layer): list(share) for layer, share in sorted(self.shares.items())},
             "domain": {"layer": self.domain.layer, "limit": self.domain.limit},
         }
-        return save(tensors, {"droidspeak_maps": json.dumps(metadata)})
+        return values, tensors
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Maps:
         """Read a file that :meth:`save` wrote.
 
         Raises:
-            ValueError: the file holds no maps.
+            ValueError: the file holds no maps, or is damaged.
         """
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = (file.metadata() or {}).get("droidspeak_maps")
-            if metadata is None:
-                raise ValueError(f"{path}: expected maps that Maps.save wrote, got another safetensors file")
-            loaded = json.loads(metadata)
-            stored = {tuple(name.split(".")[:2]) for name in file.keys()}  # noqa: SIM118
+        loaded, tensors = tensor_file.read(path, "maps")
+        stored = {tuple(name.split(".")[:2]) for name in tensors}
 
-            def read(kind: Any, layer: str, role: str) -> Any:
-                return kind(*(file.get_tensor(f"{layer}.{role}.{field.name}") for field in fields(kind)))
+        def read(kind: Any, layer: str, role: str) -> Any:
+            return kind(*(tensors[f"{layer}.{role}.{field.name}"].to(device) for field in fields(kind)))
 
-            layers = {
-                (int(layer), role): read(LayerMap, layer, role) for layer, role in stored if role.startswith("fitted")
-            }
-            corrections = {int(layer): read(Correction, layer, role) for layer, role in stored if role == "correction"}
-            shares = {int(layer): each for layer, each in loaded["shares"].items()}
-            domain_layer, limit = loaded["domain"]["layer"], loaded["domain"]["limit"]
-            mean, whitening = (file.get_tensor(f"{domain_layer}.domain.{name}") for name in ("mean", "whitening"))
-            domain = Domain(domain_layer, mean, whitening, limit)
+        layers: dict[Any, LayerMap] = {
+            (int(layer), role): read(LayerMap, layer, role) for layer, role in stored if role.startswith("fitted")
+        }
+        corrections = {int(layer): read(Correction, layer, role) for layer, role in stored if role == "correction"}
+        shares = {int(layer): each for layer, each in loaded["shares"].items()}
+        domain_layer, limit = loaded["domain"]["layer"], loaded["domain"]["limit"]
+        mean, whitening = (tensors[f"{domain_layer}.domain.{name}"].to(device) for name in ("mean", "whitening"))
+        domain = Domain(domain_layer, mean, whitening, limit)
         return cls(
             Fingerprint(**loaded["sender"]),
             Fingerprint(**loaded["receiver"]),

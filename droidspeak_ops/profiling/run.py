@@ -100,42 +100,42 @@ def profile(
         "examples": examples_digest([example for group in groups for example in group]),
     }
     # A record per context, then the cost model, then the scores per context.
-    records = Journal(journal, run)
-    candidates = Candidates(decoder.num_layers, maps, granularity)
-    third = len(groups) // 3
-    with bars(show_progress) as progress:
-        task = progress.add_task("Profiling", total=len(groups), completed=min(len(records.done), len(groups)))
-        for index in range(len(records.done), len(groups)):
-            pilot = records.done[:third]
-            some = candidates.bands_and_units if index < third else candidates.bands_and_sets(pilot)
-            records.add(measure_context(sender, decoder, maps, groups[index], some))
-            progress.advance(task)
-    if len(records.done) == len(groups):
-        records.add(asdict(measure_costs(receiver, show_progress=show_progress) if costs is None else costs))
-    measured, (recorded_costs, *scored) = records.done[: len(groups)], records.done[len(groups) :]
-    frontier = Frontier(
-        *fingerprints,
-        maps=digest,
-        points=tuple(candidates.points(measured, third)),
-        sensitivity=tuple(candidates.sensitivity(measured[:third])),
-        costs=CostModel(**recorded_costs),
-        contexts=tuple(group[0].context.shape[1] for group in groups),
-        held_out=third,
-        granularity=granularity,
-        seed=seed,
-    )
-    if score is None:
-        return frontier
-    best = frontier.pareto()
-    with bars(show_progress) as progress:
-        task = progress.add_task("Scoring answers", total=len(groups), completed=len(scored))
-        for group in groups[len(scored) :]:
-            records.add(score_context(sender, decoder, maps, group, best, score))
-            progress.advance(task)
-    full, *of_best = zip(*records.done[len(groups) + 1 :], strict=True)
-    scores = dict(zip(best, of_best, strict=True))
-    points = tuple(replace(point, scores=scores.get(point)) for point in frontier.points)
-    return replace(frontier, points=points, scores=full)
+    with Journal(journal, run) as records:
+        candidates = Candidates(decoder.num_layers, maps, granularity)
+        third = len(groups) // 3
+        with bars(show_progress) as progress:
+            task = progress.add_task("Profiling", total=len(groups), completed=min(len(records.done), len(groups)))
+            for index in range(len(records.done), len(groups)):
+                pilot = records.done[:third]
+                some = candidates.bands_and_units if index < third else candidates.bands_and_sets(pilot)
+                records.add(measure_context(sender, decoder, maps, groups[index], some))
+                progress.advance(task)
+        if len(records.done) == len(groups):
+            records.add(asdict(measure_costs(receiver, show_progress=show_progress) if costs is None else costs))
+        measured, (recorded_costs, *scored) = records.done[: len(groups)], records.done[len(groups) :]
+        frontier = Frontier(
+            *fingerprints,
+            maps=digest,
+            points=tuple(candidates.points(measured, third)),
+            sensitivity=tuple(candidates.sensitivity(measured[:third])),
+            costs=CostModel(**recorded_costs),
+            contexts=tuple(group[0].context.shape[1] for group in groups),
+            held_out=third,
+            granularity=granularity,
+            seed=seed,
+        )
+        if score is None:
+            return frontier
+        best = frontier.pareto()
+        with bars(show_progress) as progress:
+            task = progress.add_task("Scoring answers", total=len(groups), completed=len(scored))
+            for group in groups[len(scored) :]:
+                records.add(score_context(sender, decoder, maps, group, best, score))
+                progress.advance(task)
+        full, *of_best = zip(*records.done[len(groups) + 1 :], strict=True)
+        scores = dict(zip(best, of_best, strict=True))
+        points = tuple(replace(point, scores=scores.get(point)) for point in frontier.points)
+        return replace(frontier, points=points, scores=full)
 
 
 def measure_context(

@@ -306,7 +306,9 @@ def test_another_file_is_refused(tmp_path) -> None:
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="expected maps that Maps.save wrote, got another safetensors file"):
+    with pytest.raises(
+        ValueError, match="expected a file of droidspeak maps, got a safetensors file of something else"
+    ):
         ds.Maps.load(tmp_path / "other.safetensors")
 
 
