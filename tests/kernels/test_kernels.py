@@ -164,11 +164,11 @@ def test_project_splice_skips_slots_outside_the_cache(device: torch.device) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("head_norm", "q_heads"), [("each", 2), ("all", 2), (None, 0)])
-@pytest.mark.parametrize("kept", [[70], [3, 99, 4], list(range(50, 90))])
+@pytest.mark.parametrize("kept", [[35], [3, 39, 4], list(range(20, 38))])
 def test_project_splice_rows_do_not_depend_on_the_batch(
     dtype: torch.dtype, head_norm: str | None, q_heads: int, kept: list[int], device: torch.device
 ) -> None:
-    case = projection(tokens=100, dtype=dtype, head_norm=head_norm, q_heads=q_heads, device=device)
+    case = projection(tokens=40, dtype=dtype, head_norm=head_norm, q_heads=q_heads, device=device)
     alone = case.with_new_outputs()
     launch(case)
     names, slots = ("hidden_states", "cos", "sin"), case[0].slot_mapping[kept]
@@ -299,7 +299,7 @@ def assert_nearest(actual: torch.Tensor, order: str, expected: dict[str, torch.T
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm_order", [*ORDERS, "none"])
-@pytest.mark.parametrize(("tokens", "hidden"), [(1, 576), (7, 100), (0, 64), (520, 16)])
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 576), (7, 100), (0, 64), (70, 16)])
 def test_row_norm(dtype: torch.dtype, norm_order: str, tokens: int, hidden: int, device: torch.device) -> None:
     x = (torch.randn(tokens, hidden + 8, device=device) * 3).to(dtype)[:, :hidden]
     weight = None if norm_order == "none" else torch.randn(hidden, device=device).to(dtype)
@@ -309,7 +309,7 @@ def test_row_norm(dtype: torch.dtype, norm_order: str, tokens: int, hidden: int,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "hidden"), [(1, 576), (7, 100), (0, 64), (520, 16)])
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 576), (7, 100), (0, 64), (70, 16)])
 def test_rms_rstd(dtype: torch.dtype, tokens: int, hidden: int, device: torch.device) -> None:
     x, rstd = torch.randn(tokens, hidden, device=device).to(dtype), poisoned((tokens,), torch.float32, device)
     rms_rstd([x], 1e-5, [rstd])

@@ -24,8 +24,8 @@ def problems(draw: st.DrawFn) -> Case:
     head_dim = draw(st.sampled_from([4, 16, 20, 34]))
     torch.manual_seed(draw(st.integers(0, 1000)))
     return projection(
-        tokens=draw(st.integers(0, 40)),
-        hidden=draw(st.integers(1, 40)),
+        tokens=draw(st.integers(0, 24)),
+        hidden=draw(st.integers(1, 24)),
         layers=draw(st.integers(1, 3)),
         q_heads=draw(st.integers(0, 3)),
         kv_heads=draw(st.integers(1, 3)),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import HAS_GPU
 from support.cases import projection
-from traffic import compare
 
+from bench.traffic import compare
 from droidspeak_ops.kernels.head_norm import head_norm
 from droidspeak_ops.kernels.kv_splice import heads_per_program, kv_splice
 from droidspeak_ops.kernels.project_splice import project_splice
