@@ -7,7 +7,7 @@ import torch
 from conftest import HAS_GPU
 from support.cases import projection
 
-from bench.traffic import compare
+from bench.traffic import measure
 from droidspeak_ops.kernels.head_norm import head_norm
 from droidspeak_ops.kernels.kv_splice import heads_per_program, kv_splice
 from droidspeak_ops.kernels.project_splice import project_splice
@@ -95,10 +95,10 @@ def test_project_splice_moves_what_its_tiling_implies(target: str, q_heads: int,
 def test_beyond_its_products_it_moves_at_most_half_of_what_transformers_does() -> None:
     """Against the layer's own modules and transformers' own cache, with either norm."""
     shape = Shape(512, 8, 2, 64, 64)
-    transformers, *ours = compare(shape, tokens=256)
-    assert transformers.products == 2 * 2 * (256 * 512 + 128 * 512)  # both projections read rows and weight
-    for row in ours:
-        assert 0 < 2 * row.beyond <= transformers.beyond, row
+    (_, products, transformers), *ours = measure(shape, tokens=256)
+    assert products == 2 * 2 * (256 * 512 + 128 * 512)  # both projections read rows and weight
+    for name, _, beyond in ours:
+        assert 0 < 2 * beyond <= transformers, name
 
 
 def test_counting_torch_operations() -> None:
