@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from ..example import TextExample
+from ..prefill.schedule import resolve
 from .measure import Strategy
 
 
-def table(strategies: Sequence[Strategy], title: str) -> Table:
+def table(strategies: Sequence[Strategy], title: str, num_layers: int) -> Table:
     """Make the table of results, one row per strategy; the first strategy is the baseline."""
     caption = "EM exact match, NLL per answer token, TTFT median time to first token, speed-up median over examples"
     out = Table(title=title, caption=caption)
@@ -23,7 +24,7 @@ def table(strategies: Sequence[Strategy], title: str) -> Table:
     for strategy in strategies:
         out.add_row(
             str(strategy),
-            "all" if strategy.plan is None else str(sum(end - start - 1 for start, end in strategy.plan.bands)),
+            "all" if strategy.plan is None else str(resolve(strategy.plan, num_layers).work.run),
             f"{strategy.mean('exact_match'):.2f}",
             f"{strategy.mean('f1'):.2f}",
             f"{strategy.mean('nll'):.3f}",

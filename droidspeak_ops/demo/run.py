@@ -48,7 +48,7 @@ def run(sender_name: str, receiver_name: str | None, num_examples: int, plot: Pa
         f"{sender_name} -> {receiver_name or 'glossary variant'}: {len(examples)} test examples, contexts of "
         f"{min(tokens)} to {max(tokens)} tokens, {str(receiver.dtype).removeprefix('torch.')}, {where}"
     )
-    console.print(report.table(strategies, title))
+    console.print(report.table(strategies, title, receiver.config.num_hidden_layers))
     console.print(report.answers(strategies, examples))
     report.plot(strategies, title, plot)
     console.print(f"Quality against time: {plot.resolve()}")

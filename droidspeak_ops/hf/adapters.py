@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..context.fingerprint import ReuseError
 from ..prefill.weights import LowRank
 
 
@@ -57,7 +58,10 @@ def read_linear(parent: nn.Module, name: str, where: str, shape: tuple[int, int]
             f"{where}: expected an adapter that is merged or disabled, got one that is both; unmerge it first"
         )
     active = [adapter for adapter in active_adapters(module) if adapter in module.lora_A] if adapted else []
-    return Linear(base.weight, base.bias, tuple(_read_lora(module, adapter, where) for adapter in active))
+    plain = [
+        adapter for adapter in active if not _is_activated(module, adapter)
+    ]  # others apply to what follows a context
+    return Linear(base.weight, base.bias, tuple(_read_lora(module, adapter, where) for adapter in plain))
 
 
 def check_is_its_weights(module: nn.Module, where: str) -> None:
@@ -160,3 +164,39 @@ def _read_lora(module: Any, adapter: str, where: str) -> LowRank:
             f"{where}: expected a plain LoRA, got the adapter {adapter!r} with {got}; merge the adapter into the model first"
         )
     return LowRank(down.weight, up.weight * module.scaling[adapter])
+
+
+def _is_activated(module: Any, adapter: str) -> bool:
+    """Return whether an adapter is an activated LoRA (aLoRA), which applies from its invocation tokens on."""
+    return type(module.lora_variant.get(adapter)).__name__.startswith("ALora")
+
+
+def check_not_invoked(model: Any, input_ids: torch.Tensor, tokens: int) -> None:
+    """Raise if an activated LoRA of the model applies to any of the first `tokens` of `input_ids` ``[B, N]``.
+
+    Before its invocation tokens the model is its base, so the K/V of a context are the base's; it is their last occurrence
+    that counts.
+
+    Raises:
+        ReuseError: the invocation tokens begin in the context.
+    """
+    sequences = {
+        name: torch.tensor(config.alora_invocation_tokens, device=input_ids.device)
+        for name, config in (getattr(model, "peft_config", None) or {}).items()
+        if getattr(config, "alora_invocation_tokens", None)
+    }
+    if not sequences:
+        return
+    active = {name for module in model.modules() if hasattr(module, "base_layer") for name in active_adapters(module)}
+    for name in active & sequences.keys():
+        sequence = sequences[name]
+        if input_ids.shape[1] < len(sequence):
+            continue
+        found = (input_ids.unfold(1, len(sequence), 1) == sequence).all(-1)
+        behind = torch.arange(1, found.shape[1] + 1, device=found.device)
+        last = (found * behind).amax(1)  # place of the last occurrence, counted from 1; 0 without one
+        if bool(((last > 0) & (last <= tokens)).any()):
+            raise ReuseError(
+                f"context: expected the invocation tokens of the adapter {name!r} behind it, got them at token "
+                f"{int(last[last > 0].min()) - 1}; from there on K and V are the adapter's"
+            )

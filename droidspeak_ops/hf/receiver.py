@@ -19,6 +19,7 @@ from ..prefill.maps import Maps
 from ..prefill.plan import Plan
 from ..prefill.schedule import resolve
 from ..prefill.weights import Norm
+from .adapters import check_not_invoked
 from .cache import MixedCache, rows_held
 from .decoder import Decoder
 from .filling import CacheLayers
@@ -159,8 +160,8 @@ def partial_prefill(
         A transformers cache of T tokens. Reused layers share the context's tensors until something is appended.
 
     Raises:
-        ReuseError: sender and receiver do not fit, hidden states are missing, the maps are those of another pair, or the
-            prompt does not continue the context.
+        ReuseError: sender and receiver do not fit, hidden states are missing, the maps are those of another pair, the prompt
+            does not continue the context, or an activated LoRA is invoked in it.
         UnsupportedModelError: the receiver's family is not supported.
         ValueError: the plan names layers that the receiver does not have, or `norm` is none of the two.
     """
@@ -192,6 +193,9 @@ def partial_prefill(
     context.check_hidden(schedule.hidden_layers)
     if prompt_ids is not None:
         context.check_prompt(prompt_ids)
+    check_not_invoked(
+        decoder.model, context.tokens if prompt_ids is None else prompt_ids, tokens=context.tokens.shape[1]
+    )
 
     layers = CacheLayers(decoder, context.tokens)
     rerotates = decoder.rope_varies or context.sender.rope != ours.rope

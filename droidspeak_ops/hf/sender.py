@@ -12,6 +12,7 @@ from .. import ops
 from ..context.context import SharedContext
 from ..context.kv import KV
 from ..prefill.weights import projection
+from .adapters import check_not_invoked
 from .cache import rows_held
 from .decoder import Decoder
 from .passes import Pass
@@ -37,6 +38,7 @@ def capture(
 
     Raises:
         UnsupportedModelError: the sender's family is not supported.
+        ReuseError: an activated LoRA of the sender is invoked in the context.
         ValueError: `input_ids` or `layers` do not fit.
     """
     decoder = Decoder(sender)
@@ -49,6 +51,7 @@ def capture(
     if outside:
         raise ValueError(f"layers: expected layers of the sender, 0 to {decoder.num_layers - 1}, got {outside}")
 
+    check_not_invoked(decoder.model, input_ids, tokens=input_ids.shape[1])
     over = Pass(decoder, input_ids.shape)
     cache = DynamicCache(config=decoder.config)
     states, kept, wanted = decoder.embed(input_ids), {}, set(layers)

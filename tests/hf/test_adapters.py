@@ -53,6 +53,56 @@ def test_adapters_that_are_read(config, norm: str, plan: ds.Plan) -> None:
     assert_own(adapted(config), plan, norm=norm)
 
 
+INVOCATION = [7, 8, 9]
+
+
+def activated(**changes):
+    """A model with an activated LoRA, and its base."""
+    base = tiny_llama(layers=LAYERS)
+    return get_peft_model(copy.deepcopy(base), lora(alora_invocation_tokens=INVOCATION, **changes)).eval(), base
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["q_proj", "o_proj"]])
+@pytest.mark.parametrize("plan", [ds.Plan(), EVERYTHING, ds.Plan(project="rest"), ds.Plan([(1, 3)])])
+def test_before_its_invocation_a_model_with_an_activated_lora_is_its_base(targets: list[str], plan: ds.Plan) -> None:
+    model, base = activated(target_modules=targets)
+    ids = tokens(20)
+    ids[ids == 8] = 10
+    prompt = torch.cat([ids, torch.tensor([[*INVOCATION, 11, 12]])], dim=1)
+    context = ds.capture(base, ids, layers=plan.hidden_layers(LAYERS))
+    cache = ds.partial_prefill(model, context, plan, prompt_ids=prompt)
+    for ours, theirs in zip(cache.layers, own_prefill(base, ids).layers, strict=True):
+        assert_close(ours.keys, theirs.keys, torch.float32, operations=LAYERS)
+        assert_close(ours.values, theirs.values, torch.float32, operations=LAYERS)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(input_ids=prompt, **options)
+    assert not torch.equal(base.generate(input_ids=prompt, **options), expected), "the adapter has a say"
+    assert torch.equal(model.generate(input_ids=prompt, past_key_values=cache, **options), expected)
+
+
+def test_an_activated_lora_that_is_invoked_in_the_context_is_refused() -> None:
+    model, base = activated()
+    ids = tokens(20)
+    ids[ids == 8] = 10
+    inside = ids.clone()
+    inside[0, 4:7] = torch.tensor(INVOCATION)
+    suffix = torch.tensor([[11, 12]])
+    with pytest.raises(
+        ds.ReuseError, match="invocation tokens of the adapter 'default' behind it, got them at token 4"
+    ):
+        ds.partial_prefill(model, ds.capture(base, inside), ds.Plan())
+    with pytest.raises(ds.ReuseError, match="got them at token 4"):
+        ds.capture(model, inside)
+    again = torch.cat([inside, torch.tensor([[*INVOCATION, 11]])], dim=1)  # of several the last one counts
+    ds.partial_prefill(model, ds.capture(base, inside), ds.Plan(), prompt_ids=again)
+    across = torch.cat([ids, torch.tensor([INVOCATION]), suffix], dim=1)
+    context = ds.capture(base, across[:, :22])
+    with pytest.raises(ds.ReuseError, match="got them at token 20"):
+        ds.partial_prefill(model, context, ds.Plan(), prompt_ids=across)
+    with model.disable_adapter():
+        ds.partial_prefill(model, ds.capture(base, inside), ds.Plan())
+
+
 def test_a_bias_stays_beside_an_adapter() -> None:
     model = adapted(lora(), attention_bias=True)
     with torch.no_grad():
