@@ -5,12 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from filelock import FileLock
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -19,8 +19,7 @@ from droidspeak_ops.proof.shapes import SHAPES
 from droidspeak_ops.proof.targets import TARGETS, occupancy, time_floor
 
 
-# Compiled once: whoever runs the tests in several processes gives a target to one of them (--dist loadgroup).
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TARGETS])
+@pytest.fixture(scope="module", params=TARGETS)
 def target(request: pytest.FixtureRequest) -> str:
     """One alone is ``-k sm_90a``."""
     return request.param
@@ -29,10 +28,15 @@ def target(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def kernels(target: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Everything that is shipped, compiled for a target in a process of its own: here the kernels are interpreted."""
-    file: Path = tmp_path_factory.mktemp("aot") / "kernels.json"
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # once for all processes of a run, whose folders lie side by side
+        folder = folder.parent
+    file = folder / f"kernels-{target}.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "droidspeak_ops.cli", "compile", "--targets", target, "--json", str(file)]
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, timeout=900)
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, timeout=900)
     return json.loads(file.read_text())["kernels"]
 
 
