@@ -120,23 +120,24 @@ def resolve(
     Raises:
         ValueError: the plan names a layer that such a model does not have.
     """
-    planned = _planned(plan, num_layers)
-    sources, corrections = planned, frozenset[int]()
-    if maps is not None and in_domain:
+    alone = _without_maps(plan, num_layers)
+    if maps is None:
+        return alone
+    planned, corrections = alone.sources, frozenset[int]()
+    if in_domain:
         sources, corrections = _chosen(planned, maps.choices), frozenset(maps.corrections)
         needed = {layer for layer, source in enumerate(sources) if source in ("project", "fitted") and layer > 0}
         needed |= {start for start, _ in plan.bands if start > 0}
         if held is not None and not needed <= set(held):
             sources = _chosen(planned, maps.choices_without_hidden)
-    elif maps is not None:
+    else:
         sources = tuple("reuse" if source == "project" and layer else source for layer, source in enumerate(planned))
     bands = tuple(Band(start, end, start in corrections) for start, end in plan.bands)
     return Schedule(sources, bands, sources != planned or any(band.corrected for band in bands))
 
 
 @lru_cache(maxsize=256)
-def _planned(plan: Plan, num_layers: int) -> tuple[Source, ...]:
-    """The source of each layer without maps."""
+def _without_maps(plan: Plan, num_layers: int) -> Schedule:
     projected = () if plan.project == "rest" else tuple(plan.project)
     last = max((*(end - 1 for _, end in plan.bands), *projected), default=0)
     if last >= num_layers:
@@ -148,7 +149,7 @@ def _planned(plan: Plan, num_layers: int) -> tuple[Source, ...]:
         sources[layer] = "project"
     for start, end in plan.bands:
         sources[start:end] = ["recompute"] * (end - start)
-    return tuple(sources)
+    return Schedule(tuple(sources), tuple(Band(*band, corrected=False) for band in plan.bands), uses_maps=False)
 
 
 def _chosen(planned: tuple[Source, ...], choices: tuple[Source, ...]) -> tuple[Source, ...]:
