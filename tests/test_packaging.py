@@ -88,6 +88,16 @@ def test_what_needs_no_transformers_does_not_import_it() -> None:
     )
 
 
+def test_only_hf_imports_transformers() -> None:
+    """Not even for type checkers."""
+    for file in [*(ROOT / "droidspeak_ops").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        if "hf" not in file.relative_to(ROOT).parts:
+            lines = file.read_text(encoding="utf-8").splitlines()
+            assert not [
+                line for line in lines if line.split()[:2] in (["import", "transformers"], ["from", "transformers"])
+            ], file
+
+
 def test_kernels_import_nothing_of_ours() -> None:
     """They are no package, so that the other contracts on imports do not see them."""
     allowed = {*sys.stdlib_module_names, "torch", "triton"}

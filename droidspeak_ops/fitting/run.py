@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.progress import Progress
 
 from ..context.context import SharedContext
 from ..example import Example, by_context, check_examples
-from ..hf.decoder import Decoder
+from ..hf.decoder import Decoder, PreTrainedModel
 from ..hf.passes import check_takes_masks
 from ..hf.receiver import partial_prefill
 from ..hf.sender import capture
@@ -23,9 +23,6 @@ from ..progress import bars
 from .pair import FITTED, Key, Pair
 from .ridge import NormalEquations
 from .shares import STEPS, Interpolations, KLObjective, Shares, learn_shares
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FOLDS = 3
 STRENGTHS = (0.001, 0.01, 0.03, 0.1, 1.0)

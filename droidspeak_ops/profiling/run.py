@@ -7,14 +7,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..example import Example, by_context, check_examples, examples_digest
 from ..files import Journal
 from ..hf.cache import MixedCache
-from ..hf.decoder import Decoder
+from ..hf.decoder import Decoder, PreTrainedModel
 from ..hf.passes import KeysValues, check_takes_masks
 from ..hf.receiver import partial_prefill
 from ..hf.sender import capture
@@ -26,9 +25,6 @@ from .cost import CostModel
 from .frontier import Frontier, Point
 from .replay import kl_and_top1, replay
 from .timing import measure_costs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 EVAL_TOKENS = 8
 """Most tokens of an answer at which next-token distributions are compared."""

@@ -6,12 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from ..context.context import SharedContext
-from ..hf.decoder import Decoder
+from ..hf.decoder import Decoder, PreTrainedModel
 from ..hf.receiver import partial_prefill
 from ..hf.sender import capture
 from ..machine import environment
@@ -19,9 +19,6 @@ from ..prefill.maps import Maps
 from ..prefill.plan import Plan
 from ..progress import bars
 from .cost import CostModel, Polynomial
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SUFFIX_TOKENS = 24
 

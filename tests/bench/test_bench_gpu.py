@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from bench import gpu
 from bench.common import read_csv, write_csv
-from bench.gpu import ceilings, checks, child, report
-from bench.gpu import run as gpu
-from bench.gpu.step import Step, read_rows
+from bench.gpu_steps import ceilings, checks, child, report
+from bench.gpu_steps.step import Step, read_rows
 
 
 def run(folder: Path, *options: str) -> dict[str, Any]:

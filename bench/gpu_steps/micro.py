@@ -12,8 +12,8 @@ import torch
 
 import droidspeak_ops as ds
 from bench import projection
-from bench.gpu.step import Step, summary, written
-from bench.gpu.times import Replay, Run, host_microseconds
+from bench.gpu_steps.step import Step, summary, written
+from bench.gpu_steps.times import Replay, Run, host_microseconds
 from bench.providers import GROUPED, PRODUCTS, PROVIDERS, Problem, expected
 from droidspeak_ops.proof.shapes import SHAPES, Shape
 from droidspeak_ops.proof.targets import TARGETS

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from bench.common import Row, parser
-from bench.gpu.step import Step, read_rows, summary
+from bench.gpu_steps.step import Step, read_rows, summary
 
 
 def run_step(module: str, name: str, step: Step) -> None:
     """Run the function of a module of this package that is a step; the exit code is 1 where it fails."""
     try:
-        function: Callable[[Step], None] = getattr(importlib.import_module(f"bench.gpu.{module}"), name)
+        function: Callable[[Step], None] = getattr(importlib.import_module(f"bench.gpu_steps.{module}"), name)
         with torch.no_grad():
             function(step)
     except Exception as error:
@@ -27,7 +27,7 @@ def run_step(module: str, name: str, step: Step) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    """Run the command that :mod:`bench.gpu.run` starts."""
+    """Run the command that :mod:`bench.gpu` starts."""
     options = parser("gpu.child", __doc__)
     options.add_argument("module")
     options.add_argument("name")

@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.common import Row, environment, parser, write_csv
-from bench.gpu import report
-from bench.gpu.step import read_rows, summary
+from bench.gpu_steps import report
+from bench.gpu_steps.step import read_rows, summary
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 8  # with less left a step would end before its imports do
 
 
@@ -90,7 +90,7 @@ class Run:
     @contextlib.contextmanager
     def _process(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         """Start the process of a step, and end it with all that it has started."""
-        command = [sys.executable, "-m", "bench.gpu.child", *arguments, *(["--dry"] if self.dry else [])]
+        command = [sys.executable, "-m", "bench.gpu_steps.child", *arguments, *(["--dry"] if self.dry else [])]
         with (self.folder / "gpu.log").open("a", encoding="utf-8") as log:
             log.write(f"\n===== {arguments[1]} =====\n")
             log.flush()
@@ -181,3 +181,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         print(f"no plot: {summary(error)}")
     print("\n".join(report.table(run.result)), flush=True)
     return report.all_rows(run.result)
+
+
+if __name__ == "__main__":
+    main()

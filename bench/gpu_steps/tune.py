@@ -6,7 +6,7 @@ import torch
 
 from bench import tune as search
 from bench.common import Row, environment
-from bench.gpu.step import Step
+from bench.gpu_steps.step import Step
 
 MODELS = ("Llama-3-8B", "Qwen3-8B")
 CANDIDATES = 25

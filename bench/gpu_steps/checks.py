@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import droidspeak_ops as ds
-from bench.gpu.step import Step
+from bench.gpu_steps.step import Step
 from droidspeak_ops.proof.shapes import SHAPES, Shape, projections
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +96,7 @@ def counters(step: Step, seconds: float) -> None:
 
 
 def _python(function: str) -> list[str]:
-    return [sys.executable, "-c", f"from bench.gpu import checks; checks.{function}()"]
+    return [sys.executable, "-c", f"from bench.gpu_steps import checks; checks.{function}()"]
 
 
 def _output(command: list[str], seconds: float, **environment: str) -> tuple[int | None, list[str]]:

@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import droidspeak_ops as ds
-from bench.gpu.checks import counters
-from bench.gpu.step import Step
-from bench.gpu.times import host_microseconds, median, milliseconds
+from bench.gpu_steps.checks import counters
+from bench.gpu_steps.step import Step
+from bench.gpu_steps.times import host_microseconds, median, milliseconds
 from droidspeak_ops.context.context import SharedContext
 from droidspeak_ops.hf.decoder import Decoder
 from droidspeak_ops.hf.passes import Pass

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.gpu.step import Step
-from bench.gpu.times import Replay, host_microseconds, median
+from bench.gpu_steps.step import Step
+from bench.gpu_steps.times import Replay, host_microseconds, median
 
 
 @triton.jit

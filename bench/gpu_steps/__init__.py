@@ -1,0 +1,1 @@
+"""The steps of ``python -m bench.gpu``, each in a process of its own."""
