@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -39,11 +39,14 @@ def encode(kv: KV, dtype: torch.dtype) -> KV:
     return KV(*codes, *scales)
 
 
-def splice(kv: KV, keys: torch.Tensor, values: torch.Tensor, **options: torch.Tensor | None) -> None:
-    """:func:`droidspeak_ops.ops.kv_splice` of all rows to the same rows of `keys` and `values` ``[B, K, N, D]``."""
-    batch, _, tokens, _ = keys.shape
-    slots = torch.arange(batch * tokens, device=keys.device)
-    ops.kv_splice(kv.keys, kv.values, keys, values, slots, k_scale=kv.k_scale, v_scale=kv.v_scale, **options)  # type: ignore[arg-type]
+def splice(
+    kv: KV, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor | None = None, **options: Any
+) -> None:
+    """Splice all rows of K and V into slots, or without any into the same rows of caches ``[B, K, N, D]``."""
+    if slot_mapping is None:
+        batch, _, tokens, _ = k_cache.shape
+        slot_mapping = torch.arange(batch * tokens, device=k_cache.device)
+    ops.kv_splice(kv.keys, kv.values, k_cache, v_cache, slot_mapping, k_scale=kv.k_scale, v_scale=kv.v_scale, **options)
 
 
 def encode_rows(states: torch.Tensor, dtype: torch.dtype) -> KV:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +11,7 @@ import torch
 
 from .. import ops
 from ..context.context import Rotation, SharedContext, last
-from ..context.kv import KV
+from ..context.kv import KV, splice
 from ..ops.checks import NormOrder
 from ..ops.functions import LAYERS_PER_LAUNCH
 from .maps import Maps, sinks_among
@@ -95,9 +95,7 @@ def fill(
             projections.append(filling.planned(layer, source))
     for group in _groups(projections):
         ops.kv_project_layers([filling.projection(each) for each in group])
-        for each in group:
-            if each.source != "project":
-                filling.reuse_sinks(each)
+        filling.reuse_sinks([each for each in group if each.source != "project"])
 
 
 class _Planned(NamedTuple):
@@ -152,30 +150,30 @@ class _Filling:
         kv, further = self._context.kv(layer), self._rerotation(layer)
         if kv.k_scale is None and not further and self._layers.share(layer, kv):
             return
-        k_cache, v_cache, slots = self._layers.destination(layer)
-        ops.kv_splice(kv.keys, kv.values, k_cache, v_cache, slots, k_scale=kv.k_scale, v_scale=kv.v_scale, **further)
+        splice(kv, *self._layers.destination(layer), **further)
 
-    def reuse_sinks(self, planned: _Planned) -> None:
-        """Reuse the sender's K and V of the first tokens of a layer that is filled already."""
-        layer, (k_cache, v_cache, slots) = planned.layer, planned.destination
+    def reuse_sinks(self, group: Sequence[_Planned]) -> None:
+        """Reuse the sender's K and V of the first tokens of layers that are filled already, and alike."""
+        if not group:
+            return
+        k_cache, _, slots = group[0].destination
         rows = slots.shape[0] // self._batch
         count = sinks_among(rows, self._tokens)
         if not count:
             return
-        kv, further = self._context.kv(layer).at(slice(count)), self._rerotation(layer)
         slots = slots.view(self._batch, rows)[:, :count].flatten()
-        if kv.k_scale is None and not further:
-            # A few rows of each layer, for which an operator's call would cost more than the work.
-            where = slots // k_cache.shape[2], slice(None), slots % k_cache.shape[2]
-            k_cache[where] = kv.keys.transpose(1, 2).flatten(0, 1).to(k_cache.dtype)
-            v_cache[where] = kv.values.transpose(1, 2).flatten(0, 1).to(v_cache.dtype)
-        else:
-            of_sinks: dict[str, Any] = {
-                name: half.view(self._batch, rows, -1)[:, :count].flatten(0, 1) for name, half in further.items()
-            }
-            ops.kv_splice(
-                kv.keys, kv.values, k_cache, v_cache, slots, k_scale=kv.k_scale, v_scale=kv.v_scale, **of_sinks
-            )
+        where = slots // k_cache.shape[2], slice(None), slots % k_cache.shape[2]
+        for layer, *_, (k_cache, v_cache, _) in group:
+            kv, further = self._context.kv(layer).at(slice(count)), self._rerotation(layer)
+            if kv.k_scale is None and not further:
+                # A few rows of each layer, for which an operator's call would cost more than the work.
+                k_cache[where] = kv.keys.transpose(1, 2).flatten(0, 1).to(k_cache.dtype)
+                v_cache[where] = kv.values.transpose(1, 2).flatten(0, 1).to(v_cache.dtype)
+            else:
+                of_sinks = {
+                    name: half.view(self._batch, rows, -1)[:, :count].flatten(0, 1) for name, half in further.items()
+                }
+                splice(kv, k_cache, v_cache, slots, **of_sinks)
 
     def band_end(self, layer: int, hidden_states: torch.Tensor) -> ops.Projection:
         """The projection of the last layer of a band from what enters it: nothing reads its output."""
@@ -218,7 +216,7 @@ class _Filling:
             positions = self._positions[rows]
         return projection(prepared, self._layers.norm_order, hidden_states, rotation, *destination, rstd, positions)
 
-    def _rerotation(self, layer: int) -> dict[str, Any]:
+    def _rerotation(self, layer: int) -> dict[str, torch.Tensor]:
         """cos and sin that re-rotate each row of the sender's K to the receiver's RoPE; none if the two are equal."""
         applied = self._context.rotations[layer] if self._rerotates else None
         rotation = None if applied is None else self._layers.rotation(layer)

@@ -5,7 +5,7 @@ The fill, the cost model, the profiler and whoever loads contexts read a :class:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -123,17 +123,21 @@ def resolve(
     alone = _without_maps(plan, num_layers)
     if maps is None:
         return alone
-    planned, corrections = alone.sources, frozenset[int]()
-    if in_domain:
-        sources, corrections = _chosen(planned, maps.choices), frozenset(maps.corrections)
-        needed = {layer for layer, source in enumerate(sources) if source in ("project", "fitted") and layer > 0}
-        needed |= {start for start, _ in plan.bands if start > 0}
-        if held is not None and not needed <= set(held):
-            sources = _chosen(planned, maps.choices_without_hidden)
-    else:
-        sources = tuple("reuse" if source == "project" and layer else source for layer, source in enumerate(planned))
-    bands = tuple(Band(start, end, start in corrections) for start, end in plan.bands)
-    return Schedule(sources, bands, sources != planned or any(band.corrected for band in bands))
+
+    def chosen(choices: Sequence[Source], corrections: Collection[int] = ()) -> Schedule:
+        sources = tuple(
+            choice if source == "project" else source for source, choice in zip(alone.sources, choices, strict=True)
+        )
+        bands = tuple(band._replace(corrected=band.start in corrections) for band in alone.bands)
+        return Schedule(sources, bands, sources != alone.sources or bands != alone.bands)
+
+    if not in_domain:
+        reused: list[Source] = ["reuse"] * num_layers
+        return chosen(["project", *reused[1:]])
+    schedule = chosen(maps.choices, maps.corrections)
+    if held is not None and not set(schedule.hidden_layers) <= set(held):
+        return chosen(maps.choices_without_hidden, maps.corrections)
+    return schedule
 
 
 @lru_cache(maxsize=256)
@@ -150,7 +154,3 @@ def _without_maps(plan: Plan, num_layers: int) -> Schedule:
     for start, end in plan.bands:
         sources[start:end] = ["recompute"] * (end - start)
     return Schedule(tuple(sources), tuple(Band(*band, corrected=False) for band in plan.bands), uses_maps=False)
-
-
-def _chosen(planned: tuple[Source, ...], choices: tuple[Source, ...]) -> tuple[Source, ...]:
-    return tuple(choice if source == "project" else source for source, choice in zip(planned, choices, strict=True))
