@@ -29,6 +29,7 @@ import torch
 from bench.common import Row, environment, parser, write_csv
 from bench.gpu_steps import report
 from bench.gpu_steps.step import read_rows, summary
+from droidspeak_ops.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 8  # with less left a step would end before its imports do
@@ -107,10 +108,8 @@ class Run:
 
     def write(self) -> None:
         """Write what is known; whole or not at all, as a step may be reading it."""
-        path = self.folder / "gpu.json"
-        text = json.dumps(self.result, indent=1) + "\n"
-        path.with_suffix(".part").write_text(text, encoding="utf-8")
-        os.replace(path.with_suffix(".part"), path)
+        with replacing(self.folder / "gpu.json") as scratch:
+            scratch.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
 
 
 def _variables(dry: bool) -> dict[str, str]:

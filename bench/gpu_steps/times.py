@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from droidspeak_ops.profiling.timing import synchronize
+
 Run = Callable[[], Any]
 """A call to time."""
 
@@ -47,12 +49,6 @@ def host_microseconds(run: Run, calls: int, rounds: int = 3) -> float:
         spent.append((time.perf_counter() - began) / calls * 1e6)
     synchronize()
     return statistics.median(spent)
-
-
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)

@@ -54,10 +54,10 @@ def first_token(
 
 def timed(function: Callable[[], T]) -> tuple[T, float]:
     """Return the result of `function` and the seconds it took, including queued GPU work."""
-    _synchronize()
+    synchronize()
     began = time.perf_counter()
     result = function()
-    _synchronize()
+    synchronize()
     return result, time.perf_counter() - began
 
 
@@ -116,6 +116,7 @@ def _machine(model: Any) -> str:
     return f"{device}, {str(model.dtype).removeprefix('torch.')}, torch {here['torch']}"
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -118,13 +118,19 @@ def receiver_and_context(family: str, plan: ds.Plan) -> tuple[ds.Receiver, ds.Sh
     return ds.Receiver(fine_tuned(sender, 0.3)), context
 
 
+def warmed_up(family: str, plan: ds.Plan, norm: str) -> tuple[ds.Receiver, ds.SharedContext]:
+    """The same, with nothing left to compile, and nothing under way."""
+    receiver, context = receiver_and_context(family, plan)
+    receiver.warm_up([plan], tokens=[64], norm=norm)
+    torch.cuda.synchronize()
+    return receiver, context
+
+
 @pytest.mark.parametrize("norm", ["hf", "folded"])
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_partial_prefill_does_not_synchronise(family: str, plan: ds.Plan, norm: str) -> None:
-    receiver, context = receiver_and_context(family, plan)
-    receiver.warm_up([plan], tokens=[64], norm=norm)
-    torch.cuda.synchronize()
+    receiver, context = warmed_up(family, plan, norm)
     torch.cuda.set_sync_debug_mode("error")
     try:
         ds.partial_prefill(receiver, context, plan, norm=norm)
@@ -137,9 +143,7 @@ def test_partial_prefill_does_not_synchronise(family: str, plan: ds.Plan, norm: 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_partial_prefill_in_a_graph(family: str, plan: ds.Plan, norm: str) -> None:
     """Captured and replayed, for the context it was captured with and for another one that is written over it."""
-    receiver, context = receiver_and_context(family, plan)
-    receiver.warm_up([plan], tokens=[64], norm=norm)
-    torch.cuda.synchronize()
+    receiver, context = warmed_up(family, plan, norm)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         cache = ds.partial_prefill(receiver, context, plan, norm=norm)
