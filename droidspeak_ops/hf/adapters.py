@@ -112,6 +112,11 @@ def decoder_model(model: Any) -> Any:
     return getattr(base, "_orig_mod", base)
 
 
+def first_adapted(model: nn.Module) -> Any:
+    """Return the first of PEFT's wrappers in a model, which all have the same adapters active; None in a plain model."""
+    return next((module for module in model.modules() if hasattr(module, "base_layer")), None)
+
+
 def active_adapters(module: Any) -> list[str]:
     """The adapters that one of PEFT's wrappers applies as it stands, in their order; a merged one is in the weights."""
     if getattr(module, "merged", False) or module.disable_adapters:

@@ -94,7 +94,7 @@ def partial_prefill_batch(
         shape = (batch, decoder.num_kv_heads, rows_held(width, window), decoder.head_dim)
         return uninitialized_layer(shape, window, width, decoder.dtype, decoder.device)
 
-    together = MixedCache([layer(window) for window in decoder.windows], tokens, mask, decoder.model)
+    together = MixedCache([layer(window) for window in decoder.windows], tokens, mask, decoder)
     row = 0
     for context, plan in zip(contexts, plans, strict=True):
         alone = partial_prefill(receiver, context, plan, maps=maps, tokenizer=tokenizer, norm=norm)

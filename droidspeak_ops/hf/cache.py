@@ -6,16 +6,19 @@ import copy
 import inspect
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 from transformers.masking_utils import create_causal_mask
 
 from ..context.context import check_continues
 from ..context.fingerprint import ReuseError
 from ..context.growing import GrowingKV
+from .guard import watch
+
+if TYPE_CHECKING:
+    from .decoder import Decoder
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """The name of a layer's argument for its cache: another one from transformers 5.24 on."""
@@ -169,7 +172,7 @@ class MixedCache(Cache):
         layers: one for each layer of the receiver.
         tokens: int64 ``[B, T]``: what it stands for.
         mask: ``[B, T]``: 1 for tokens, 0 for the padding before contexts shorter than others; None without padding.
-        receiver: the transformers model that it was filled for.
+        decoder: of the model that it was filled for.
     """
 
     layers: list[MixedLayer | MixedSlidingLayer]
@@ -179,11 +182,29 @@ class MixedCache(Cache):
         layers: list[MixedLayer | MixedSlidingLayer],
         tokens: torch.Tensor,
         mask: torch.Tensor | None,
-        receiver: PreTrainedModel,
+        decoder: Decoder,
     ) -> None:
         super().__init__(layers=layers)
         self.tokens, self.mask = tokens, mask
-        self._receiver = weakref.ref(receiver)
+        self.adapters = decoder.active_adapters()
+        """The adapters that were active when it was filled; None in a model without any."""
+        self.rope_changes_at = decoder.rope_changes_at(tokens.shape[1])
+        """Number of tokens beyond which the model's RoPE is another than that of the cache; None if it always is the same."""
+        self.stands_for: MixedCache | None = None
+        """The cache that this one takes the place of, in a pass that has nothing to add to it."""
+        self._receiver = weakref.ref(decoder.model)
+        watch(decoder.model.base_model)
+
+    @property
+    def receiver(self) -> Any:
+        """The model that it was filled for, which is not kept alive by it; None where that is gone."""
+        return self._receiver()
+
+    @property
+    def padding_id(self) -> int:
+        """The token that ``generate`` takes for padding where it is given no mask; -1 if there is none."""
+        found = getattr(getattr(self.receiver, "generation_config", None), "pad_token_id", None)
+        return -1 if found is None else found
 
     def check_prompt(self, prompt_ids: torch.Tensor) -> None:
         """Raise :class:`ReuseError` unless `prompt_ids` ``[B, N]`` are the contexts' tokens followed by a suffix.
@@ -237,7 +258,7 @@ class MixedCache(Cache):
         Raises:
             ValueError: the context does not fit.
         """
-        held, receiver = int(self.get_seq_length()), self._receiver()
+        held, receiver = int(self.get_seq_length()), self.receiver
         if receiver is None or max_cache_len <= held:
             raise ValueError(f"max_cache_len: expected more than {held}, the tokens in the cache, got {max_cache_len}")
         static = StaticCache(config=receiver.config, max_cache_len=max_cache_len)
@@ -259,37 +280,12 @@ class MixedCache(Cache):
         self.tokens = self.tokens.repeat_interleave(repeats, dim=0)
         self.mask = None if self.mask is None else self.mask.repeat_interleave(repeats, dim=0)
 
-    def activate_past_recording(self) -> None:
-        """Called where assisted generation starts; makes its first step skip the tokens that are in the cache.
-
-        transformers (5.16 to 5.24) runs the whole prompt in that step, whatever cache it is given, so that every token of
-        the context would stand in the cache twice.
-        """
-        super().activate_past_recording()
-        receiver = self._receiver()
-        if receiver is None or not self.get_seq_length():
-            return
-
-        mine = weakref.ref(self)
-
-        def skip_held_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            cache = mine()
-            if cache is not None and kwargs.get(CACHE) is not cache and kwargs.get("past_key_values") is not cache:
-                return None  # somebody else's step, which may come first
-            handle.remove()
-            if cache is None:
-                return None
-            input_ids, held = kwargs.get("input_ids"), cache.get_seq_length()
-            if input_ids is None or input_ids.shape[1] <= held:
-                return None
-            if not torch.equal(input_ids[:, : cache.tokens.shape[1]], cache.tokens):
-                return None
-            for name in ("input_ids", "position_ids"):
-                if kwargs.get(name) is not None:
-                    kwargs[name] = kwargs[name][:, held:]
-            return args, kwargs
-
-        handle = receiver.register_forward_pre_hook(skip_held_tokens, with_kwargs=True)
+    def stand_in(self) -> MixedCache:
+        """Return an empty cache for a pass that has nothing to add to this one. The next pass over it is one over this."""
+        other = copy.copy(self)
+        other.layers = [empty_layer(getattr(layer, "sliding_window", None)) for layer in self.layers]
+        other.stands_for = self
+        return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MixedCache:
         other = copy.copy(self)

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ..context.context import is_capturing
 from ..context.fingerprint import Fingerprint, vocabulary_digest, weights_digest
 from ..prefill.weights import LayerWeights, Norm, Prepared, prepare
-from .adapters import UnsupportedModelError, decoder_model, effective_weights
+from .adapters import UnsupportedModelError, active_adapters, decoder_model, effective_weights, first_adapted
 from .families import Sizes, check_class, family_of, read_layer
 
 
@@ -61,6 +61,7 @@ class Decoder:
         by_type = self.family.rotary_by_type
         self.rotary_types: list[str | None] = list(config.layer_types) if by_type else [None] * self.num_layers
         """Each layer's argument to the rotary embedding."""
+        self._adapted = first_adapted(self.base)
         self._prepared: dict[tuple[int, Norm], Prepared] = {}
 
     @property
@@ -164,6 +165,25 @@ class Decoder:
             settings,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def active_adapters(self) -> tuple[str, ...] | None:
+        """Return the adapters that a pass now runs with; None in a model without any."""
+        return None if self._adapted is None else tuple(active_adapters(self._adapted))
+
+    def rope_changes_at(self, tokens: int) -> int | None:
+        """Return the length beyond which a prompt's angles are others than those of its first `tokens`, if one is so near.
+
+        Only LongRoPE has such a length. What ``"dynamic"`` does changes little by little, and is let be: generation does so
+        too, by any cache.
+        """
+        parameters = self.config.rope_parameters
+        kinds = parameters.values() if "rope_type" not in parameters else [parameters]
+        lengths = [
+            each["original_max_position_embeddings"]
+            for each in kinds
+            if isinstance(each, dict) and each.get("rope_type") == "longrope"
+        ]
+        return next((length for length in lengths if tokens <= length), None)
 
     @cached_property
     def rope_varies(self) -> bool:

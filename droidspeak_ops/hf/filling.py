@@ -29,7 +29,7 @@ class CacheLayers:
         self._layers: list[Any] = [None] * decoder.num_layers
         self._slots: dict[int, torch.Tensor] = {}
         self.norm_order = decoder.family.norm_order
-        self.cache = MixedCache(self._layers, tokens, None, decoder.model)
+        self.cache = MixedCache(self._layers, tokens, None, decoder)
 
     @property
     def rope_varies(self) -> bool:
