@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .hf.adapters import UnsupportedModelError
     from .hf.batch import capture_batch, partial_prefill_batch
     from .hf.cache import MixedCache
+    from .hf.reading import invalidate
     from .hf.receiver import Receiver, partial_prefill
     from .hf.sender import capture
     from .prefill.maps import Maps
@@ -45,6 +46,7 @@ _MODULES = {
     "capture": "hf.sender",
     "capture_batch": "hf.batch",
     "fit": "fitting.run",
+    "invalidate": "hf.reading",
     "measure_costs": "profiling.timing",
     "partial_prefill": "hf.receiver",
     "partial_prefill_batch": "hf.batch",
@@ -67,6 +69,7 @@ __all__ = [
     "capture",
     "capture_batch",
     "fit",
+    "invalidate",
     "measure_costs",
     "metrics",
     "ops",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +82,8 @@ def vocabulary_digest(tokenizer: Any, like: str | None = None) -> str:
 def weights_digest(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over the name, dtype, shape and bytes of all `weights` of a model.
 
-    About a second per gigabyte, so what each weight contributes is kept for as long as it is neither replaced nor written to.
+    About a second per gigabyte, so what each weight contributes is kept while it is neither replaced nor written to. Of
+    writes through ``.data`` those are seen that change a row of a weight as a whole.
     """
     names = sorted(weights)
 
@@ -101,27 +101,34 @@ def weights_digest(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) 
     return hashlib.sha256(b"".join(_remembered(model, states, one).values())).hexdigest()
 
 
-_SAMPLES = 8
+def _samples(tensors: Sequence[torch.Tensor]) -> list[bytes]:
+    """One element of each row of each tensor: writing through ``.data``, as merging an adapter does, leaves no other trace."""
+    picked = [_one_of_each_row(tensor.detach()) for tensor in tensors]
+    found: list[bytes] = [b""] * len(picked)
+    for dtype in {part.dtype for part in picked}:
+        alike = [index for index, part in enumerate(picked) if part.dtype == dtype]
+        together = torch.cat([picked[index] for index in alike]).cpu().view(torch.uint8).numpy().tobytes()
+        end = 0
+        for index in alike:
+            start, end = end, end + picked[index].nbytes
+            found[index] = together[start:end]
+    return found
 
 
-def _samples(tensors: Sequence[torch.Tensor]) -> list[tuple[float, ...]]:
-    """Some elements of each tensor: writing through ``.data``, as merging an adapter does, leaves no other trace."""
-    picked = [_spread(tensor.detach()) for tensor in tensors]
-    if len({part.dtype for part in picked}) > 1:
-        picked = [part.double() for part in picked]
-    values = iter(torch.cat(picked).tolist() if picked else [])
-    return [tuple(itertools.islice(values, len(part))) for part in picked]
-
-
-def _spread(tensor: torch.Tensor) -> torch.Tensor:
-    """Some elements of all over a tensor: in one operation where that is possible, since every call with maps does it."""
-    step = max(tensor.numel() // _SAMPLES, 1)
+def _one_of_each_row(tensor: torch.Tensor) -> torch.Tensor:
+    """An element of each row, of another column than of the row before it, and so all of a vector; a view where possible."""
+    step = max(tensor.shape[-1] - 1, 1) if tensor.dim() > 1 else 1
     if not tensor.is_contiguous():
-        return tensor.flatten()[::step][:_SAMPLES]
-    return tensor.as_strided((min(_SAMPLES, -(-tensor.numel() // step)),), (step,))
+        return tensor.flatten()[::step]
+    return tensor.as_strided((-(-tensor.numel() // step),), (step,))
 
 
 _known: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, bytes]]] = weakref.WeakKeyDictionary()
+
+
+def forget_digests(owner: Any) -> None:
+    """Have all that a digest of `owner` is made of be computed anew when it is next asked for."""
+    _known.pop(owner, None)
 
 
 def _remembered(owner: Any, states: Mapping[str, Any], compute: Callable[[str], bytes]) -> dict[str, bytes]:

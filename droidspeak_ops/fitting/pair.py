@@ -11,7 +11,7 @@ from einops import rearrange
 
 from .. import ops
 from ..context.context import SharedContext, last
-from ..hf.adapters import LowRank
+from ..hf.adapters import LowRank, UnsupportedModelError
 from ..hf.decoder import Decoder
 from ..prefill.maps import RMS_EPS, Affine, Correction, Domain, LayerMap, without_sinks, zero_sinks
 from ..prefill.schedule import Source
@@ -36,12 +36,19 @@ class Pair:
 
     Raises:
         ReuseError: the models do not fit together.
+        UnsupportedModelError: hooks or the like have a part in K and V.
     """
 
     def __init__(self, sender: Decoder, receiver: Decoder, starts: Collection[int]) -> None:
         self.sender, self.receiver = sender, receiver
         self.fingerprints = sender.fingerprint(weights=True), receiver.fingerprint(weights=True)
         self.fingerprints[0].check_reuse_by(self.fingerprints[1])
+        for name, decoder in (("sender", sender), ("receiver", receiver)):
+            if not all(decoder.is_its_weights):
+                raise UnsupportedModelError(
+                    f"{name}: expected layers whose weights are all that makes K and V, got hooks, a forward of its own or "
+                    f"parametrisations in layer {decoder.is_its_weights.index(False)}"
+                )
         self.layers = range(1, receiver.num_layers)
         self.starts = {layer for layer in starts if layer > 0 and receiver.weights(layer).norm_weight is not None}
         self.projection = cache(self._compute_projection)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from ..context.fingerprint import ReuseError
 from ..prefill.weights import LowRank
@@ -48,11 +50,11 @@ def read_linear(parent: nn.Module, name: str, where: str, shape: tuple[int, int]
     # Exactly nn.Linear: a quantised layer, or another kind of adapter, computes something else from the same weight.
     weight = getattr(base, "weight", None)  # of a dynamically quantised layer it is a method
     size = tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
-    if type(base) is not nn.Linear or size != shape:
+    if type_before_parametrizations(base) is not nn.Linear or size != shape:
         got = f"{type(base).__name__} with weight {size}"
         raise UnsupportedModelError(f"{where}: expected a torch.nn.Linear with {shape}, got {got}{merge_hint(module)}")
     for each in {base, module}:
-        check_is_its_weights(each, where)
+        check_weights(each, where)
     if adapted and module.merged and module.disable_adapters:
         raise UnsupportedModelError(
             f"{where}: expected an adapter that is merged or disabled, got one that is both; unmerge it first"
@@ -64,12 +66,11 @@ def read_linear(parent: nn.Module, name: str, where: str, shape: tuple[int, int]
     return Linear(base.weight, base.bias, tuple(_read_lora(module, adapter, where) for adapter in plain))
 
 
-def check_is_its_weights(module: nn.Module, where: str) -> None:
-    """Raise unless a module computes what its class does from its weights, which are read in place of calling it.
+def check_weights(module: nn.Module, where: str) -> None:
+    """Raise unless a module's weights are plain tensors in memory.
 
     Raises:
-        UnsupportedModelError: it has hooks, a forward of its own or parametrisations, or its weights are offloaded, or are no
-            plain tensors, as quantised ones are.
+        UnsupportedModelError: they are offloaded, or of another kind, as quantised ones are.
     """
     weights = [weight for weight in module._parameters.values() if weight is not None]
     if hasattr(module, "_hf_hook") or any(weight.is_meta for weight in weights):
@@ -79,20 +80,16 @@ def check_is_its_weights(module: nn.Module, where: str) -> None:
     for weight in weights:
         if type(weight.data) is not torch.Tensor:
             raise UnsupportedModelError(f"{where}: expected plain tensors, got weights of {type(weight.data)}")
-    found = [
-        what
-        for what, there in (
-            ("forward hooks", module._forward_hooks),
-            ("forward pre-hooks", module._forward_pre_hooks),
-            ("a forward of its own", "forward" in vars(module)),
-            ("parametrisations", hasattr(module, "parametrizations")),
-        )
-        if there
-    ]
-    if found:
-        raise UnsupportedModelError(
-            f"{where}: expected a module of which its weights are all, got {', '.join(found)}, which would not run"
-        )
+
+
+def changes_input(module: nn.Module) -> bool:
+    """Return whether a module does something else first than its class says: by a hook, or a forward of its own."""
+    return bool(module._forward_pre_hooks) or "forward" in module.__dict__
+
+
+def changes_output(module: nn.Module) -> bool:
+    """Return whether calling a module gives something else than its class makes of its weights."""
+    return bool(module._forward_hooks) or changes_input(module) or is_parametrized(module)
 
 
 def decoder_model(model: Any) -> Any:
@@ -153,6 +150,40 @@ def effective_weights(model: nn.Module) -> Mapping[str, torch.Tensor]:
                 place = f"{active.index(adapter)}*{getattr(module, 'scaling', {}).get(adapter, 1)}"
                 weights[f"{path}.{part}.{place}.{rest_of_adapter}"] = tensor
     return weights
+
+
+# Hooks of these change no number, or what they change is among the weights.
+_KNOWN_HOOKS = ("accelerate.", "droidspeak_ops.", "peft.", "torch.nn.utils.prune", "transformers.")
+
+
+def numbers_and_hooks(model: nn.Module) -> list[tuple[str, ...]]:
+    """The numbers that modules hold beside their weights, such as eps and scales, and the names of hooks and own forwards.
+
+    Paths are the same with PEFT's layers around a model's own or without; what an adapter adds is among the weights.
+    """
+    found, wrappers = [], []
+    for path, module in model.named_modules():
+        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+            wrappers.append(f"{path}.")
+            continue
+        within = [each for each in wrappers if path.startswith(each)]
+        parts = [path.removeprefix(each).partition(".")[0] for each in within]
+        if any(part not in ("base_layer", "original_module") for part in parts):
+            continue
+        where = path.replace(".base_layer", "").replace(".original_module", "")
+        found += [(where, name, repr(value)) for name, value in vars(module).items() if isinstance(value, float)]
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            hooks.append(vars(module)["forward"])
+        found += [(where, "hook", name) for name in map(_name, hooks) if not name.startswith(_KNOWN_HOOKS)]
+    return sorted(found)
+
+
+def _name(function: Any) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _is_lora(module: Any) -> bool:

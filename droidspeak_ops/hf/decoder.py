@@ -16,8 +16,25 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ..context.context import is_capturing
 from ..context.fingerprint import Fingerprint, vocabulary_digest, weights_digest
 from ..prefill.weights import LayerWeights, Norm, Prepared, prepare
-from .adapters import UnsupportedModelError, active_adapters, decoder_model, effective_weights, first_adapted
-from .families import Sizes, check_class, family_of, read_layer
+from .adapters import (
+    UnsupportedModelError,
+    active_adapters,
+    decoder_model,
+    effective_weights,
+    first_adapted,
+    numbers_and_hooks,
+)
+from .families import Sizes, check_class, family_of, is_its_weights, read_layer
+from .reading import Watch
+
+# Of a model's configuration, what its forward reads there.
+_NUMBERS = (
+    "logits_scaling",
+    "final_logit_softcapping",
+    "attn_logit_softcapping",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+)
 
 
 class Decoder:
@@ -61,7 +78,10 @@ class Decoder:
         by_type = self.family.rotary_by_type
         self.rotary_types: list[str | None] = list(config.layer_types) if by_type else [None] * self.num_layers
         """Each layer's argument to the rotary embedding."""
+        self.is_its_weights: list[bool] = [is_its_weights(layer) for layer in self.layers]
+        """For each layer, False if hooks, a forward of its own or parametrisations have a part in its K and V."""
         self._adapted = first_adapted(self.base)
+        self._digest: tuple[Watch, str] | None = None
         self._prepared: dict[tuple[int, Norm], Prepared] = {}
 
     @property
@@ -149,22 +169,24 @@ class Decoder:
         )
 
     def _weights_digest(self) -> str:
-        """Digest of all weights, and of the numbers beside them that change what is computed."""
-        settings = [
-            (
-                weights.norm_eps,
-                weights.k_norm_eps,
-                getattr(layer.self_attn, "scaling", None),
-                type(getattr(getattr(layer, "mlp", None), "act_fn", None)).__qualname__,
-            )
-            for weights, layer in zip(self._weights, self.layers, strict=True)
-        ]
+        """Digest of all weights, and of what changes numbers beside them, kept for as long as nothing of it is seen to change.
+
+        Where copies of weights are kept (see :class:`Receiver`), writes that leave no trace are not looked for.
+        """
+        if self._digest is not None and self._digest[0].changed() is None:
+            return self._digest[1]
+        model = self.model
+        watch = Watch.over(model) if self._keeps_copies else None
         parts = (
-            weights_digest(self.model, effective_weights(self.model)),
+            weights_digest(model, effective_weights(model)),
             sorted(self._fingerprint.rope.items()),
-            settings,
+            [getattr(self.config, name, None) for name in _NUMBERS],
+            numbers_and_hooks(model),
+            [type(getattr(getattr(layer, "mlp", None), "act_fn", None)).__qualname__ for layer in self.layers],
         )
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()
+        self._digest = None if watch is None else (watch, digest)
+        return digest
 
     def active_adapters(self) -> tuple[str, ...] | None:
         """Return the adapters that a pass now runs with; None in a model without any."""

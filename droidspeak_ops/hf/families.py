@@ -14,7 +14,14 @@ from torch import nn
 
 from ..ops.checks import NormOrder
 from ..prefill.weights import LayerWeights
-from .adapters import UnsupportedModelError, check_is_its_weights, merge_hint, read_linear
+from .adapters import (
+    UnsupportedModelError,
+    changes_input,
+    changes_output,
+    check_weights,
+    merge_hint,
+    read_linear,
+)
 
 
 @dataclass(frozen=True)
@@ -147,10 +154,33 @@ def read_layer(family: Family, layer: nn.Module, index: int, sizes: Sizes) -> La
     )
 
 
+def is_its_weights(layer: Any) -> bool:
+    """Return whether a layer's K and V are what its weights make of its input: no hook, no forward of its own and no
+    parametrisation stands in the way, which only running the layer would apply."""
+    if changes_input(layer) or changes_input(layer.self_attn):
+        return False
+    return not any(
+        changes_output(module)
+        for part in PARTS
+        if (found := _part(layer, part)) is not None
+        for module in (found, getattr(found, "base_layer", None))
+        if module is not None
+    )
+
+
+PARTS = ("input_layernorm", "self_attn.qkv_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
+"""Modules between a layer's input and its K and V, of which a family has some."""
+
+
+def _part(layer: Any, name: str) -> Any:
+    parent = layer.self_attn if name.startswith("self_attn.") else layer
+    return parent._modules.get(name.rpartition(".")[2])
+
+
 def _read_norm(family: Family, parent: nn.Module, name: str, where: str, columns: int) -> tuple[torch.Tensor, float]:
     norm: Any = parent.get_submodule(name)
     check_class(f"{family.classes}RMSNorm", f"{where} {name}", norm)
-    check_is_its_weights(norm, f"{where} {name}")
+    check_weights(norm, f"{where} {name}")
     if norm.weight.shape != (columns,):
         raise UnsupportedModelError(f"{where} {name}: expected ({columns},), got a weight {tuple(norm.weight.shape)}")
     return norm.weight, getattr(norm, family.norm_eps)

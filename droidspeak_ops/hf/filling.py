@@ -51,6 +51,9 @@ class CacheLayers:
     def plainly_normed(self, layer: int) -> LayerWeights:
         return self._decoder.plainly_normed(layer)
 
+    def is_its_weights(self, layer: int) -> bool:
+        return self._decoder.is_its_weights[layer]
+
     def share(self, layer: int, kv: KV) -> bool:
         window, tokens = self._decoder.windows[layer], self._tokens.shape[1]
         self._layers[layer] = shared_layer(kv.keys, kv.values, window, tokens)

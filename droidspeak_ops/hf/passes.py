@@ -68,6 +68,8 @@ class Pass:
 
     def run(self, layer: int, hidden_states: torch.Tensor, cache: Any) -> torch.Tensor:
         """Run one layer of the model as it is, attention and MLP, appending its K/V to `cache`."""
+        if not self._decoder.is_its_weights[layer]:
+            hidden_states = hidden_states.clone()  # which a hook may write to
         # Without position_ids, which attention reads for nothing but to look for packed sequences, on the host.
         return self._decoder.layers[layer](
             hidden_states,

@@ -56,16 +56,17 @@ def capture(
     cache = DynamicCache(config=decoder.config)
     states, kept, wanted = decoder.embed(input_ids), {}, set(layers)
     final = decoder.num_layers - 1
+    projects_final = decoder.is_its_weights[final]
     for layer in range(decoder.num_layers):
         if layer in wanted:
             kept[layer] = states
-        if layer < final:
+        if layer < final or not projects_final:
             states = over.run(layer, states, cache)
     return SharedContext(
         tokens=input_ids.clone(),
         keys_values=[
-            *(KV(_owned(layer.keys), _owned(layer.values)) for layer in cache.layers[:final]),
-            _final_kv(decoder, over, states),
+            *(KV(_owned(layer.keys), _owned(layer.values)) for layer in cache.layers[: final + 1 - projects_final]),
+            *([_final_kv(decoder, over, states)] if projects_final else []),
         ],
         hidden_states=kept,
         rotations=[over.rotation(layer) for layer in range(decoder.num_layers)],

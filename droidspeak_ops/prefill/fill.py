@@ -47,6 +47,9 @@ class Layers(Protocol):
     def run(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Run a layer, which stores its K and V, and return what leaves it."""
 
+    def is_its_weights(self, layer: int) -> bool:
+        """Return whether a layer's K and V are what its weights make of its input; only running it gives them otherwise."""
+
     def rotation(self, layer: int) -> Rotation | None:
         """cos and sin ``[T, R / 2]`` that a layer rotates K by; None where it has no RoPE."""
 
@@ -86,11 +89,16 @@ def fill(
             hidden_states = filling.maps.corrections[band.start].corrected(hidden_states)
         for layer in range(band.start, band.end - 1):
             hidden_states = layers.run(layer, hidden_states)
-        ops.kv_project_layers([filling.band_end(band.end - 1, hidden_states)])
+        if layers.is_its_weights(band.end - 1):
+            ops.kv_project_layers([filling.band_end(band.end - 1, hidden_states)])
+        else:
+            layers.run(band.end - 1, hidden_states)
     projections = []
     for layer, source in enumerate(schedule.sources):
         if source == "reuse":
             filling.reuse(layer)
+        elif source == "project" and not layers.is_its_weights(layer):
+            layers.run(layer, filling.hidden(layer))
         elif source != "recompute":
             projections.append(filling.planned(layer, source))
     for group in _groups(projections):

@@ -226,11 +226,12 @@ def test_a_plain_model_is_read_again_where_it_changed() -> None:
     assert_same(
         ds.partial_prefill(model, context, PLANS[1]), ds.partial_prefill(copy.deepcopy(model), context, PLANS[1])
     )
-    handle = replaced.register_forward_hook(lambda module, args, output: output + 1)
-    with pytest.raises(ds.UnsupportedModelError, match="v_proj: expected .*got forward hooks"):
-        ds.partial_prefill(model, context, PLANS[1])
-    handle.remove()
     expected = ds.partial_prefill(model, context, PLANS[1])
+    handle = replaced.register_forward_hook(lambda module, args, output: output + 1)
+    hooked = ds.partial_prefill(model, context, PLANS[1])
+    assert_bitwise_equal(hooked.layers[2].values, expected.layers[2].values + 1)
+    handle.remove()
+    assert_same(ds.partial_prefill(model, context, PLANS[1]), expected)
     model.model.layers[2].input_layernorm.variance_epsilon *= 1e6
     assert not torch.equal(ds.partial_prefill(model, context, PLANS[1]).layers[2].keys, expected.layers[2].keys)
     model.model.rotary_emb.inv_freq.data.mul_(0.5)
@@ -253,6 +254,20 @@ def test_hooks_are_refused_by_a_receiver_too() -> None:
     model.model.layers[1].input_layernorm.register_forward_pre_hook(lambda module, args: None)
     with pytest.raises(ds.ReuseError, match=r"layers\.1\.input_layernorm, which has hooks"):
         ds.partial_prefill(receiver, context, PLANS[1])
+
+
+def test_changes_that_leave_no_trace_are_told_by_invalidate() -> None:
+    model = tiny_llama(layers=LAYERS)
+    receiver, context = ds.Receiver(model), captured(model)
+    weights = context.sender.weights
+    weight = model.model.layers[3].mlp.up_proj.weight
+    weight.data[5, 7] += 1  # a single element: no element of each row, which are looked at, is among it
+    assert captured(model).sender.weights == weights, "the case is one only then"
+    ds.invalidate(model)
+    assert captured(model).sender.weights != weights
+    with pytest.raises(ds.ReuseError, match=r"its weights, as ds\.invalidate says"):
+        ds.partial_prefill(receiver, context, PLANS[1])
+    ds.partial_prefill(model, context, PLANS[1])
 
 
 def test_layers_that_run_may_be_trained_elsewhere() -> None:
