@@ -1,4 +1,4 @@
-"""Projections that are more than their weights, by hooks, forwards of their own, pruning or parametrisations: the layer runs."""
+"""Projections that are more than their weights, by hooks, own forwards, pruning or parametrisations: the layer runs."""
 
 import copy
 from functools import partial
