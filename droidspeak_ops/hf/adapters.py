@@ -6,7 +6,7 @@ rows are lengthened by ``down(x)`` and its weights by `up`, so one projection co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -131,25 +131,48 @@ def effective_weights(model: nn.Module) -> Mapping[str, torch.Tensor]:
 
     Of adapters those that are active are among them, by place, order and scaling rather than by name.
     """
-    weights: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
-    for path, module in model.named_modules():
-        if not (hasattr(module, "base_layer") or hasattr(module, "original_module")):  # PEFT's two kinds of wrappers
-            continue
-        active = active_adapters(module)
-        own = {
-            name.removeprefix(f"{path}."): weights.pop(name) for name in list(weights) if name.startswith(f"{path}.")
-        }
-        for name, tensor in own.items():
-            part, _, rest = name.partition(".")
-            adapter, _, rest_of_adapter = rest.partition(".")
-            if part in ("base_layer", "original_module"):
-                weights.setdefault(f"{path}.{rest}", tensor)
-            elif part == "modules_to_save" and adapter in active:
-                weights[f"{path}.{rest_of_adapter}"] = tensor
-            elif adapter in active:
-                place = f"{active.index(adapter)}*{getattr(module, 'scaling', {}).get(adapter, 1)}"
-                weights[f"{path}.{part}.{place}.{rest_of_adapter}"] = tensor
+    weights: dict[str, torch.Tensor] = {}
+    for path, module in _effective_modules(model):
+        for tensors in (module._parameters, module._buffers):
+            weights |= {
+                f"{path}.{name}".lstrip("."): tensor
+                for name, tensor in tensors.items()
+                if tensor is not None and name not in module._non_persistent_buffers_set
+            }
     return weights
+
+
+def _effective_modules(module: Any, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield what computes in a model: of PEFT's wrappers what they wrap, at their own path, and what is active of adapters."""
+    wrapped = next((module._modules[name] for name in _WRAPPED if module._modules.get(name) is not None), None)
+    if wrapped is None:
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from _effective_modules(child, f"{path}.{name}".lstrip("."))
+        return
+    active = active_adapters(module) if hasattr(module, "active_adapters") else []
+    if "modules_to_save" in module._modules:
+        chosen = [name for name in active if name in module.modules_to_save]
+        yield from _effective_modules(module.modules_to_save[chosen[0]] if chosen else wrapped, path)
+        return
+    for kind, child in module._modules.items():
+        for place, adapter in enumerate(active):
+            if child is wrapped or not isinstance(child, _BY_ADAPTER) or adapter not in child:
+                continue
+            settings = [getattr(module, name, {}).get(adapter) for name in ("scaling", "token_indices")]
+            # A wrapper inside another has a path of its own, or one's adapters would hide the other's.
+            where = f"{path}+{type(module).__name__}.{getattr(module, 'parameter_name', '')}.{kind}.{place}*{settings}"
+            part = child[adapter]
+            if isinstance(part, torch.Tensor):
+                part = nn.ParameterList([part])
+            yield from _effective_modules(part, where)
+    yield from _effective_modules(wrapped, path)
+
+
+_WRAPPED = ("base_layer", "original_module", "token_adapter")
+"""Where PEFT's wrappers hold what they are around."""
+_BY_ADAPTER = (nn.ModuleDict, nn.ParameterDict)
 
 
 # Hooks of these change no number, or what they change is among the weights.
@@ -161,22 +184,16 @@ def numbers_and_hooks(model: nn.Module) -> list[tuple[str, ...]]:
 
     Paths are the same with PEFT's layers around a model's own or without; what an adapter adds is among the weights.
     """
-    found, wrappers = [], []
-    for path, module in model.named_modules():
-        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
-            wrappers.append(f"{path}.")
+    found: list[tuple[str, ...]] = []
+    for path, module in _effective_modules(model):
+        if "+" in path:  # of an adapter
             continue
-        within = [each for each in wrappers if path.startswith(each)]
-        parts = [path.removeprefix(each).partition(".")[0] for each in within]
-        if any(part not in ("base_layer", "original_module") for part in parts):
-            continue
-        where = path.replace(".base_layer", "").replace(".original_module", "")
-        found += [(where, name, repr(value)) for name, value in vars(module).items() if isinstance(value, float)]
+        found += [(path, name, repr(value)) for name, value in vars(module).items() if isinstance(value, float)]
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
             hooks.append(vars(module)["forward"])
-        found += [(where, "hook", name) for name in map(_name, hooks) if not name.startswith(_KNOWN_HOOKS)]
-    return sorted(found)
+        found += [(path, "hook", name) for name in map(_name, hooks) if not name.startswith(_KNOWN_HOOKS)]
+    return found
 
 
 def _name(function: Any) -> str:

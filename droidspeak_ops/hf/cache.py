@@ -6,7 +6,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
@@ -285,6 +285,17 @@ class MixedCache(Cache):
         other = copy.copy(self)
         other.layers = [empty_layer(getattr(layer, "sliding_window", None)) for layer in self.layers]
         other.stands_for = self
+        return other
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "MixedCache: it belongs to a model of this process; SharedContext.save keeps a context, and partial_prefill fills "
+            "a cache of it anew"
+        )
+
+    def __copy__(self) -> MixedCache:
+        other = MixedCache.__new__(MixedCache)
+        other.__dict__.update(self.__dict__)
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MixedCache:

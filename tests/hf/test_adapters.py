@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from support.compare import assert_bitwise_equal, assert_close
-from support.models import tiny_llama, tokens
+from support.models import tiny, tiny_llama, tokens
 from support.prefills import own_prefill
 
 import droidspeak_ops as ds
@@ -167,6 +167,34 @@ def test_a_model_is_called_by_the_adapters_that_are_active() -> None:
     assert weights(model) == names[0]
     model.base_model.model.model.layers[1].self_attn.k_proj.scaling["one"] *= 2
     assert weights(model) not in names
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        ("llama", {"target_modules": ["embed_tokens", "down_proj"]}),
+        # PEFT puts one wrapper into another for two parameters of a module.
+        ("mixtral", {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+    ],
+    ids=["tokens", "saved", "embedding", "parameters"],
+)
+def test_all_that_adapters_change_is_part_of_a_models_identity(family: str, options: dict) -> None:
+    base = tiny(family, LAYERS)
+    plain = ds.capture(copy.deepcopy(base), tokens(4)).sender.weights
+    model = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, **options)).eval()
+    adapted = ds.capture(model, tokens(4)).sender.weights
+    assert adapted != plain
+    parts = ("lora_", "trainable_tokens_delta", "modules_to_save")
+    for name, weight in model.named_parameters():
+        if any(part in name for part in parts):
+            with torch.no_grad():
+                weight.add_(0.5)
+            before, adapted = adapted, ds.capture(model, tokens(4)).sender.weights
+            assert adapted != before, name
+    with model.disable_adapter():
+        assert ds.capture(model, tokens(4)).sender.weights == plain
 
 
 def test_the_prompt_of_assisted_generation_is_cut_with_adapters_too() -> None:

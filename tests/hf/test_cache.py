@@ -1,13 +1,17 @@
 """The cache layers against transformers' own dynamic layer, over random sequences of what generation does to a cache."""
 
 import copy
+import pickle
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.compare import assert_bitwise_equal
+from support.models import tiny_llama, tokens
 from transformers.cache_utils import DynamicLayer
 
+import droidspeak_ops as ds
 from droidspeak_ops.context.growing import HEADROOM
 from droidspeak_ops.hf.cache import MixedLayer
 
@@ -95,3 +99,11 @@ def test_copies_of_a_shared_layer_share_it() -> None:
     layer = copy.deepcopy(MixedLayer.shared(keys, values))
     assert layer.keys is keys
     assert layer.values is values
+
+
+def test_a_cache_says_why_it_is_not_pickled() -> None:
+    model = tiny_llama(layers=2)
+    cache = ds.partial_prefill(model, ds.capture(model, tokens(4)), ds.Plan())
+    with pytest.raises(TypeError, match="MixedCache: it belongs to a model of this process"):
+        pickle.dumps(cache)
+    assert copy.copy(cache).layers is cache.layers
