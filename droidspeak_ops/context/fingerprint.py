@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +12,16 @@ from typing import Any
 
 import torch
 
+from ..ops.checks import FLOATS
+
 
 class ReuseError(ValueError):
     """Raised where what a sender made cannot be used as asked, before any compute; a full prefill is always correct."""
+
+
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim")
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+_MOST_LAYERS = 4096  # lists are made of so many, whoever wrote the number; models have hundreds at the most
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,10 @@ class Fingerprint:
         dtype: dtype of the weights, as ``"float32"``.
         weights: SHA-256 over all weights; None where only what K/V mean is asked.
         tokenizer: what :func:`vocabulary_digest` says of it, or None where no tokenizer was given.
+
+    Raises:
+        ValueError: a size in `architecture` is no positive integer, `dtype` is none that models are read in, or a digest is no
+            digest.
     """
 
     architecture: Mapping[str, Any]
@@ -33,6 +45,39 @@ class Fingerprint:
     dtype: str
     weights: str | None = None
     tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("architecture", "rope"):
+            _check_flat(name, getattr(self, name))
+        for name in _SIZES:
+            size, most = self.architecture.get(name, 1), _MOST_LAYERS if name == "num_hidden_layers" else 2**63
+            if not (isinstance(size, int) and not isinstance(size, bool) and 0 < size <= most):
+                raise ValueError(f"architecture: expected {name} to be an integer from 1 to {most}, got {size!r}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        for name, form in (("weights", "[0-9a-f]{64}"), ("tokenizer", "[0-9]{1,18}:[0-9a-f]{64}")):
+            digest = getattr(self, name)
+            if digest is not None and not re.fullmatch(form, digest):
+                raise ValueError(f"{name}: expected a digest {form}, got {digest!r}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the weights, and of what the model computes."""
+        return _DTYPES[self.dtype]
+
+    def size(self, name: str) -> int | None:
+        """A size in `architecture`, such as ``"head_dim"``; None where it is not known."""
+        return self.architecture.get(name)
+
+    def sizes(self, *names: str) -> list[int]:
+        """Return sizes in `architecture`.
+
+        Raises:
+            ValueError: one is not there.
+        """
+        if missing := [name for name in names if name not in self.architecture]:
+            raise ValueError(f"architecture: expected {', '.join(names)}, got none of {missing}")
+        return [self.architecture[name] for name in names]
 
     def check_reuse_by(self, receiver: Fingerprint) -> None:
         """Raise unless the K/V of this sender mean the same to `receiver`, whatever the weights of the two.
@@ -55,6 +100,15 @@ class Fingerprint:
             raise ReuseError(f"dtype: expected {receiver.dtype}, the receiver's, got a context in {self.dtype}")
         if self.tokenizer and receiver.tokenizer and self.tokenizer != receiver.tokenizer:
             raise ReuseError("tokenizer: expected one vocabulary for sender and receiver, got two")
+
+
+def _check_flat(name: str, value: Any, levels: int = 3) -> None:
+    """Raise a ValueError if lists and mappings lie deeper in one another than in a model's configuration."""
+    items = list(value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ())
+    if items and not levels:
+        raise ValueError(f"{name}: expected settings of a model, got values that are nested too deeply")
+    for item in items:
+        _check_flat(name, item, levels - 1)
 
 
 def vocabulary_digest(tokenizer: Any, like: str | None = None) -> str:

@@ -9,8 +9,9 @@ import functools
 import json
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -57,25 +58,50 @@ def save(path: Path, device: str, entries: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps({**versions(device), "project_splice": entries}, indent=1) + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A tuned configuration, the shape that it is for, and the times that it was chosen by."""
+
+    dtype: Literal["torch.float32", "torch.float16", "torch.bfloat16"]
+    hidden_size: int
+    num_kv_heads: int
+    head_dim: int
+    has_head_norm: bool
+    num_tokens: int
+    config: dict[str, int | bool]
+    milliseconds: float | None = None
+    default_milliseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class _File:
+    device: str
+    torch: str
+    triton: str
+    project_splice: tuple[_Entry, ...]
+
+
 def load(path: Path, device: str) -> dict[tuple[Any, ...], ProjectSpliceConfig]:
     """Read a file of tuned configurations; empty, with a warning, if it is for another device or Triton.
 
     Raises:
         ValueError: the file is not what :func:`save` writes.
     """
+    from .. import schema
     from ..kernels.project_splice_config import ProjectSpliceConfig
 
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        made_on = {name: content[name] for name in ("device", "triton")}
-        table = {
-            tuple(entry[name] for name in KEY): ProjectSpliceConfig(**entry["config"])
-            for entry in content["project_splice"]
-        }  # fmt: skip
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path}: expected a file of tuned configurations, got another ({error!r}); python -m bench.tune writes one"
-        ) from None
+    content = schema.decode(path.read_bytes(), _File, str(path))
+    table: dict[tuple[Any, ...], ProjectSpliceConfig] = {}
+    for number, entry in enumerate(content.project_splice):
+        where, key = f"{path}: project_splice[{number}]", tuple(getattr(entry, name) for name in KEY)
+        config = schema.convert(entry.config, ProjectSpliceConfig, where)
+        sizes = {name: value for name, value in vars(config).items() if not isinstance(value, bool)}
+        if min(*key[1:4], key[5] + 1, *sizes.values()) < 1:
+            raise ValueError(f"{where}: expected sizes of 1 or more, got {key} and {sizes}")
+        if key in table:
+            raise ValueError(f"{where}: expected one configuration for {key}, got two")
+        table[key] = config
+    made_on = {"device": content.device, "triton": content.triton}
     here = {name: value for name, value in versions(device).items() if name in made_on}
     if made_on != here:
         warnings.warn(f"{path} was tuned for {made_on}, this is {here}: it is not used", stacklevel=2)

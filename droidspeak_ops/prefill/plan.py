@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .. import schema
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -65,16 +67,13 @@ class Plan:
         return json.dumps({"bands": self.bands, "project": self.project})
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str | bytes) -> Plan:
         """Read what :meth:`to_json` wrote.
 
         Raises:
             ValueError: the text is not JSON, or not a plan.
         """
-        loaded = json.loads(text)
-        if not isinstance(loaded, dict) or loaded.keys() - {"bands", "project"}:
-            raise ValueError(f"plan: expected a JSON object with 'bands' and 'project', got {text!r}")
-        return cls(**loaded)
+        return schema.decode(text, cls, "plan")
 
     def __str__(self) -> str:
         parts = [f"band [{start}, {end})" for start, end in self.bands]

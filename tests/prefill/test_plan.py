@@ -65,9 +65,24 @@ def test_a_wrong_plan_is_refused(arguments, message: str) -> None:
         Plan(**arguments)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"bands": [], "layers": []}', '{"bands": [[2, 1]]}', "null"])
-def test_wrong_json_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"plan|bands|property name"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected JSON, got"),
+        ("[]", "expected object, got array"),
+        ("null", "expected object, got null"),
+        ('{"bands": [], "layers": []}', "expected the fields bands, project, got .'layers'."),
+        ('{"bands": [[2, 1]]}', r"bands: expected \(start, end\) with 0 <= start < end, got \(2, 1\)"),
+        ('{"bands": [[1, 2.5]]}', r"expected int, got float at bands\[0\]\[1\]"),
+        ('{"bands": [[1, 1e999]]}', "expected JSON of finite numbers"),
+        ('{"bands": {}}', "expected array, got object at bands"),
+        ('{"project": "all"}', "expected one of the values that are known, got 'all' at project"),
+        ('{"project": [0], "project": [1]}', "got 'project' more than once"),
+        (b"\xff", "expected UTF-8"),
+    ],
+)
+def test_wrong_json_is_refused(text: str | bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^plan: .*{message}"):
         Plan.from_json(text)
 
 
