@@ -9,6 +9,8 @@ import torch
 
 SAMPLES = 10_000
 
+_SUMMED = 2.0**64  # a power of two, so that nothing is rounded: of so many of the largest floats the sum is finite
+
 
 class Estimate(NamedTuple):
     """A value and its 95 % bootstrap interval."""
@@ -25,7 +27,8 @@ class Estimate(NamedTuple):
 
 def mean(values: Sequence[float]) -> Estimate:
     """Bootstrap estimate of the mean of per-context values."""
-    return of_means(torch.tensor(values, dtype=torch.float64)[:, None], lambda means: means[..., 0])
+    data = torch.tensor(values, dtype=torch.float64)[:, None]
+    return of_means(data / _SUMMED, lambda means: means[..., 0] * _SUMMED)
 
 
 def of_means(data: torch.Tensor, statistic: Callable[[torch.Tensor], torch.Tensor], seed: int = 0) -> Estimate:

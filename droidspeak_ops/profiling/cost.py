@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..prefill.schedule import Work
+
+_MOST_TOKENS = 2**63
 
 
 class Polynomial(NamedTuple):
@@ -39,6 +42,9 @@ class CostModel:
         hidden_bytes, kv_bytes: bytes of one token at one layer.
         machine: description of the machine.
         tokens: shortest and longest context measured; beyond them the polynomials extrapolate.
+
+    Raises:
+        ValueError: a polynomial is not finite at any length, `rest` takes no time at a measured one, or a size is not positive.
     """
 
     run: Polynomial
@@ -51,8 +57,18 @@ class CostModel:
 
     def __post_init__(self) -> None:
         for name in ("run", "project", "rest"):  # JSON has lists
-            object.__setattr__(self, name, Polynomial(*getattr(self, name)))
+            polynomial = Polynomial(*getattr(self, name))
+            if not math.isfinite(sum(abs(each) * _MOST_TOKENS**power for power, each in enumerate(polynomial))):
+                raise ValueError(f"{name}: expected finite seconds for any number of tokens, got {polynomial}")
+            object.__setattr__(self, name, polynomial)
         object.__setattr__(self, "tokens", tuple(self.tokens))
+        if not 0 < self.tokens[0] < self.tokens[1] <= _MOST_TOKENS:
+            raise ValueError(f"tokens: expected the shortest and the longest context, got {self.tokens}")
+        if not all(self.rest.evaluate(length) for length in self.tokens):
+            raise ValueError(f"rest: expected seconds above 0 for {self.tokens} tokens, got {self.rest}")
+        for name in ("hidden_bytes", "kv_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
 
     def seconds(self, work: Work, tokens: int, bandwidth: float | None = None) -> float:
         """Predict the seconds from the context's arrival, or the start of loading it, to the first token's logits.

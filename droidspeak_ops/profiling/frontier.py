@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,10 +14,11 @@ from typing import Any, Literal
 
 import torch
 
+from .. import schema
 from ..context.fingerprint import Fingerprint
 from ..files import replacing
 from ..prefill.plan import Plan
-from ..prefill.schedule import Work
+from ..prefill.schedule import Work, resolve
 from . import bootstrap
 from .bootstrap import Estimate
 from .cost import CostModel
@@ -24,7 +26,11 @@ from .cost import CostModel
 Rest = Literal["reuse", "project", "fitted"]
 """Source of the layers outside a plan's bands; ``"fitted"`` is as the maps choose."""
 
+WORST_KL = sys.float_info.max
+"""The divergence of a plan whose logits are no numbers, or diverge infinitely: the largest that JSON can hold."""
+
 _NEGLIGIBLE = 1e-4  # nats; logarithms are of (kl + this), so that divergences that are mere rounding are alike
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,12 @@ class Point:
         corrected: whether maps corrected the hidden states that the bands start from.
         work: the work of the plan.
         kl: mean KL divergence of the receiver's next-token distributions from those after its own full prefill, in nats; None
-            for contexts on which the plan was not measured.
-        agreement: share of next tokens whose top-1 prediction is that of full prefill.
+            for contexts on which the plan was not measured, :data:`WORST_KL` where it is no finite number.
+        agreement: share of next tokens whose top-1 prediction is that of full prefill; None as in `kl`.
         scores: scores of the receiver's answers; only Pareto-optimal points have them.
+
+    Raises:
+        ValueError: a measurement is not finite or out of its range, or `kl` and `agreement` are of different contexts.
     """
 
     plan: Plan
@@ -49,6 +58,18 @@ class Point:
     kl: tuple[float | None, ...]
     agreement: tuple[float | None, ...]
     scores: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_kl(self.kl)
+        check_agreement(self.agreement)
+        if [each is None for each in self.kl] != [each is None for each in self.agreement]:
+            raise ValueError("agreement: expected the contexts that kl has, got others")
+        _check_scores(self.scores)
+        rest = () if self.rest == "reuse" else "rest"
+        if self.plan.project != rest:
+            raise ValueError(
+                f"plan: expected a plan with project={rest!r} where rest is {self.rest!r}, got {self.plan}"
+            )
 
     def __str__(self) -> str:
         if self.rest == "fitted":
@@ -64,11 +85,19 @@ class Sensitivity:
     Args:
         start, end: the layers that are reused, `start` to ``end - 1``.
         kl: as in :class:`Point`, on the contexts where this was measured.
+
+    Raises:
+        ValueError: there are no such layers, or a divergence is none.
     """
 
     start: int
     end: int
     kl: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_kl(self.kl)
+        if not (0 <= self.start < self.end and self.kl):
+            raise ValueError(f"sensitivity: expected 0 <= start < end and divergences, got {self}")
 
 
 @dataclass(frozen=True)
@@ -87,6 +116,10 @@ class Frontier:
         granularity: bands start and end at multiples of so many layers.
         seed: seed of the order of contexts.
         scores: scores of the answers after full prefill, context by context, if answers were scored.
+
+    Raises:
+        ValueError: what the parts say of layers, contexts, maps or work does not fit together, a plan is there twice, or that
+            which recomputes all layers is missing.
     """
 
     sender: Fingerprint
@@ -100,6 +133,58 @@ class Frontier:
     granularity: int
     seed: int
     scores: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sender", "receiver"):
+            if getattr(self, name).size("num_hidden_layers") is None:
+                raise ValueError(f"{name}: expected an architecture with num_hidden_layers, got one without")
+        self.sender.check_reuse_by(self.receiver)
+        if not (1 <= self.held_out < len(self.contexts) and min(self.contexts) > 0):
+            raise ValueError(
+                f"contexts: expected lengths of 1 or more, of which {self.held_out} are held out and at least one is not, "
+                f"got {self.contexts}"
+            )
+        if not 1 <= self.granularity <= self.num_layers:
+            raise ValueError(f"granularity: expected 1 to {self.num_layers}, got {self.granularity}")
+        _check_scores(self.scores)
+        if self.scores is not None and len(self.scores) != len(self.contexts):
+            raise ValueError(f"scores: expected one for each of {len(self.contexts)} contexts, got {len(self.scores)}")
+        for number, each in enumerate(self.sensitivity):
+            if each.end > self.num_layers or len(each.kl) != len(self.sensitivity[0].kl):
+                raise ValueError(
+                    f"sensitivity[{number}]: expected layers up to {self.num_layers} on one number of contexts, got {each}"
+                )
+        plans = {point.plan for point in self.points}
+        if len(plans) != len(self.points) or self._full_prefill not in plans:
+            raise ValueError("points: expected every plan once, and that which recomputes all layers among them")
+        for number, point in enumerate(self.points):
+            try:
+                self._check_point(point)
+            except ValueError as error:
+                raise ValueError(f"points[{number}]: {error}") from None
+
+    def _check_point(self, point: Point) -> None:
+        """Raise unless a point is one of this frontier."""
+        if (point.rest == "project" and self.maps) or ((point.rest == "fitted" or point.corrected) and not self.maps):
+            raise ValueError(
+                f"rest: expected what profiles {'with' if self.maps else 'without'} maps have, got {point}"
+            )
+        for name in ("kl", "scores"):
+            found = getattr(point, name)
+            if found is not None and len(found) != len(self.contexts):
+                raise ValueError(f"{name}: expected one for each of {len(self.contexts)} contexts, got {len(found)}")
+        if point.scores is not None and self.scores is None:
+            raise ValueError("scores: expected none where full prefill has none, got some")
+        if not all(self._select(point.kl, held_out) for held_out in (False, True)):
+            raise ValueError("kl: expected contexts among those that are held out and among the others, got none")
+        work = resolve(point.plan, self.num_layers).work
+        if point.rest == "fitted":  # as the maps choose, so that the layers that run are all that is known
+            chosen = (point.work.projected, point.work.hidden, point.work.kv)
+            fits = point.work.run == work.run and all(0 <= layers <= self.num_layers for layers in chosen)
+        else:
+            fits = point.work == work
+        if not fits:
+            raise ValueError(f"work: expected that of the plan, {work}, got {point.work}")
 
     def kl(self, point: Point, *, held_out: bool = False) -> Estimate:
         """Mean KL divergence from full prefill in nats, on the contexts that plans are chosen by or on the held-out ones."""
@@ -162,11 +247,18 @@ class Frontier:
 
     def speedup(self, point: Point, tokens: int | None = None, bandwidth: float | None = None) -> float:
         """Predicted speed-up over the receiver's own full prefill."""
-        return self.full_prefill_seconds(tokens) / self.seconds(point, tokens, bandwidth)
+        seconds = self.seconds(point, tokens, bandwidth)
+        return self.full_prefill_seconds(tokens) / seconds if seconds else math.inf
 
     @property
     def num_layers(self) -> int:
-        return int(self.receiver.architecture["num_hidden_layers"])
+        layers = self.receiver.size("num_hidden_layers")
+        assert layers is not None
+        return layers
+
+    @property
+    def _full_prefill(self) -> Plan:
+        return Plan([(0, self.num_layers)])
 
     @property
     def mean_tokens(self) -> int:
@@ -217,8 +309,9 @@ class Frontier:
         def ttft(point: Point) -> float:
             return (queue + 1) * self.seconds(point, tokens, bandwidth)
 
-        # Never empty: recomputing every layer loses nothing.
-        good = [point for point in self.points if self.expected_loss(point) <= max_quality_loss]
+        # Recomputing every layer loses nothing, whatever was measured.
+        full = self._full_prefill
+        good = [point for point in self.points if point.plan == full or self.expected_loss(point) <= max_quality_loss]
         in_time = [] if max_ttft is None else [point for point in good if ttft(point) <= max_ttft]
         if in_time:
             return min(in_time, key=lambda point: (kl[point], ttft(point))).plan
@@ -226,8 +319,9 @@ class Frontier:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, atomically."""
+        text = json.dumps({"droidspeak_frontier": 1, **asdict(self)}, allow_nan=False)
         with replacing(path) as scratch:
-            scratch.write_text(json.dumps({"droidspeak_frontier": 1, **asdict(self)}) + "\n", encoding="utf-8")
+            scratch.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Frontier:
@@ -236,21 +330,10 @@ class Frontier:
         Raises:
             ValueError: the file is no frontier.
         """
-        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(loaded, dict) or loaded.pop("droidspeak_frontier", None) != 1:
+        described = schema.decode(Path(path).read_bytes(), dict[str, Any], str(path))
+        if described.pop("droidspeak_frontier", None) != 1:
             raise ValueError(f"{path}: expected a frontier that Frontier.save wrote, got other JSON")
-        return cls(
-            **loaded
-            | {
-                "sender": Fingerprint(**loaded["sender"]),
-                "receiver": Fingerprint(**loaded["receiver"]),
-                "points": tuple(_read_point(point) for point in loaded["points"]),
-                "sensitivity": tuple(Sensitivity(**_tuples(each)) for each in loaded["sensitivity"]),
-                "costs": CostModel(**loaded["costs"]),
-                "contexts": tuple(loaded["contexts"]),
-                "scores": None if loaded["scores"] is None else tuple(loaded["scores"]),
-            }
-        )
+        return schema.convert(described, cls, str(path))
 
     def _estimate(self, values: Sequence[float | None], held_out: bool) -> Estimate:
         return bootstrap.mean(self._select(values, held_out))
@@ -280,7 +363,8 @@ class Frontier:
                 return math.inf
             measured = [each for each, kl in zip(difficulty, point.kl, strict=False) if kl is not None]
             adjustment = _mean(difficulty) - _mean(measured) if measured != difficulty else 0.0
-            return _NEGLIGIBLE * max(0.0, math.expm1(_mean(logarithms[point]) + adjustment))
+            exponent = _mean(logarithms[point]) + adjustment
+            return _NEGLIGIBLE * max(0.0, math.expm1(exponent)) if exponent < _LARGEST_EXPONENT else math.inf
 
         return {point: typical(point) for point in self.points}
 
@@ -299,19 +383,27 @@ class Frontier:
         return max(0.0, losses / roots) if roots else 0.0
 
 
+def check_kl(values: Sequence[float | None]) -> None:
+    """Raise a ValueError unless these are divergences, or None where none was measured."""
+    if not all(each is None or 0 <= each <= WORST_KL for each in values):
+        raise ValueError(f"kl: expected finite divergences of 0 or more, got {values}")
+
+
+def check_agreement(values: Sequence[float | None]) -> None:
+    """Raise a ValueError unless these are shares, or None where none was measured."""
+    if not all(each is None or 0 <= each <= 1 for each in values):
+        raise ValueError(f"agreement: expected shares from 0 to 1, got {values}")
+
+
+def _check_scores(scores: Sequence[float] | None) -> None:
+    if scores is not None and not all(map(math.isfinite, scores)):
+        raise ValueError(f"scores: expected finite numbers, got {scores}")
+
+
 def _logarithm(kl: float) -> float:
-    """Logarithm of a divergence; infinite if the divergence is NaN, so that such a plan is the worst."""
-    return math.log1p(max(0.0, kl) / _NEGLIGIBLE) if math.isfinite(kl) else math.inf
+    """Logarithm of a divergence; infinite for :data:`WORST_KL`, so that such a plan is the worst."""
+    return math.log1p(kl / _NEGLIGIBLE)
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _tuples(described: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in described.items()}
-
-
-def _read_point(described: dict[str, Any]) -> Point:
-    changed = {"plan": Plan(**described["plan"]), "work": Work(**described["work"])}
-    return Point(**_tuples(described) | changed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def bands(frontier: Frontier) -> Figure:
     values = {
         rest: {each.plan.bands[0]: frontier.typical_kl(each) for each in _bands(frontier, rest)} for rest in rests
     }
-    every = [value for of_rest in values.values() for value in of_rest.values() if value > _MIN_KL]
+    every = [kl for of_rest in values.values() for kl in of_rest.values() if _MIN_KL < kl < math.inf] or [_MIN_KL]
     image = None
     for axes, rest in zip(panels, rests, strict=True):
         starts = sorted({start for start, _ in values["reuse"]})

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +13,10 @@ import droidspeak_ops as ds
 from droidspeak_ops.prefill.schedule import Work
 from droidspeak_ops.profiling import bootstrap
 from droidspeak_ops.profiling.cost import CostModel, Polynomial
-from droidspeak_ops.profiling.frontier import Frontier, Point, Sensitivity
+from droidspeak_ops.profiling.frontier import WORST_KL, Frontier, Point, Sensitivity
+from droidspeak_ops.profiling.report import write_report
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 MODEL = ds.Fingerprint({"num_hidden_layers": 10}, {}, "float32", "0" * 64)
 COSTS = CostModel(
     run=(0.0, 1e-4, 0.0),  # 0.1 s for 1,000 tokens
@@ -51,16 +56,53 @@ def test_the_polynomial_goes_through_what_was_measured() -> None:
     assert Polynomial(-1.0, 0.0, 0.0).evaluate(5) == 0.0
 
 
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_a_plan_whose_answers_are_no_numbers_is_the_worst(broken: float) -> None:
-    """On one context or on all; the other plans are what they were without it."""
-    for kl in ((broken,) * 6, (1.0, broken, 1.0, 1.0, 1.0, 1.0)):
+def test_a_plan_whose_logits_are_no_numbers_is_the_worst(tmp_path) -> None:
+    """On one context or on all; the other plans are what they were without it, and files hold it."""
+    for kl in ((WORST_KL,) * 6, (1.0, WORST_KL, 1.0, 1.0, 1.0, 1.0), (1.0,) * 5 + (WORST_KL,)):
         nothing = dataclasses.replace(REUSED, kl=kl)
-        frontier = dataclasses.replace(FRONTIER, points=(nothing, *FRONTIER.points[1:]))
-        assert frontier.typical_kl(nothing) == frontier.expected_loss(nothing) == float("inf")
-        assert frontier.choose(max_quality_loss=1.0) == PROJECTED.plan
-        assert frontier.pareto() == [PROJECTED, BAND, LONG, ALL]
+        alone = (Sensitivity(0, 1, (WORST_KL, WORST_KL)), *ALONE[1:])
+        frontier = dataclasses.replace(FRONTIER, points=(nothing, *FRONTIER.points[1:]), sensitivity=alone)
+        if WORST_KL in kl[:4]:
+            assert frontier.typical_kl(nothing) == frontier.expected_loss(nothing) == float("inf")
+            assert frontier.choose(max_quality_loss=1.0) == PROJECTED.plan
+            assert frontier.pareto() == [PROJECTED, BAND, LONG, ALL]
         assert frontier.typical_kl(BAND) == pytest.approx(FRONTIER.typical_kl(BAND))
+        for held_out in (False, True):
+            estimate = frontier.kl(nothing, held_out=held_out)
+            assert all(map(math.isfinite, estimate))
+            assert (estimate.value > 1e300) == (WORST_KL in (kl[4:] if held_out else kl[:4]))
+        frontier.save(tmp_path / "frontier.json")
+        assert Frontier.load(tmp_path / "frontier.json") == frontier
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of matplotlib, at the ends of its axes
+def test_a_report_shows_what_is_no_number(tmp_path) -> None:
+    """On any context: as one of the bands, too, of which there may be no other."""
+    broken = [dataclasses.replace(each, kl=(*each.kl[:3], WORST_KL, WORST_KL, 0.1)) for each in (BAND, WORSE)]
+    alone = (Sensitivity(0, 1, (WORST_KL, WORST_KL)), *ALONE[1:])
+    frontier = dataclasses.replace(FRONTIER, points=(REUSED, *broken, ALL), sensitivity=alone)
+    assert write_report(frontier, tmp_path, "worst")[-1].read_text(encoding="utf-8").count("data:image/png") == 4
+
+
+def test_divergences_beyond_any_logits_overflow_nothing() -> None:
+    """As a file from a stranger can have them."""
+    kl = (1e304, 1e304, 1e-300, 1e-300, 1e308, 1e308)  # the first ones are as hard as a float can say
+    huge = [dataclasses.replace(each, kl=kl) for each in (REUSED, LONG)]
+    part = dataclasses.replace(
+        WORSE, kl=(None, None, 1e304, 1e304, 1e308, 1e308), agreement=(None, None, 0.0, 0.0, 0.0, 0.0)
+    )
+    frontier = dataclasses.replace(FRONTIER, points=(*huge, part, ALL))
+    assert frontier.typical_kl(part) == float("inf")
+    assert 0 < frontier.typical_kl(huge[0]) < float("inf")
+    assert frontier.choose(max_quality_loss=0.0) == ALL.plan
+    assert all(map(math.isfinite, frontier.kl(huge[0])))
+
+
+def test_recomputing_every_layer_is_always_good() -> None:
+    """Even where the model's own answers are no numbers."""
+    broken = dataclasses.replace(ALL, kl=(WORST_KL,) * 6, agreement=(0.0,) * 6)
+    frontier = dataclasses.replace(FRONTIER, points=(REUSED, broken))
+    assert frontier.choose(max_quality_loss=0.0) == ALL.plan
 
 
 def test_the_pareto_set() -> None:
@@ -131,12 +173,14 @@ def test_plans_are_compared_on_typical_contexts() -> None:
 def test_plans_are_compared_on_contexts_as_hard() -> None:
     """One that was tried on the easier half only is not better for that."""
     hard = [dataclasses.replace(each, kl=tuple(f * each.kl[0] for f in (3, 3, 1, 1, 1, 1))) for each in FRONTIER.points]
-    on_easy = dataclasses.replace(WORSE, plan=ds.Plan([(1, 8)]), kl=(None, None, 0.2, 0.2, 0.2, 0.2))
+    measured = {"kl": (None, None, 0.2, 0.2, 0.2, 0.2), "agreement": (None, None, 0.9, 0.9, 0.9, 0.9)}
+    on_easy = dataclasses.replace(WORSE, plan=ds.Plan([(1, 8)]), work=Work(6, 1, 1, 3), **measured)
     frontier = dataclasses.replace(FRONTIER, points=(*hard, on_easy))
     assert frontier.typical_kl(on_easy) == pytest.approx(0.2 * 3**0.5, rel=0.01)
     assert frontier.typical_kl(on_easy) == pytest.approx(frontier.typical_kl(hard[-1]), rel=0.01)
     assert frontier.kl(on_easy).value == pytest.approx(0.2)
-    nothing = dataclasses.replace(on_easy, kl=(0.0, 0.0, None, None, 0.0, 0.0))  # on the harder half
+    measured = {"kl": (0.0, 0.0, None, None, 0.0, 0.0), "agreement": (1.0, 1.0, None, None, 1.0, 1.0)}
+    nothing = dataclasses.replace(on_easy, **measured)  # on the harder half
     assert dataclasses.replace(frontier, points=(*hard, nothing)).typical_kl(nothing) == 0
 
 
@@ -197,11 +241,82 @@ def test_saved_and_loaded(tmp_path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["frontier.json"]
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", json.dumps({"bands": []})])
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/with*_maps/frontier.json")), ids=lambda path: path.parts[-3:-1])
+def test_what_is_published_comes_back_as_it_was(path: Path, tmp_path) -> None:
+    Frontier.load(path).save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", json.dumps({"bands": []}), "\xff", "{"])
 def test_another_file_is_refused(text: str, tmp_path) -> None:
-    (tmp_path / "other.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="expected a frontier that Frontier.save wrote, got other JSON"):
+    (tmp_path / "other.json").write_text(text, encoding="latin1")
+    with pytest.raises(ValueError, match=r"other.json: expected "):
         Frontier.load(tmp_path / "other.json")
+
+
+def _changed(described: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Set what lies at a path such as ``points.0.kl``."""
+    *folders, name = [int(part) if part.isdigit() else part for part in path.split(".")]
+    at: Any = described
+    for folder in folders:
+        at = at[folder]
+    at[name] = value
+    return described
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("sender.dtype", "float99", "sender"),
+        ("sender.architecture", {}, "expected an architecture with num_hidden_layers"),
+        ("receiver.architecture", {"num_hidden_layers": 9}, "num_hidden_layers is 10 and 9"),
+        ("receiver.architecture", {"num_hidden_layers": 10**15}, "num_hidden_layers to be an integer from 1 to"),
+        ("points.0.plan.bands", [[3, 99]], "expected layers 0 to 9 of a model of 10, got layer 98"),
+        ("points.0.plan.bands", [[3, 2]], "0 <= start < end, got .3, 2. at points"),
+        ("points.0.rest", "project", "project='rest' where rest is 'project'"),
+        ("points.0.corrected", True, "expected what profiles without maps have"),
+        ("points.0.work.kv", 9, "work: expected that of the plan, .*kv=10.*, got .*kv=9"),
+        ("points.0.kl", [1.0] * 5, "kl"),
+        ("points.0.kl", [1.0, -1.0, 1.0, 1.0, 1.0, 1.0], "kl: expected finite divergences of 0 or more"),
+        ("points.0.kl", [1.0, None, 1.0, 1.0, 1.0, 1.0], "agreement: expected the contexts that kl has"),
+        ("points.0.agreement", [2.0] * 6, "agreement: expected shares from 0 to 1"),
+        ("points.0.scores", [1.0] * 6, "scores: expected none where full prefill has none"),
+        ("points.0.shares", [1.0] * 6, "got .*shares"),
+        ("points", [], "points: expected every plan once, and that which recomputes all layers"),
+        ("scores", [1.0] * 5, "scores: expected one for each of 6 contexts, got 5"),
+        ("sensitivity.0.end", 11, "sensitivity.0.: expected layers up to 10"),
+        ("sensitivity.0.kl", [1.0], "sensitivity.1.: expected layers up to 10 on one number of contexts"),
+        ("sensitivity.0.start", 5, "0 <= start < end"),
+        ("costs.run", [1.0, 2.0], "expected array of length 3, got 2 at costs.run"),
+        ("costs.run", [0.0, 0.0, 1e300], "run: expected finite seconds"),
+        ("costs.rest", [0.0, 0.0, 0.0], "rest: expected seconds above 0"),
+        ("costs.tokens", [5, 5], "tokens: expected the shortest and the longest"),
+        ("costs.kv_bytes", 0, "kv_bytes: expected 1 or more, got 0"),
+        ("contexts", [1000] * 5 + [0], "contexts: expected lengths of 1 or more"),
+        ("held_out", 6, "of which 6 are held out and at least one is not"),
+        ("held_out", 2.5, "expected int, got float at held_out"),
+        ("granularity", 0, "granularity: expected 1 to 10, got 0"),
+        ("seed", "0", "expected int, got str at seed"),
+        ("droidspeak_frontier", 2, "expected a frontier that Frontier.save wrote"),
+        ("owner", 2, "expected the fields .*, got .'owner'."),
+    ],
+)
+def test_what_a_frontier_of_a_stranger_gets_wrong_is_named(path: str, value: Any, message: str, tmp_path) -> None:
+    FRONTIER.save(tmp_path / "frontier.json")
+    described = _changed(json.loads((tmp_path / "frontier.json").read_bytes()), path, value)
+    (tmp_path / "frontier.json").write_text(json.dumps(described), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"frontier\.json: .*{message}"):
+        Frontier.load(tmp_path / "frontier.json")
+
+
+def test_work_with_maps_is_what_they_choose() -> None:
+    """But for the layers that run."""
+    fitted = point(ds.Plan([(4, 8)], project="rest"), Work(3, 4, 3, 3), 0.05, rest="fitted")
+    dataclasses.replace(FRONTIER, maps="0" * 64, points=(REUSED, fitted, ALL))
+    for work in (Work(2, 4, 3, 3), Work(3, 11, 3, 3), Work(3, 4, -1, 3)):
+        other = dataclasses.replace(fitted, work=work)
+        with pytest.raises(ValueError, match=r"points\[1\]: work: expected that of the plan"):
+            dataclasses.replace(FRONTIER, maps="0" * 64, points=(REUSED, other, ALL))
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
