@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import shutil
+import socket
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+
+from . import schema
+
+T = TypeVar("T")
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a scratch path whose file replaces `path` atomically, once it is flushed to disk; on an error it is removed.
+    """Yield a scratch file, to be written to, which replaces `path` atomically once it is flushed to disk.
 
     Threads and processes may write to one path at once: each has a scratch file of its own, and the last to finish wins. A
-    symbolic link stays a link, and a file keeps its mode.
+    symbolic link stays a link, and a file keeps its mode. On an error the scratch file is removed, and what writers that were
+    killed have left beside `path` is removed by the next one.
     """
     target = Path(os.path.realpath(path))
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    _remove_abandoned(target)
+    scratch, descriptor = _locked_scratch(target)
     try:
         yield scratch
         if target.exists():
@@ -33,6 +42,40 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         scratch.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _scratch_name(target: Path, writer: str) -> str:
+    """The name of a writer's scratch file. Its machine is part of it: locks need not reach others that share the folder."""
+    return f".{target.name}.{zlib.crc32(socket.gethostname().encode()):08x}.{writer}"
+
+
+def _locked_scratch(target: Path) -> tuple[Path, int]:
+    """Make a scratch file that is locked for as long as its descriptor is open: until it is closed or the process ends."""
+    while True:
+        scratch = target.with_name(_scratch_name(target, uuid.uuid4().hex))
+        descriptor = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(OSError):  # where there are no locks, none is found free either, and nothing is removed
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if scratch.exists():  # nobody took it for abandoned before it was locked
+            return scratch, descriptor
+        os.close(descriptor)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove the scratch files of `target` whose writers on this machine were killed: nobody holds their locks."""
+    ours = re.compile(re.escape(_scratch_name(target, "")) + "[0-9a-f]{32}")
+    beside: list[str] = []
+    with suppress(OSError):  # a folder can be written to that cannot be listed
+        beside = os.listdir(target.parent)
+    for scratch in (target.with_name(name) for name in beside if ours.fullmatch(name)):
+        with suppress(OSError):  # held, gone meanwhile, or somebody else's
+            descriptor = os.open(scratch, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                scratch.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
@@ -47,7 +90,8 @@ def _sync(path: Path) -> None:
 class Journal:
     """The records of a long run, a line each, from which it resumes after being killed at any moment.
 
-    A line is a checksum and JSON. Only one run at a time holds a journal: use it in a ``with`` statement.
+    A line is a checksum and JSON. Only one run at a time holds a journal: use it in a ``with`` statement. Records are read with
+    :meth:`read`, by the type that they are expected to be of.
 
     Args:
         path: the journal's file, or None to keep records in memory only.
@@ -75,22 +119,47 @@ class Journal:
             raise
 
     def _resume(self, path: Path, run: dict[str, Any]) -> None:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last may be torn
+        content = path.read_bytes() if path.exists() else b""
+        *lines, torn = content.split(b"\n")
+        if torn and not lines:  # a journal begins with a whole line: this is another file, which is not to be lost
+            raise ValueError(f"journal: expected a journal, got a file without a whole line, {path}")
         records = [_checked(path, number, line) for number, line in enumerate(lines, start=1)]
-        if records and records[0] != json.loads(json.dumps(run)):
+        if records and records[0] != json.loads(_json(run)):
             raise ValueError(
                 f"journal: expected a journal of this run, got that of another, {path}; remove it or pass another path"
             )
         self.done = records[1:]
         with replacing(path) as scratch:
-            scratch.write_bytes(b"".join(line + b"\n" for line in lines or [_line(run)]))
+            scratch.write_bytes(b"".join(line + b"\n" for line in lines or [_line(_json(run))]))
+
+    def read(self, index: int, kind: type[T]) -> T:
+        """Return a record as a value of a type.
+
+        Raises:
+            ValueError: it is not of this type; the message names the file and the line.
+        """
+        return schema.convert(self.done[index], kind, self.where(index))
+
+    def where(self, index: int) -> str:
+        """The place of a record, for errors."""
+        return f"journal: {self.path}, line {index + 2}"
+
+    def check_end(self, count: int) -> None:
+        """Raise a ValueError if there are more than `count` records."""
+        if len(self.done) > count:
+            raise ValueError(f"{self.where(count)}: expected the end of the journal, got another record")
 
     def add(self, record: Any) -> None:
-        """Append a record, and flush it to disk."""
-        self.done.append(record)
+        """Append a record, and flush it to disk.
+
+        Raises:
+            ValueError: it has a number that is NaN or infinite.
+        """
+        text = _json(record)
+        self.done.append(json.loads(text))
         if self.path is not None:
             with self.path.open("ab") as file:
-                file.write(_line(record) + b"\n")
+                file.write(_line(text) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -117,13 +186,16 @@ def _lock_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def _line(record: Any) -> bytes:
-    text = json.dumps(record).encode()
-    return b"%08x %b" % (zlib.crc32(text), text)
+def _json(record: Any) -> str:
+    return json.dumps(record, allow_nan=False)
+
+
+def _line(text: str) -> bytes:
+    return b"%08x %b" % (zlib.crc32(text.encode()), text.encode())
 
 
 def _checked(path: Path, number: int, line: bytes) -> Any:
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         raise ValueError(f"journal: expected a line that its checksum fits, got another in {path}, line {number}")
-    return json.loads(text)
+    return schema.parse(text, f"journal: {path}, line {number}")

@@ -1,10 +1,12 @@
 """Files that are whole or not there, and journals of runs that are killed."""
 
+import fcntl
 import json
 import random
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -51,6 +53,63 @@ def test_a_file_keeps_its_mode_and_a_link_stays_one(tmp_path) -> None:
     assert target.stat().st_mode & 0o777 == 0o640
 
 
+HALF = """
+import sys, time
+from droidspeak_ops.files import replacing
+with replacing(sys.argv[1]) as scratch:
+    scratch.write_text("half")
+    print(scratch.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path) -> None:
+    """And nothing else: not what lives, is of another path or of another machine, nor what only looks alike."""
+    target = tmp_path / "file"
+    killed, alive, other = (
+        subprocess.Popen([sys.executable, "-c", HALF, str(path)], stdout=subprocess.PIPE, text=True)
+        for path in (target, target, tmp_path / "other")
+    )
+    names = [process.stdout.readline().strip() for process in (killed, alive, other)]
+    for process in (killed, other):
+        process.kill()
+        process.wait()
+    machine = names[0].split(".")[-2]
+    foreign = [names[0].replace(machine, f"{int(machine, 16) ^ 1:08x}"), f".file.{machine}.notes", "x" + names[0]]
+    for name in foreign:
+        (tmp_path / name).write_text("theirs", encoding="utf-8")
+    try:
+        with replacing(target) as scratch, replacing(target) as another:  # each of which has looked for what is left
+            scratch.write_text("new", encoding="utf-8")
+            another.write_text("newer", encoding="utf-8")
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {"file", *names[1:], *foreign}
+        assert target.read_text(encoding="utf-8") == "new"
+    finally:
+        alive.kill()
+        alive.wait()
+    with replacing(target) as scratch:
+        scratch.write_text("newest", encoding="utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", names[2], *foreign}
+
+
+def test_a_writer_whose_file_was_taken_for_abandoned_makes_another(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between making a file and locking it: whoever holds the lock then is about to remove it."""
+    flock, taken = fcntl.flock, []
+
+    def removed_before(descriptor: int, operation: int) -> None:
+        if not taken:
+            taken.append(next(path for path in tmp_path.iterdir() if path.name.startswith(".file.")))
+            taken[0].unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with replacing(tmp_path / "file") as scratch:
+        assert scratch != taken[0] and scratch.exists()
+        scratch.write_text("whole", encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_journal_goes_on_after_a_torn_line(tmp_path) -> None:
     path = tmp_path / "journal"
     with Journal(path, {"run": 1}) as first:
@@ -78,6 +137,44 @@ def test_one_run_at_a_time_holds_a_journal(tmp_path) -> None:
     subprocess.run([sys.executable, "-c", WRITER, str(path), "3"], check=True)
     with Journal(path, {"run": 1}) as journal:
         assert len(journal.done) == 3
+
+
+def test_records_are_read_by_their_type(tmp_path) -> None:
+    path = tmp_path / "journal"
+    with Journal(path, {"run": 1}) as journal:
+        journal.add([1, 2])
+        journal.add({"a": 1})
+        assert journal.read(0, tuple[float, int]) == (1.0, 2)
+        with pytest.raises(ValueError, match=rf"journal: {path}, line 3: expected array, got object"):
+            journal.read(1, list[int])
+        with pytest.raises(ValueError, match="Out of range float values"):
+            journal.add([float("nan")])
+        journal.check_end(2)
+        with pytest.raises(ValueError, match=rf"journal: {path}, line 3: expected the end of the journal"):
+            journal.check_end(1)
+    with Journal(path, {"run": 1}) as journal:
+        assert journal.done == [[1, 2], {"a": 1}]
+
+
+@pytest.mark.parametrize("content", [b"notes", b"[1, 2]\n", b"\n\n", b"00000000 {}\n", b"\xff\n"])
+def test_another_file_is_no_journal_and_stays_as_it_is(content: bytes, tmp_path) -> None:
+    path = tmp_path / "journal"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"journal: expected .*{path}"):
+        Journal(path, {"run": 1})
+    assert path.read_bytes() == content
+
+
+def test_a_line_whose_checksum_fits_is_still_json(tmp_path) -> None:
+    path = tmp_path / "journal"
+    with Journal(path, {"run": 1}):
+        pass
+    for text, message in ((b"{", "expected JSON"), (b"[NaN]", "got NaN"), (b"[" * 99999, "too deeply nested")):
+        whole = path.read_bytes()
+        path.write_bytes(whole + b"%08x %b\n" % (zlib.crc32(text), text))
+        with pytest.raises(ValueError, match=rf"journal: {path}, line 2: .*{message}"):
+            Journal(path, {"run": 1})
+        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("line", [0, 1, 2])

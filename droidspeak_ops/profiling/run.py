@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import TypeVar
 
 import torch
 
@@ -22,7 +24,7 @@ from ..prefill.plan import Plan
 from ..progress import bars
 from .candidates import Candidate, Candidates, Measured, Unit, full_prefill
 from .cost import CostModel
-from .frontier import Frontier, Point
+from .frontier import WORST_KL, Frontier, Point, check_agreement, check_kl
 from .replay import kl_and_top1, replay
 from .timing import measure_costs
 
@@ -72,7 +74,7 @@ def profile(
     Raises:
         ReuseError, UnsupportedModelError: as :func:`partial_prefill`; or the receiver's attention is neither SDPA nor eager.
         ValueError: there are fewer than three contexts, an example has no suffix or answer, `granularity` is not between 1 and
-            the number of layers, or the journal is of another run.
+            the number of layers, `score` returns no finite number, or the journal is of another run or damaged.
     """
     check_examples(examples)
     groups = by_context(examples)
@@ -96,25 +98,30 @@ def profile(
         "examples": examples_digest([example for group in groups for example in group]),
     }
     # A record per context, then the cost model, then the scores per context.
+    contexts = [examples_digest(group) for group in groups]
     with Journal(journal, run) as records:
         candidates = Candidates(decoder.num_layers, maps, granularity)
         third = len(groups) // 3
+        records.check_end(len(groups) + 1 + (0 if score is None else len(groups)))
+        measured: list[Measured] = []
         with bars(show_progress) as progress:
             task = progress.add_task("Profiling", total=len(groups), completed=min(len(records.done), len(groups)))
-            for index in range(len(records.done), len(groups)):
-                pilot = records.done[:third]
-                some = candidates.bands_and_units if index < third else candidates.bands_and_sets(pilot)
-                records.add(measure_context(sender, decoder, maps, groups[index], some))
-                progress.advance(task)
+            for index, (context, group) in enumerate(zip(contexts, groups, strict=True)):
+                some = candidates.bands_and_units if index < third else candidates.bands_and_sets(measured[:third])
+                if index == len(records.done):
+                    kl, agreement = measure_context(sender, decoder, maps, group, some)
+                    records.add({"context": context, "kl": kl, "agreement": agreement})
+                    progress.advance(task)
+                found = read_record(records, index, MeasuredContext, context, len(some))
+                measured.append((found.kl, found.agreement))
         if len(records.done) == len(groups):
             records.add(asdict(measure_costs(receiver, show_progress=show_progress) if costs is None else costs))
-        measured, (recorded_costs, *scored) = records.done[: len(groups)], records.done[len(groups) :]
         frontier = Frontier(
             *fingerprints,
             maps=digest,
             points=tuple(candidates.points(measured, third)),
             sensitivity=tuple(candidates.sensitivity(measured[:third])),
-            costs=CostModel(**recorded_costs),
+            costs=records.read(len(groups), CostModel),
             contexts=tuple(group[0].context.shape[1] for group in groups),
             held_out=third,
             granularity=granularity,
@@ -122,16 +129,67 @@ def profile(
         )
         if score is None:
             return frontier
-        best = frontier.pareto()
+        best, scored = frontier.pareto(), []
         with bars(show_progress) as progress:
-            task = progress.add_task("Scoring answers", total=len(groups), completed=len(scored))
-            for group in groups[len(scored) :]:
-                records.add(score_context(sender, decoder, maps, group, best, score))
-                progress.advance(task)
-        full, *of_best = zip(*records.done[len(groups) + 1 :], strict=True)
-        scores = dict(zip(best, of_best, strict=True))
-        points = tuple(replace(point, scores=scores.get(point)) for point in frontier.points)
+            done = len(records.done) - len(groups) - 1
+            task = progress.add_task("Scoring answers", total=len(groups), completed=done)
+            for index, (context, group) in enumerate(zip(contexts, groups, strict=True), start=len(groups) + 1):
+                if index == len(records.done):
+                    scores = score_context(sender, decoder, maps, group, best, score)
+                    records.add({"context": context, "scores": scores})
+                    progress.advance(task)
+                scored.append(read_record(records, index, ScoredContext, context, 1 + len(best)).scores)
+        full, *of_best = zip(*scored, strict=True)
+        by_point = dict(zip(best, of_best, strict=True))
+        points = tuple(replace(point, scores=by_point.get(point)) for point in frontier.points)
         return replace(frontier, points=points, scores=full)
+
+
+@dataclass(frozen=True)
+class MeasuredContext:
+    """A record of the journal: what was measured on a context, which is known by the digest of its examples."""
+
+    context: str
+    kl: list[float]
+    agreement: list[float]
+
+    def __post_init__(self) -> None:
+        check_kl(self.kl)
+        check_agreement(self.agreement)
+        if len(self.agreement) != len(self.kl):
+            raise ValueError(f"agreement: expected {len(self.kl)}, as many as kl has, got {len(self.agreement)}")
+
+    def __len__(self) -> int:
+        return len(self.kl)
+
+
+@dataclass(frozen=True)
+class ScoredContext:
+    """A record of the journal: the scores of the answers on a context, after full prefill and with each point."""
+
+    context: str
+    scores: list[float]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+R = TypeVar("R", MeasuredContext, ScoredContext)
+
+
+def read_record(records: Journal, index: int, kind: type[R], context: str, count: int) -> R:
+    """Return the record of a context, by its digest, with so many measurements.
+
+    Raises:
+        ValueError: the record is another one; the message names the file and the line.
+    """
+    record = records.read(index, kind)
+    if record.context != context:
+        expected = f"the record of the context {context}"
+        raise ValueError(f"{records.where(index)}: expected {expected}, got that of {record.context}")
+    if len(record) != count:
+        raise ValueError(f"{records.where(index)}: expected {count} measurements, got {len(record)}")
+    return record
 
 
 def measure_context(
@@ -141,7 +199,10 @@ def measure_context(
     examples: Sequence[Example],
     candidates: Sequence[Candidate | Unit],
 ) -> Measured:
-    """Measure candidates on one context: KL divergence from full prefill and top-1 agreement, means over its examples."""
+    """Measure candidates on one context: KL divergence from full prefill and top-1 agreement, means over its examples.
+
+    A divergence that is no finite number, on any example, is :data:`WORST_KL`.
+    """
     num_layers, receiver = decoder.num_layers, decoder.model
     context = capture(sender, examples[0].context, layers=range(num_layers))
 
@@ -160,8 +221,8 @@ def measure_context(
         ids = torch.cat((example.suffix, example.answer[:, :EVAL_TOKENS][:, :-1]), dim=1)
         states = replay(decoder, context.tokens.shape[1], ids, mixtures, keys_values)[:, example.suffix.shape[1] - 1 :]
         totals += torch.tensor(kl_and_top1(decoder, states, decoder.logits(states[reference])), dtype=torch.float64)
-    kl, agreement = (totals / len(examples)).tolist()
-    return kl, agreement
+    kl, agreement = totals / len(examples)
+    return kl.clamp(max=WORST_KL).tolist(), agreement.tolist()
 
 
 @torch.no_grad()
@@ -182,5 +243,8 @@ def score_context(
             cache = None if point is None else partial_prefill(receiver, context, point.plan, maps=maps)
             longest = _MAX_ANSWER_RATIO * example.answer.shape[1]
             out = receiver.generate(example.prompt, past_key_values=cache, max_new_tokens=longest, do_sample=False)
-            totals[place] += score(out[0, example.prompt.shape[1] :], example.answer[0])
+            value = score(out[0, example.prompt.shape[1] :], example.answer[0])
+            if not math.isfinite(value):
+                raise ValueError(f"score: expected a finite number, got {value}")
+            totals[place] += value
     return [total / len(examples) for total in totals]

@@ -1,5 +1,6 @@
 """The profiler: every plan as if tried alone, few long passes, the same result after a kill, and errors."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -7,7 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from support.models import fine_tuned, save_with_tokenizer, tiny_pair, tokens
 import droidspeak_ops as ds
 from droidspeak_ops.prefill.schedule import Work, resolve
 from droidspeak_ops.profiling import run as profiling
+from droidspeak_ops.profiling.frontier import WORST_KL
 from droidspeak_ops.profiling.run import EVAL_TOKENS
 
 LAYERS = 5
@@ -262,6 +267,77 @@ def test_an_interrupted_run_goes_on(pair, some, frontier, maps, tmp_path, monkey
     assert again == frontier
     with pytest.raises(ValueError, match="expected a journal of this run, got that of another"):
         ds.profile(*pair, some, costs=COSTS, journal=journal, show_progress=False)
+
+
+def _swapped(lines: list[bytes]) -> list[bytes]:
+    return [lines[0], lines[2], lines[1], *lines[3:]]
+
+
+def _with(index: int, **changes: Any) -> Callable[[list[bytes]], list[bytes]]:
+    """Change fields of a record, under a checksum that fits it."""
+
+    def change(lines: list[bytes]) -> list[bytes]:
+        text = json.dumps({**json.loads(lines[index].partition(b" ")[2]), **changes}).encode()
+        return [*lines[:index], b"%08x %b" % (zlib.crc32(text), text), *lines[index + 1 :]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_swapped, "line 2: expected the record of the context [0-9a-f]+, got that of"),
+        (lambda lines: [*lines[:2], *lines[3:]], "line 3: expected the record of the context"),
+        (lambda lines: [*lines[:2], lines[4]], "line 3: expected the field context, got none"),
+        (lambda lines: [*lines, lines[-1]], "line 9: expected the end of the journal"),
+        (_with(3, kl=[0.5], agreement=[0.5]), "line 4: expected 3 measurements, got 1"),
+        (_with(3, kl=[0.5]), "line 4: agreement: expected 1, as many as kl has, got 3"),
+        (_with(3, kl=["much"] * 3), r"line 4: expected float, got str at kl\[0\]"),
+        (_with(3, kl=[-0.5] * 3), "line 4: kl: expected finite divergences of 0 or more"),
+        (_with(3, agreement=[1.5] * 3), "line 4: agreement: expected shares from 0 to 1"),
+        (_with(4, run=None), "line 5: expected array, got null at run"),
+        (_with(5, scores=[0.5]), "line 6: expected [0-9]+ measurements, got 1"),
+        (_with(5, scores=[True] * 3), r"line 6: expected float, got bool at scores\[0\]"),
+    ],
+)
+def test_a_record_that_is_not_of_its_context_is_named(
+    pair, some, whole_journal: bytes, change: Any, message: str, tmp_path
+) -> None:
+    path = tmp_path / "journal"
+    path.write_bytes(b"\n".join(change(whole_journal.splitlines())) + b"\n")
+    with pytest.raises(ValueError, match=rf"{path}, {message}"):
+        ds.profile(*pair, some[:3], granularity=LAYERS, costs=COSTS, score=alike, journal=path, show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole_journal(pair, some, tmp_path_factory) -> bytes:
+    """Of a run over three contexts: its first line, the contexts, the costs, and the scores of the contexts."""
+    path = tmp_path_factory.mktemp("whole") / "journal"
+    options = {"granularity": LAYERS, "costs": COSTS, "score": alike, "show_progress": False}
+    frontier = ds.profile(*pair, some[:3], **options, journal=path)
+    assert len(path.read_bytes().splitlines()) == 1 + 3 + 1 + 3
+    assert ds.profile(*pair, some[:3], **options, journal=path) == frontier
+    return path.read_bytes()
+
+
+def test_scores_that_are_no_numbers_are_refused(pair, some) -> None:
+    options = {"granularity": LAYERS, "costs": COSTS, "show_progress": False}
+    with pytest.raises(ValueError, match="score: expected a finite number, got nan"):
+        ds.profile(*pair, some[:3], **options, score=lambda *answers: float("nan"))
+
+
+def test_plans_whose_logits_are_no_numbers_are_the_worst(pair, some, tmp_path) -> None:
+    """Where a layer of the sender gives NaN, nothing that reads it there is chosen, and files hold what was measured."""
+    sender = copy.deepcopy(pair[0])
+    with torch.no_grad():
+        sender.model.layers[2].self_attn.k_proj.weight.fill_(float("nan"))
+    frontier = ds.profile(sender, pair[1], some[:3], costs=COSTS, journal=tmp_path / "journal", show_progress=False)
+    assert set(frontier.point(ds.Plan()).kl) == {WORST_KL}
+    own = [point for point in frontier.points if point.kl[2] < WORST_KL]
+    assert {point.plan.bands for point in own} == {((start, LAYERS),) for start in range(3)}
+    assert frontier.choose(max_quality_loss=1.0) in {point.plan for point in own}
+    frontier.save(tmp_path / "frontier.json")
+    assert ds.Frontier.load(tmp_path / "frontier.json") == frontier
 
 
 def profile_many(journal: Path | None) -> ds.Frontier:
