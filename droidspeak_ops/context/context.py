@@ -11,8 +11,9 @@ import torch
 from einops import rearrange
 
 from .. import ops, tensor_file
+from ..ops.checks import FLOATS
 from .fingerprint import Fingerprint, ReuseError
-from .kv import KV, decode_rows, encode, encode_rows, splice
+from .kv import KV, check_rows, decode_rows, encode, encode_rows, grouped_shape, splice
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -31,6 +32,10 @@ class SharedContext:
         hidden_states: by layer, the residual stream that enters it, ``[B, T, C]`` (the paper's E cache).
         rotations: for each layer cos and sin ``[T, R / 2]`` that the sender rotated its K by; None where it did not.
         sender: who made it.
+
+    Raises:
+        ValueError: the parts do not fit together, or not the sender's architecture and dtype, or lie on several devices; the
+            message names layer and part. No values are looked at: :meth:`check_finite` does that.
     """
 
     tokens: torch.Tensor
@@ -41,6 +46,95 @@ class SharedContext:
     _rstds: dict[tuple[int, float], tuple[int | None, torch.Tensor]] = field(
         default_factory=dict, init=False, repr=False
     )
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 2 or self.tokens.dtype != torch.int64 or self.tokens.numel() == 0:
+            found = f"{self.tokens.dtype} {tuple(self.tokens.shape)}"
+            raise ValueError(f"tokens: expected int64 [B, T] of one token or more, got {found}")
+        num_layers = self.sender.size("num_hidden_layers") or self.num_layers
+        for name in ("keys_values", "rotations"):
+            if len(getattr(self, name)) != num_layers or num_layers == 0:
+                count = len(getattr(self, name))
+                raise ValueError(f"{name}: expected an entry for each layer of {num_layers}, got {count}")
+        if outside := [layer for layer in self.hidden_states if not 0 <= layer < num_layers]:
+            raise ValueError(f"hidden_states: expected layers 0 to {num_layers - 1}, got {outside}")
+        for layer, kv in enumerate(self.keys_values):
+            self._check_kv(layer, kv)
+        for layer, states in self.hidden_states.items():
+            self._check_hidden(layer, states)
+        for rotation in {id(each[0]): each for each in self.rotations if each is not None}.values():
+            self._check_rotation(rotation)
+
+    def _check_kv(self, layer: int, kv: KV) -> None:
+        """Raise unless K and V of a layer are such as the other parts say."""
+        batch, tokens = self.tokens.shape
+        shape = self.keys_values[0].keys.shape
+        if kv.keys.dim() != 4 or len(shape) != 4:
+            raise ValueError(f"layer {layer}: expected keys [B, K, N, D], got {tuple(kv.keys.shape)}")
+        heads, head_dim = self.sender.size("num_key_value_heads") or shape[1], self.sender.size("head_dim") or shape[3]
+        rows, windows = kv.keys.shape[2], self.sender.architecture.get("sliding_windows")
+        if not 0 < rows <= tokens:
+            raise ValueError(f"layer {layer}: expected keys of 1 to {tokens} tokens, got {rows}")
+        if isinstance(windows, Sequence) and len(windows) == self.num_layers:
+            # The next token sees itself too.
+            held = min(tokens, windows[layer] - 1) if isinstance(windows[layer], int) else tokens
+            if rows != held:
+                raise ValueError(f"layer {layer}: expected keys of {held} tokens by its sliding window, got {rows}")
+        check_rows(f"layer {layer}", kv, (batch, heads, rows, head_dim), self.sender.torch_dtype, self.tokens.device)
+
+    def _check_hidden(self, layer: int, states: torch.Tensor | KV) -> None:
+        """Raise unless hidden states, which may be in 8 bits, are such as the other parts say."""
+        where, columns = f"hidden states of layer {layer}", self.sender.size("hidden_size")
+        if isinstance(states, torch.Tensor):
+            shape = (*self.tokens.shape, states.shape[-1] if states.dim() and columns is None else columns)
+            if states.shape != shape or states.dtype != self.sender.torch_dtype:
+                found = f"{states.dtype} {tuple(states.shape)}"
+                raise ValueError(f"{where}: expected {self.sender.torch_dtype} {shape}, got {found}")
+            if states.device != self.tokens.device:
+                raise ValueError(f"{where}: expected {self.tokens.device}, as the tokens, got {states.device}")
+            return
+        batch, tokens = self.tokens.shape
+        if columns is None:
+            columns = 2 * states.keys.shape[1] * states.keys.shape[-1] if states.keys.dim() == 4 else 0
+        check_rows(where, states, grouped_shape(batch, tokens, columns), None, self.tokens.device)
+
+    def _check_rotation(self, rotation: Rotation) -> None:
+        """Raise unless cos and sin are a row for each token, of no more columns than a head has pairs."""
+        tokens, pairs = self.tokens.shape[1], self.keys_values[0].keys.shape[3] // 2
+        for name, half in zip(("cos", "sin"), rotation, strict=True):
+            fits = half.dim() == 2 and half.shape[0] == tokens and 0 < half.shape[1] <= pairs
+            if (
+                not fits
+                or half.dtype not in FLOATS
+                or (half.shape, half.dtype) != (rotation[0].shape, rotation[0].dtype)
+            ):
+                found = f"{half.dtype} {tuple(half.shape)}"
+                raise ValueError(f"rotations: expected {name} to be floating ({tokens}, 1 to {pairs}), got {found}")
+            if half.device != self.tokens.device:
+                raise ValueError(
+                    f"rotations: expected {name} on {self.tokens.device}, as the tokens, got {half.device}"
+                )
+
+    def check_finite(self) -> None:
+        """Raise unless all values are finite. It reads all of them, and waits for a GPU.
+
+        Raises:
+            ReuseError: a value is NaN or infinite; the message names the layer and the part.
+        """
+        parts: dict[str, torch.Tensor | None] = {}
+        for layer, kv in enumerate(self.keys_values):
+            parts |= {f"layer {layer}: {name}": part for name, part in kv._asdict().items()}
+        for layer, states in self.hidden_states.items():
+            by_name = {"states": states} if isinstance(states, torch.Tensor) else states._asdict()
+            parts |= {f"hidden states of layer {layer}: {name}": part for name, part in by_name.items()}
+        for layer, rotation in enumerate(self.rotations):
+            parts |= {
+                f"layer {layer}: {name}": half
+                for name, half in zip(("cos", "sin"), rotation or (None, None), strict=True)
+            }
+        for where, part in parts.items():
+            if part is not None and part.is_floating_point() and not bool(part.float().isfinite().all()):
+                raise ReuseError(f"{where}: expected finite values, got NaN or infinity")
 
     @property
     def num_layers(self) -> int:
@@ -70,7 +164,7 @@ class SharedContext:
         """
         self.check_hidden([layer])
         states = self.hidden_states[layer]
-        return states if isinstance(states, torch.Tensor) else decode_rows(states, getattr(torch, self.sender.dtype))
+        return states if isinstance(states, torch.Tensor) else decode_rows(states, self.sender.torch_dtype)
 
     def rstd(self, layer: int, eps: float) -> torch.Tensor:
         """1/rms of the hidden states that enter one layer, float32 ``[B, T]``: for ``norm="folded"``, computed at first use.
@@ -104,7 +198,7 @@ class SharedContext:
         rows, applied = self.kv(layer).keys.shape[2], self.rotations[layer]
         kv = self.kv(layer).at(which)
         batch, heads, count, head_dim = kv.keys.shape
-        dtype = getattr(torch, self.sender.dtype)
+        dtype = self.sender.torch_dtype
         both = torch.empty((batch, count, 2 * heads * head_dim), dtype=dtype, device=kv.keys.device)
         back = {}
         if applied is not None:
@@ -179,26 +273,36 @@ class SharedContext:
         """Read what :meth:`save` wrote, onto the CPU.
 
         Raises:
-            ValueError: the file holds something else, or is damaged.
+            ValueError: the file holds something else, is damaged, or is none that :meth:`save` writes.
         """
-        described, tensors = tensor_file.read(path, "context")
 
-        def kv(prefix: str) -> KV:
-            return KV(*(tensors.get(f"{prefix}.{name}") for name in KV._fields))  # type: ignore[arg-type]
+        def make(described: _Described, tensors: tensor_file.Tensors) -> SharedContext:
+            def kv(prefix: str) -> KV:
+                scales = (tensors.take_if(f"{prefix}.{name}") for name in KV._fields[2:])
+                return KV(*(tensors.take(f"{prefix}.{name}") for name in KV._fields[:2]), *scales)
 
-        return cls(
-            tokens=tensors["tokens"],
-            keys_values=[kv(f"kv.{layer}") for layer in range(described["layers"])],
-            hidden_states={
-                layer: tensors.get(f"hidden.{layer}.states", kv(f"hidden.{layer}"))
-                for layer in described["hidden_layers"]
-            },
-            rotations=[
-                None if place is None else (tensors[f"rotation.{place}.cos"], tensors[f"rotation.{place}.sin"])
-                for place in described["rotations"]
-            ],
-            sender=Fingerprint(**described["sender"]),
-        )
+            def hidden(layer: int) -> torch.Tensor | KV:
+                states = tensors.take_if(f"hidden.{layer}.states")
+                return kv(f"hidden.{layer}") if states is None else states
+
+            rotations: dict[int | None, Rotation | None] = {None: None}
+            for place in described.rotations:
+                if place not in rotations:
+                    cos, sin = (tensors.take(f"rotation.{place}.{name}") for name in ("cos", "sin"))
+                    rotations[place] = cos, sin
+            context = cls(
+                tokens=tensors.take("tokens"),
+                keys_values=[kv(f"kv.{layer}") for layer in range(len(described.rotations))],
+                hidden_states={layer: hidden(layer) for layer in described.hidden_layers},
+                rotations=[rotations[place] for place in described.rotations],
+                sender=described.sender,
+            )
+            (vocabulary,) = context.sender.sizes("vocab_size")
+            if not bool(((context.tokens >= 0) & (context.tokens < vocabulary)).all()):
+                raise ValueError(f"tokens: expected ids from 0 to {vocabulary - 1}, got others")
+            return context
+
+        return tensor_file.read(path, "context", _Described, make)
 
     def check_hidden(self, layers: Sequence[int]) -> None:
         """Raise unless hidden states are held at all of `layers`.
@@ -220,6 +324,22 @@ class SharedContext:
             ReuseError: the prompt is another one, or has no suffix; the message says where they part.
         """
         check_continues(self.tokens, prompt_ids)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """The plain values in a file of a context; of `rotations` the tensors of the layer, or None."""
+
+    sender: Fingerprint
+    layers: int
+    hidden_layers: tuple[int, ...]
+    rotations: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.rotations) != self.layers:
+            raise ValueError(f"rotations: expected one for each layer of {self.layers}, got {len(self.rotations)}")
+        if len(set(self.hidden_layers)) != len(self.hidden_layers):
+            raise ValueError(f"hidden_layers: expected every layer once, got {self.hidden_layers}")
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -62,8 +62,33 @@ def decode_rows(codes: KV, dtype: torch.dtype) -> torch.Tensor:
     return states
 
 
+def grouped_shape(batch: int, tokens: int, columns: int) -> tuple[int, int, int, int]:
+    """The shape of either half of hidden states ``[B, T, C]`` in groups of 32 columns, fewer where C / 2 is no multiple."""
+    of_group = math.gcd(columns // 2, 32)
+    return batch, columns // 2 // of_group, tokens, of_group
+
+
+def check_rows(where: str, kv: KV, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device) -> None:
+    """Raise unless K and V have this shape and device, in `dtype` without scales or in 8 bits with them.
+
+    Raises:
+        ValueError: they do not; the message begins with `where` and names the part.
+    """
+    in_8_bits = kv.keys.dtype in CODES
+    kind, scale = (kv.keys.dtype, (torch.float32, shape[:3])) if in_8_bits else (dtype, None)
+    for name, part, expected in zip(KV._fields, kv, ((kind, shape), (kind, shape), scale, scale), strict=True):
+        found = None if part is None else (part.dtype, tuple(part.shape))
+        if found != expected:
+            raise ValueError(f"{where}: expected {name} to be {_named(expected)}, got {_named(found)}")
+        if part is not None and part.device != device:
+            raise ValueError(f"{where}: expected {name} on {device}, as the tokens, got {part.device}")
+
+
+def _named(found: tuple[torch.dtype | None, tuple[int, ...]] | None) -> str:
+    return "none" if found is None else f"{found[0] or 'in 8 bits'} {found[1]}"
+
+
 def _grouped(states: torch.Tensor) -> KV:
-    """``[B, T, C]`` as two halves ``[B, C / 64, T, 32]`` (fewer columns where C is no multiple), in the shape of K and V."""
-    first, second = states.chunk(2, dim=-1)
-    columns = math.gcd(first.shape[-1], 32)
-    return KV(*(rearrange(half, "b t (g c) -> b g t c", c=columns) for half in (first, second)))
+    """``[B, T, C]`` as two halves in the shape of K and V: :func:`grouped_shape`."""
+    columns = grouped_shape(*states.shape)[-1]
+    return KV(*(rearrange(half, "b t (g c) -> b g t c", c=columns) for half in states.chunk(2, dim=-1)))

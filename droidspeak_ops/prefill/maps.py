@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ from ..context.context import SharedContext
 from ..context.fingerprint import Fingerprint, ReuseError
 from .plan import Plan
 from .schedule import Source, resolve
+
+T = TypeVar("T")
 
 RMS_EPS = 1e-6
 SINKS = 4
@@ -101,14 +105,15 @@ class Domain:
     def distance(self, context: SharedContext) -> float:
         """Mean squared Mahalanobis distance of a context's rows per column; the largest over the sequences of a batch.
 
-        It is about 1 for the contexts that maps were fitted to. Attention sinks are left out, and long contexts are subsampled
-        to about 256 rows.
+        It is about 1 for the contexts that maps were fitted to, and infinite where it is no number. Attention sinks are left
+        out, and long contexts are subsampled to about 256 rows.
         """
         held = context.kv(self.layer).keys.shape[2]
         first = min(sinks_among(held, context.tokens.shape[1]), held - 1)
         stride = -(-(held - first) // _DISTANCE_ROWS)
         rows = context.unrotated(self.layer, slice(first, None, stride)).to(self.mean.dtype)
-        return float(F.linear(rows - self.mean, self.whitening).square().mean((1, 2)).max())
+        distances = F.linear(rows - self.mean, self.whitening).square().mean((1, 2))
+        return float(distances.nan_to_num(nan=math.inf, posinf=math.inf).max())
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +167,62 @@ class Maps:
         return tensor_file.digest(*self._described())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file with a digest, atomically."""
+        """Write one safetensors file with a digest, atomically.
+
+        Raises:
+            ValueError: the maps are none that :meth:`load` takes, such as those of a model that gave NaN.
+        """
+        self.check()
         tensor_file.write(path, "maps", *self._described())
+
+    def check(self) -> None:
+        """Raise unless the parts fit together and the architecture of the pair, and all values are finite.
+
+        Raises:
+            ValueError: they do not; the message names the part.
+        """
+        self.sender.check_reuse_by(self.receiver)
+        sizes = self.receiver.sizes("num_hidden_layers", "hidden_size", "num_key_value_heads", "head_dim")
+        num_layers, hidden_size, width = sizes[0], sizes[1], sizes[2] * sizes[3]
+        if self.sender.weights is None or self.receiver.weights is None:
+            raise ValueError("sender, receiver: expected fingerprints with digests of their weights, got one without")
+        if len(self.choices) != num_layers or len(self.choices_without_hidden) != num_layers:
+            found = len(self.choices), len(self.choices_without_hidden)
+            raise ValueError(f"choices: expected one for each of {num_layers} layers, got {found}")
+        self._check_choices("choices", self.choices, ("reuse", "project", "fitted", "fitted_kv"))
+        self._check_choices("choices_without_hidden", self.choices_without_hidden, ("reuse", "fitted_kv"))
+        for name, layers in (("shares", self.shares), ("corrections", self.corrections)):
+            if outside := [layer for layer in layers if not 0 < layer < num_layers]:
+                raise ValueError(f"{name}: expected layers 1 to {num_layers - 1}, got {outside}")
+        for layer, share in self.shares.items():
+            if len(share) != 2 or not all(map(math.isfinite, share)):
+                raise ValueError(f"shares: expected two finite numbers for layer {layer}, got {share}")
+        dtype, columns = self.receiver.torch_dtype, {"fitted": hidden_size, "fitted_kv": 2 * width}
+        for (layer, source), layer_map in self.layers.items():
+            if source not in columns or not 0 < layer < num_layers:
+                wanted = f"one of {tuple(columns)} of layers 1 to {num_layers - 1}"
+                raise ValueError(f"layers: expected {wanted}, got {source} of layer {layer}")
+            weight, bias = ((width, columns[source]), dtype), ((width,), dtype)
+            of_map = {"k_weight": weight, "v_weight": weight, "k_bias": bias, "v_bias": bias}
+            _check_tensors(f"layers[{layer}, {source}]", layer_map, of_map)
+        for layer, correction in self.corrections.items():
+            of_correction = {"weight": ((hidden_size, hidden_size), dtype), "bias": ((hidden_size,), dtype)}
+            _check_tensors(f"corrections[{layer}]", correction, of_correction)
+        if not 0 <= self.domain.layer < num_layers or not 0 < self.domain.limit < math.inf:
+            got = f"layer {self.domain.layer} and {self.domain.limit}"
+            raise ValueError(f"domain: expected a layer of {num_layers} and a positive limit, got {got}")
+        precise = torch.promote_types(dtype, torch.float32)
+        of_domain = {"mean": ((2 * width,), precise), "whitening": ((2 * width, 2 * width), precise)}
+        _check_tensors("domain", self.domain, of_domain)
+
+    def _check_choices(self, name: str, choices: Sequence[Source], allowed: Collection[Source]) -> None:
+        """Raise a ValueError unless the maps have what each layer's choice needs."""
+        for layer, source in enumerate(choices):
+            known = allowed if layer > 0 else ("reuse", "project")
+            if source not in known:
+                raise ValueError(f"{name}: expected one of {tuple(known)} for layer {layer}, got {source!r}")
+            if source.startswith("fitted") and (layer, source) not in self.layers:
+                raise ValueError(f"{name}: expected the map of layer {layer}, which is {source!r}, got none")
 
     def _described(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Describe the maps for :meth:`load`: plain values, and tensors by name."""
@@ -190,29 +249,66 @@ class Maps:
         """Read a file that :meth:`save` wrote.
 
         Raises:
-            ValueError: the file holds no maps, or is damaged.
+            ValueError: the file holds no maps, is damaged, or is none that :meth:`save` writes.
         """
-        loaded, tensors = tensor_file.read(path, "maps")
-        stored = {tuple(name.split(".")[:2]) for name in tensors}
 
-        def read(kind: Any, layer: str, role: str) -> Any:
-            return kind(*(tensors[f"{layer}.{role}.{field.name}"].to(device) for field in fields(kind)))
+        def make(described: _Described, tensors: tensor_file.Tensors) -> Maps:
+            layers: dict[tuple[int, Source], LayerMap] = {}
+            corrections: dict[int, Correction] = {}
 
-        layers: dict[Any, LayerMap] = {
-            (int(layer), role): read(LayerMap, layer, role) for layer, role in stored if role.startswith("fitted")
-        }
-        corrections = {int(layer): read(Correction, layer, role) for layer, role in stored if role == "correction"}
-        shares = {int(layer): each for layer, each in loaded["shares"].items()}
-        domain_layer, limit = loaded["domain"]["layer"], loaded["domain"]["limit"]
-        mean, whitening = (tensors[f"{domain_layer}.domain.{name}"].to(device) for name in ("mean", "whitening"))
-        domain = Domain(domain_layer, mean, whitening, limit)
-        return cls(
-            Fingerprint(**loaded["sender"]),
-            Fingerprint(**loaded["receiver"]),
-            tuple(loaded["choices"]),
-            tuple(loaded["choices_without_hidden"]),
-            layers,
-            corrections,
-            shares,
-            domain,
-        )
+            def read(kind: type[T], prefix: str) -> T:
+                return kind(*(tensors.take(f"{prefix}.{field.name}").to(device) for field in fields(kind)))  # type: ignore[arg-type]
+
+            domain_layer = described.domain.layer
+            mean, whitening = (
+                tensors.take(f"{domain_layer}.domain.{name}").to(device) for name in ("mean", "whitening")
+            )
+            for layer, role in dict.fromkeys(map(_layer_and_role, tensors.names)):
+                if role == "correction":
+                    corrections[layer] = read(Correction, f"{layer}.{role}")
+                else:
+                    layers[layer, role] = read(LayerMap, f"{layer}.{role}")
+            domain = Domain(domain_layer, mean, whitening, described.domain.limit)
+            choices = described.choices, described.choices_without_hidden
+            maps = cls(described.sender, described.receiver, *choices, layers, corrections, described.shares, domain)
+            maps.check()
+            return maps
+
+        return tensor_file.read(path, "maps", _Described, make)
+
+
+@dataclass(frozen=True)
+class _DescribedDomain:
+    layer: int
+    limit: float
+
+
+@dataclass(frozen=True)
+class _Described:
+    """The plain values in a file of maps."""
+
+    sender: Fingerprint
+    receiver: Fingerprint
+    choices: tuple[Source, ...]
+    choices_without_hidden: tuple[Source, ...]
+    shares: dict[int, tuple[float, float]]
+    domain: _DescribedDomain
+
+
+def _layer_and_role(name: str) -> tuple[int, Literal["correction", "fitted", "fitted_kv"]]:
+    """Read what a tensor of a file is of off its name."""
+    found = re.fullmatch(r"(0|[1-9][0-9]{0,8})\.(correction|fitted|fitted_kv)\.[a-z_]+", name)
+    if found is None:
+        raise ValueError(f"tensors: expected names such as '3.fitted.k_weight', got {name!r}")
+    return int(found[1]), found[2]  # type: ignore[return-value]
+
+
+def _check_tensors(where: str, part: Any, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """Raise a ValueError unless the tensors of a part have their shapes and dtypes, and finite values."""
+    for name, (shape, dtype) in expected.items():
+        tensor: torch.Tensor = getattr(part, name)
+        if tensor.shape != shape or tensor.dtype != dtype:
+            got = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{where}: expected {name} to be {dtype} {shape}, got {got}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{where}: expected finite values of {name}, got NaN or infinity")
