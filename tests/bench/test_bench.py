@@ -26,6 +26,7 @@ DEFAULT = ProjectSpliceConfig(128, 64, 64, 8, 3)
 OTHERS = [ProjectSpliceConfig(64, 64, 64, 4, stages) for stages in (2, 3, 4)]
 ENTRY = {"dtype": "torch.bfloat16", "hidden_size": 64, "num_kv_heads": 2, "head_dim": 32, "has_head_norm": False,
          "num_tokens": 8192}  # fmt: skip
+TUNED = {"device": "A100", "torch": "2", "triton": "3"}
 
 
 def run_on_cpu(tmp_path: Path, *options: str) -> list[dict[str, str]]:
@@ -240,12 +241,18 @@ def test_tuned_for_another_gpu_or_triton(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["not JSON", "{}", "[]", '{"device": "A100", "triton": "3", "project_splice": [{"dtype": "torch.float16"}]}',
-     json.dumps({"device": "A100", "triton": "3", "project_splice": [{**ENTRY, "config": {"block_m": 1, "tile": 2}}]})],
+     json.dumps({**TUNED, "project_splice": [{**ENTRY, "config": {"block_m": 1, "tile": 2}}]}),
+     json.dumps({**TUNED, "project_splice": [{**ENTRY, "config": vars(DEFAULT), "milliseconds": float("nan")}]}),
+     json.dumps({**TUNED, "project_splice": [{**ENTRY, "config": {**vars(DEFAULT), "block_m": 0}}]}),
+     json.dumps({**TUNED, "project_splice": [{**ENTRY, "config": {**vars(DEFAULT), "tma": 1}}]}),
+     json.dumps({**TUNED, "project_splice": [{**ENTRY, "dtype": "torch.int8", "config": vars(DEFAULT)}]}),
+     json.dumps({**TUNED, "project_splice": [{**ENTRY, "hidden_size": -1, "config": vars(DEFAULT)}]}),
+     json.dumps({**TUNED, "project_splice": [{**ENTRY, "config": vars(DEFAULT)}] * 2}), b"\xff\xfe"],
 )  # fmt: skip
-def test_a_malformed_file_is_named(text: str, tmp_path: Path) -> None:
+def test_a_malformed_file_is_named(text: str | bytes, tmp_path: Path) -> None:
     path = tmp_path / "tuned.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"tuned\.json"):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r"tuned\.json.*: expected "):
         tuning.load(path, "A100")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from support.prefills import own_prefill
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import droidspeak_ops as ds
+from bench.fuzz import make_context
+from droidspeak_ops import tensor_file
+from droidspeak_ops.context.kv import KV
 
 LAYERS = 4
 EVERYTHING = ds.Plan([(0, LAYERS)])
@@ -200,6 +204,142 @@ def test_a_damaged_file_of_a_context_is_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="context: expected (the digest|a file of droidspeak context)"):
             ds.SharedContext.load(path)
+
+
+def _rewritten(path: Path, values: dict[str, Any], tensors: dict[str, torch.Tensor | None]) -> None:
+    """Write the context of a file again, with other values or tensors, or without some, and a digest that fits."""
+
+    def make(old: dict[str, Any], held: tensor_file.Tensors) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return old, {name: held.take(name) for name in held.names}
+
+    old, held = tensor_file.read(path, "context", dict[str, Any], make)
+    kept = {name: tensor for name, tensor in (held | tensors).items() if tensor is not None}
+    tensor_file.write(path, "context", old | values, kept)
+
+
+@pytest.mark.parametrize(
+    ("values", "tensors", "message"),
+    [
+        ({"layers": 10**15}, {}, "rotations: expected one for each layer of 1000000000000000, got 3"),
+        ({"layers": 2, "rotations": [0, 0]}, {}, "keys_values: expected an entry for each layer of 3, got 2"),
+        ({"hidden_layers": [1, 1]}, {}, "hidden_layers: expected every layer once"),
+        ({"hidden_layers": [7]}, {"hidden.7.states": torch.ones(1, 5, 16)}, r"expected layers 0 to 2, got \[7\]"),
+        ({"hidden_layers": []}, {}, "tensors: expected no others, got ..hidden.1.states"),
+        ({"hidden_layers": [2]}, {}, "tensors: expected one named 'hidden.2.keys', got none"),
+        ({"rotations": [0, 1, None]}, {}, "tensors: expected one named 'rotation.1.cos', got none"),
+        ({"rotations": [None] * 3}, {}, "tensors: expected no others"),
+        ({"owner": 1}, {}, "expected the fields sender, layers, hidden_layers, rotations, got .'owner'."),
+        ({}, {"tokens": torch.full((1, 5), 50)}, "tokens: expected ids from 0 to 49, got others"),
+        ({}, {"tokens": torch.full((1, 5), -1)}, "tokens: expected ids from 0 to 49, got others"),
+        ({}, {"tokens": torch.ones(1, 5)}, "tokens: expected int64"),
+        ({}, {"kv.1.keys": None}, "tensors: expected one named 'kv.1.keys', got none"),
+        ({}, {"kv.1.k_scale": torch.ones(1, 2, 3)}, "layer 1: expected k_scale to be none, got torch.float32"),
+        ({}, {"kv.3.keys": torch.ones(1)}, "tensors: expected no others, got ..kv.3.keys"),
+    ],
+)  # fmt: skip
+def test_what_a_context_of_a_stranger_gets_wrong_is_named(
+    values: dict[str, Any], tensors: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "context"
+    make_context().save(path)
+    _rewritten(path, values, tensors)
+    with pytest.raises(ValueError, match=f"context: .*{message}"):
+        ds.SharedContext.load(path)
+
+
+# --- what a context is made of ---------------------------------------------------------------------------------------------
+
+
+def _with_kv(layer: int, **parts: Any) -> Callable[[ds.SharedContext], dict[str, Any]]:
+    def change(context: ds.SharedContext) -> dict[str, Any]:
+        rows = list(context.keys_values)
+        rows[layer] = rows[layer]._replace(**parts)
+        return {"keys_values": rows}
+
+    return change
+
+
+def _with_sizes(**sizes: Any) -> Callable[[ds.SharedContext], dict[str, Any]]:
+    def change(context: ds.SharedContext) -> dict[str, Any]:
+        architecture = {**context.sender.architecture, **sizes}
+        return {"sender": dataclasses.replace(context.sender, architecture=architecture)}
+
+    return change
+
+
+def _codes(rows: int, dtype: torch.dtype = torch.int8, scale: torch.dtype = torch.float32) -> KV:
+    codes, scales = torch.ones(1, 2, rows, 4, dtype=dtype), torch.ones(1, 2, rows, dtype=scale)
+    return KV(codes, codes, scales, scales)
+
+
+HALVES = torch.ones(5, 2), torch.ones(5, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: {"tokens": torch.arange(5)}, r"tokens: expected int64 \[B, T\] of one token or more, got"),
+        (lambda _: {"tokens": torch.ones(1, 0, dtype=torch.int64)}, r"tokens: .* got torch.int64 \(1, 0\)"),
+        (lambda _: {"tokens": torch.arange(5, dtype=torch.int32)[None]}, "tokens: .* got torch.int32"),
+        (lambda _: {"tokens": torch.arange(4)[None]}, "layer 0: expected keys of 1 to 4 tokens, got 5"),
+        (lambda _: {"tokens": torch.arange(6)[None]}, "layer 0: expected keys of 6 tokens by its sliding window, got 5"),
+        (lambda _: {"tokens": torch.ones(2, 5, dtype=torch.int64)}, r"layer 0: expected keys to be .* \(2, 2, 5, 4\)"),
+        (lambda each: {"keys_values": each.keys_values[:2]}, "keys_values: expected an entry for each layer of 3, got 2"),
+        (lambda each: {"rotations": each.rotations[:2]}, "rotations: expected an entry for each layer of 3, got 2"),
+        (_with_sizes(num_hidden_layers=4), "keys_values: expected an entry for each layer of 4, got 3"),
+        (_with_sizes(num_key_value_heads=4), r"layer 0: expected keys to be .*\(1, 4, 5, 4\), got .*\(1, 2, 5, 4\)"),
+        (_with_sizes(head_dim=8), r"layer 0: expected keys to be torch.float32 \(1, 2, 5, 8\)"),
+        (_with_sizes(hidden_size=32), r"hidden states of layer 1: expected torch.float32 \(1, 5, 32\), got .*\(1, 5, 16\)"),
+        (_with_kv(1, keys=torch.ones(2, 5, 4)), r"layer 1: expected keys \[B, K, N, D\], got \(2, 5, 4\)"),
+        (_with_kv(1, values=torch.ones(1, 2, 2, 4)), "layer 1: expected values to be"),
+        (_with_kv(1, values=torch.ones(1, 2, 3, 4).half()), "layer 1: expected values to be .* got torch.float16"),
+        (_with_kv(1, values=torch.ones(1, 2, 3, 4, device="meta")), "layer 1: expected values on cpu, as the tokens, got meta"),
+        (_with_kv(1, keys=_codes(3).keys), "layer 1: expected values to be torch.int8"),
+        (_with_kv(2, **_codes(5)._replace(k_scale=None)._asdict()), "layer 2: expected k_scale to be .*, got none"),
+        (_with_kv(2, **_codes(5, scale=torch.float16)._asdict()), "layer 2: expected k_scale to be torch.float32"),
+        (_with_kv(2, **_codes(5, torch.uint8)._asdict()), "layer 2: expected keys to be torch.float32 .* got torch.uint8"),
+        (_with_kv(0, **_codes(4)._asdict()), "layer 0: expected keys of 5 tokens by its sliding window, got 4"),
+        (lambda _: {"hidden_states": {3: torch.ones(1, 5, 16)}}, r"hidden_states: expected layers 0 to 2, got \[3\]"),
+        (lambda _: {"hidden_states": {0: torch.ones(1, 4, 16)}}, r"layer 0: expected torch.float32 \(1, 5, 16\)"),
+        (lambda _: {"hidden_states": {0: torch.ones(1, 5, 16).half()}}, "layer 0: expected torch.float32 .* got torch.float16"),
+        (lambda _: {"hidden_states": {0: torch.ones(1, 5, 16, device="meta")}}, "layer 0: expected cpu, .* got meta"),
+        (lambda _: {"hidden_states": {0: _codes(5)}}, "hidden states of layer 0: expected keys to be torch.int8 .1, 1, 5, 8."),
+        (lambda _: {"hidden_states": {0: KV(*torch.ones(2, 1, 1, 5, 8))}}, "layer 0: expected keys to be in 8 bits"),
+        (lambda _: {"rotations": [(torch.ones(4, 2),) * 2] * 3}, r"rotations: expected cos to be floating \(5, 1 to 2\)"),
+        (lambda _: {"rotations": [(torch.ones(5, 3),) * 2] * 3}, "rotations: expected cos to be floating"),
+        (lambda _: {"rotations": [(HALVES[0], torch.ones(5, 1))] * 3}, "rotations: expected sin to be floating"),
+        (lambda _: {"rotations": [(HALVES[0], HALVES[1].long())] * 3}, "rotations: expected sin to be floating"),
+        (lambda _: {"rotations": [None, tuple(half.to("meta") for half in HALVES), None]}, "rotations: expected cos on cpu"),
+    ],
+)  # fmt: skip
+def test_a_context_whose_parts_do_not_fit_is_refused(change: Any, message: str) -> None:
+    context = make_context()
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(context, **change(context))
+
+
+@pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn])
+def test_values_are_looked_at_on_request(stored: torch.dtype | None) -> None:
+    context = make_context()
+    if stored is not None:
+        context = context.quantized(stored)
+    context.check_finite()
+    places = {
+        "layer 1: values": context.kv(1).values,
+        "layer 0: sin": context.rotations[0][1],
+        **({} if stored is None else {"layer 2: k_scale": context.kv(2).k_scale}),
+    }
+    held = context.hidden_states[1]
+    places |= {"hidden states of layer 1: states": held} if stored is None else {"layer 1: v_scale": held.v_scale}
+    for where, tensor in places.items():
+        if tensor.dtype == torch.int8:
+            continue
+        before = tensor.clone()
+        tensor[..., -1:] = torch.nan
+        with pytest.raises(ds.ReuseError, match=f"{where}: expected finite values, got NaN or infinity"):
+            context.check_finite()
+        tensor.copy_(before)
+    context.check_finite()
 
 
 # --- what else ---------------------------------------------------------------------------------------------------------
