@@ -28,14 +28,14 @@ class Projection(NamedTuple):
             product by `rstd`: one rounding fewer and no pass over the rows. ``"none"`` takes rows that are normalised already.
         norm_weight: ``[C]``; for ``"hf"`` alone.
         norm_order: where the input norm and the norms of heads round; see :func:`droidspeak_ops.ops.row_norm`.
-        norm_eps: eps of the input norm, where it is computed here.
+        norm_eps: eps of the input norm, where it is computed here; finite and not negative.
         rstd: float32, shape of `hidden_states` without its last dimension; for ``"folded"``, computed when not given.
         q_weight: ``[H * D, C]``, with `q`.
         q: ``[T, H, D]``, written in place at row t for token t; any strides but the last.
         q_bias, k_bias, v_bias: ``[H * D]`` and ``[K * D]``, all or none; of Q where there is Q.
         q_norm_weight, k_norm_weight: RMS norm of Q and K before RoPE: ``[D]`` over each head, or as wide as all heads
             together (which needs caches of the dtype of `hidden_states`).
-        head_norm_eps: eps of those norms.
+        head_norm_eps: eps of those norms; finite and not negative.
         cos, sin: ``[T, R / 2]`` with R the rotated columns of a head: pairs (i, i + R/2) are rotated, the rest pass. Of the
             dtype of `hidden_states`, in which RoPE then rounds, or float32, where only its result is rounded (OLMo 2).
         positions: int64 ``[T]``: the row of `cos` and `sin` of each token, which then have any number of rows; not checked

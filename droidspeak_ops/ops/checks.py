@@ -1,16 +1,20 @@
 """Checks of the operators' arguments, before anything is written: errors name the argument, what is expected and what came.
 
-Those that read values (slots) or addresses (overlaps) belong to the implementations: a trace has neither, and a GPU should
-not be asked.
+Those that read values (slots), addresses (overlaps) or what autograd follows belong to the implementations: a trace has none of
+them, and a GPU should not be asked.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
-from operator import itemgetter
+from itertools import accumulate
+from operator import gt
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.float8_e4m3fn, torch.int8)
@@ -27,8 +31,8 @@ def fail(name: str, tensor: torch.Tensor, needed: str) -> NoReturn:
 
 def check_rows(name: str, tensor: torch.Tensor) -> None:
     """Rows of hidden states: floating, with contiguous rows."""
-    if tensor.dim() < 1 or tensor.dtype not in FLOATS or tensor.stride(-1) != 1:
-        fail(name, tensor, "float32, float16 or bfloat16 [..., C] with a last stride of 1")
+    if tensor.dim() < 1 or tensor.dtype not in FLOATS or tensor.stride(-1) != 1 or not tensor.shape[-1]:
+        fail(name, tensor, "float32, float16 or bfloat16 [..., C] with C > 0 and a last stride of 1")
 
 
 def check(
@@ -49,15 +53,14 @@ def check(
 def check_caches(
     k_cache: torch.Tensor, v_cache: torch.Tensor, like: torch.Tensor, dtypes: Sequence[torch.dtype]
 ) -> None:
-    """Two caches of one shape and dtype whose rows do not share memory."""
+    """Two caches of one shape and dtype."""
     shape = tuple(k_cache.shape)
-    if len(shape) != 4 or shape[3] % 2 or k_cache.dtype not in dtypes:
+    if len(shape) != 4 or not shape[1] or not shape[3] or shape[3] % 2 or k_cache.dtype not in dtypes:
         names = ", ".join(str(dtype) for dtype in dtypes)
-        fail("k_cache", k_cache, f"[blocks, kv_heads, block_size, head_dim] with an even head_dim in one of {names}")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check(name, cache, shape, like, k_cache.dtype)
-        if any(size > 1 and not step for size, step in zip(shape, cache.stride(), strict=True)):
-            fail(name, cache, "memory of its own for each row (no stride of 0)")
+        needed = "[blocks, kv_heads, block_size, head_dim] with kv_heads > 0 and an even head_dim > 0"
+        fail("k_cache", k_cache, f"{needed} in one of {names}")
+    check("k_cache", k_cache, shape, like, k_cache.dtype)
+    check("v_cache", v_cache, shape, like, k_cache.dtype)
 
 
 def check_rotation(
@@ -77,8 +80,8 @@ def check_rotation(
             raise ValueError("positions: expected None without cos and sin, whose rows they pick, got a tensor")
         return
     check("positions", positions, (num_tokens,), like, torch.int64)
-    if cos.dim() != 2 or not 0 < 2 * cos.shape[1] <= head_dim:
-        fail("cos", cos, f"({num_tokens}, R/2) with 0 < R <= {head_dim}")
+    if cos.dim() != 2 or not 0 < 2 * cos.shape[1] <= head_dim or cos.dtype not in FLOATS:
+        fail("cos", cos, f"float32, float16 or bfloat16 ({num_tokens}, R/2) with 0 < R <= {head_dim}")
     shape = (num_tokens if positions is None else cos.shape[0], cos.shape[1])
     check("cos", cos, shape, like, None if cos.dtype == torch.float32 else dtype)
     check("sin", sin, shape, like, cos.dtype)
@@ -92,9 +95,8 @@ def check_scales(
     like: torch.Tensor,
     *,
     needed: bool,
-    written: bool,
 ) -> None:
-    """Scales of 8-bit rows: for both of K and V or neither; none beside rows that are not 8-bit; apart if written."""
+    """Scales of 8-bit rows: for both of K and V or neither; none beside rows that are not 8-bit."""
     for name, scale in zip(names, scales, strict=True):
         if scale is None:
             if needed or any(other is not None for other in scales):
@@ -103,8 +105,6 @@ def check_scales(
             raise ValueError(f"{name}: expected None beside rows of {dtype}, which have no scales, got a tensor")
         elif scale.shape != shape or scale.dtype != torch.float32 or scale.device != like.device:
             fail(name, scale, f"torch.float32 {shape} on {like.device}")
-        elif written and 0 in scale.stride() and scale.numel() > 1:
-            fail(name, scale, "memory of its own for each scale that is written (no stride of 0)")
 
 
 def check_alike(layers: Sequence[NamedTuple], shared: Sequence[str]) -> None:
@@ -132,6 +132,11 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_eps(name: str, eps: float) -> None:
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {eps}")
+
+
 def check_norm_weight(name: str, weight: torch.Tensor | None, norm_order: str) -> None:
     """The order is known, and there is a weight unless it is "none"."""
     check_choice("norm_order", norm_order, NORM_ORDERS)
@@ -140,7 +145,7 @@ def check_norm_weight(name: str, weight: torch.Tensor | None, norm_order: str) -
         raise ValueError(f"{name}: expected {given}, got {other} with norm_order={norm_order!r}")
 
 
-# --- what reads values or addresses ------------------------------------------------------------------------------------
+# --- what reads values, addresses or what autograd follows -------------------------------------------------------------
 
 
 def check_slot_range(slot_mapping: torch.Tensor, slots: int) -> None:
@@ -164,39 +169,86 @@ def check_positions(positions: torch.Tensor | None, rows: int) -> None:
         raise ValueError(f"positions: expected 0 to {rows - 1}, the rows of cos and sin, got {low} to {high}")
 
 
-Named = tuple[str, torch.Tensor | None]
+Named = tuple[str, Sequence[torch.Tensor]]
+"""An argument's name, and its tensor or that of each layer: these are alike (:func:`check_alike`), and not none."""
+
+
+def check_forward_only(read: Sequence[Named], written: Sequence[Named]) -> None:
+    """No tensor has a tangent, and none that is written is followed by autograd: neither would know what the operator did."""
+    if forward_ad._current_level >= 0:  # what unpack_dual looks at for each tensor, at the cost of a call
+        for name, tensors in (*read, *written):
+            if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+                raise ValueError(
+                    f"{name}: expected no tangent, since the operators are forward only, got a dual tensor"
+                )
+    if torch.is_grad_enabled():
+        for name, tensors in written:
+            if any(tensor.requires_grad for tensor in tensors):
+                raise ValueError(
+                    f"{name}: expected a tensor to write to that requires no gradient, since the operators are forward "
+                    "only, got one that requires one; torch.no_grad() allows it"
+                )
 
 
 def check_separate(read: Sequence[Named], written: Sequence[Named]) -> None:
-    """No tensor that is read shares memory with one that is written, nor one that is written with another."""
-    spans = [
-        (*_range(tensor), place, name, tensor)
-        for place, (name, tensor) in enumerate((*read, *written))
-        if tensor is not None
-    ]
-    spans.sort(key=itemgetter(0))
-    meeting: list[Any] = []  # spans that reach beyond where the next one starts
-    reach = 0
-    for span in spans:
-        start, end, place, name, tensor = span
-        if start < reach:
-            for _, other_end, other_place, other_name, other in meeting:
-                if start < other_end and max(place, other_place) >= len(read) and _overlap(tensor, other):
-                    first, second = (name, other_name) if place < other_place else (other_name, name)
-                    where = "that of another layer" if first == second else second
-                    raise ValueError(f"{first}: expected memory of its own, got some of {where}")
-            meeting.append(span)
+    """No element that is written is another one, of the same tensor or of another, that is written or read."""
+    spans = []
+    for name, tensors in written:
+        first = tensors[0]
+        if first.is_contiguous():
+            size = first.nbytes
+        elif _is_nested(first):
+            size = _strided_bytes(first)
         else:
-            meeting = [span]
-        reach = max(reach, end)
+            fail(name, first, "memory of its own for each element, with strides that step over all of a row")
+        if size:
+            spans += [(start := tensor.data_ptr(), start + size) for tensor in tensors]
+    if not spans:
+        return
+    spans.sort()
+    starts, ends = zip(*spans, strict=True)
+    if any(map(gt, ends, starts[1:])):
+        _check_interleaved(written)
+        ends = tuple(accumulate(ends, max))
+    first_start, last_end = starts[0], ends[-1]
+    for name, tensors in read:
+        first = tensors[0]
+        size = first.nbytes if first.is_contiguous() else _strided_bytes(first)
+        for tensor in tensors:
+            start = tensor.data_ptr()
+            if start < last_end and start + size > first_start:
+                before_end = bisect_left(starts, start + size)  # as many of the written start before this one ends
+                if start < ends[before_end - 1]:
+                    _check_apart(name, tensor, written)
 
 
-def _range(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses from the first byte of a tensor to behind its last; none if it is empty."""
-    start = tensor.data_ptr()
-    if tensor.is_contiguous():
-        return start, start + tensor.nbytes
-    return start, start + _extent(tensor) * tensor.element_size()
+def _check_interleaved(written: Sequence[Named]) -> None:
+    """Tensors that are written are apart though their ranges meet."""
+    for place, (name, tensors) in enumerate(written):
+        for layer, tensor in enumerate(tensors):
+            _check_apart(name, tensor, [(name, tensors[layer + 1 :]), *written[place + 1 :]])
+
+
+def _check_apart(name: str, tensor: torch.Tensor, written: Sequence[Named]) -> None:
+    for other_name, others in written:
+        if any(_overlap(tensor, other) for other in others):
+            where = "that of another layer" if name == other_name else other_name
+            raise ValueError(f"{name}: expected memory of its own, got some of {where}")
+
+
+def _is_nested(tensor: torch.Tensor) -> bool:
+    """Return whether each stride steps over all that the smaller ones reach, as in every layout whose elements are apart."""
+    inner = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < inner:
+            return False
+        inner += (size - 1) * stride
+    return True
+
+
+def _strided_bytes(tensor: torch.Tensor) -> int:
+    """The bytes from the first of a tensor to behind its last, with those between rows; none if it is empty."""
+    return _extent(tensor) * tensor.element_size() if tensor.numel() else 0
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -204,7 +256,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two tensors share an element; views of different strides are taken to where their ranges meet."""
+    """Return whether two tensors share an element; of different strides or dtypes, whether their ranges meet."""
     first, second = (one, other) if one.data_ptr() <= other.data_ptr() else (other, one)
     distance, rest = divmod(second.data_ptr() - first.data_ptr(), first.element_size())
     if not first.numel() or not second.numel() or distance >= _extent(first):
@@ -212,12 +264,19 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     if rest or (first.stride(), first.dtype) != (second.stride(), second.dtype):
         return True
     # Interleaved views, such as K and V side by side: is the distance one between two of their elements?
-    return _reaches(distance, sorted(zip(first.stride(), first.shape, strict=True), reverse=True))
+    return _reaches(distance, sorted(zip(first.stride(), first.shape, second.shape, strict=True), reverse=True))
 
 
-def _reaches(distance: int, dimensions: list[tuple[int, int]]) -> bool:
+def _reaches(distance: int, dimensions: list[tuple[int, int, int]]) -> bool:
+    """Return whether steps make a distance; a dimension is its stride, and the sizes of the views that step on and back.
+
+    With nested strides, largest first, two numbers of steps at most are tried of each.
+    """
     if not dimensions or dimensions[0][0] == 0:
         return distance == 0
-    (stride, size), *inner = dimensions
-    steps = distance // stride
-    return any(abs(i) < size and _reaches(distance - i * stride, inner) for i in (steps, steps + 1))
+    (stride, ahead, back), *inner = dimensions
+    farthest_on = sum((size - 1) * step for step, size, _ in inner)
+    farthest_back = sum((size - 1) * step for step, _, size in inner)
+    least = max(1 - back, -((farthest_on - distance) // stride))
+    most = min(ahead - 1, (distance + farthest_back) // stride)
+    return any(_reaches(distance - i * stride, inner) for i in range(least, most + 1))

@@ -1,8 +1,12 @@
 """The operators on plain tensors: projection to K/V and splicing in place into a KV cache, and the norms they start from.
 
 Each is a ``torch.library`` operator under ``torch.ops.droidspeak_ops`` that mutates its outputs and returns nothing:
-forward only, without host synchronisation on a GPU, usable under ``torch.compile(fullgraph=True)``. On the CPU the
-implementation is the reference (:mod:`droidspeak_ops.ops.reference`); on CUDA and ROCm it is a Triton kernel.
+without host synchronisation on a GPU, usable under ``torch.compile(fullgraph=True)``. On the CPU the implementation is the
+reference (:mod:`droidspeak_ops.ops.reference`); on CUDA and ROCm it is a Triton kernel. Autocast changes neither.
+
+All are forward only. What requires a gradient is read and no graph is recorded; tensors with tangents, calls within
+``torch.func``'s transforms, and outputs that require a gradient are refused. So is an output that shares an element with
+another tensor, or with itself.
 
 A KV cache is ``[blocks, kv_heads, block_size, head_dim]`` with any strides whose last is 1. A dense transformers cache
 ``[batch, kv_heads, tokens, head_dim]`` is that already, with a sequence for a block, and so are pages in HND order; for pages
@@ -17,7 +21,6 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels.arguments import Projection
-from . import library  # noqa: F401  registers the operators
 from .checks import (
     CODES,
     FLOATS,
@@ -26,20 +29,16 @@ from .checks import (
     check,
     check_caches,
     check_choice,
+    check_eps,
     check_norm_weight,
     check_rotation,
     check_rows,
     check_scales,
     fail,
 )
+from .library import LAYERS_PER_LAUNCH as LAYERS_PER_LAUNCH  # the module registers the operators
 from .namespace import ops
 from .projection import project, rows
-
-# Several layers share a launch: at most 8, whose pointers fit in a kernel's arguments, and this many tokens in all. Beyond, one
-# launch takes a GPU longer than the host needs for the next; norm="hf" wants a normalised copy of all that share one.
-LAYERS_PER_LAUNCH = 8
-_TOKENS_PER_LAUNCH = 65536
-_COPIED_TOKENS_PER_LAUNCH = 16384
 
 
 def rms_rstd(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
@@ -47,12 +46,13 @@ def rms_rstd(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
 
     Args:
         hidden_states: ``[..., C]``, float32, float16 or bfloat16.
-        eps: added to the mean square.
+        eps: added to the mean square; finite and not negative.
 
     Returns:
         float32 ``[...]``.
     """
     check_rows("hidden_states", hidden_states)
+    check_eps("eps", eps)
     out = torch.empty(hidden_states.shape[:-1], dtype=torch.float32, device=hidden_states.device)
     ops.rms_rstd(rows(hidden_states), eps, out.view(-1))
     return out
@@ -66,7 +66,7 @@ def row_norm(
     Args:
         hidden_states: ``[..., C]``, float32, float16 or bfloat16.
         weight: ``[C]``, of the same dtype; None with the order ``"none"``.
-        eps: added to the mean square.
+        eps: added to the mean square; finite and not negative.
         norm_order: ``"llama"`` rounds the normalised row to the model's dtype and then multiplies by the weight;
             ``"olmo"`` (OLMo 2, GPT-OSS) multiplies in float32 and rounds once; ``"gemma"`` does that with 1 + weight;
             ``"none"`` has no weight.
@@ -77,6 +77,7 @@ def row_norm(
     check_rows("hidden_states", hidden_states)
     check("weight", weight, (hidden_states.shape[-1],), hidden_states, hidden_states.dtype)
     check_norm_weight("weight", weight, norm_order)
+    check_eps("eps", eps)
     out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
     ops.row_norm(rows(hidden_states), weight, norm_order, eps, out.view(-1, out.shape[-1]))
     return out
@@ -133,17 +134,8 @@ def kv_project_layers(projections: Sequence[Projection]) -> None:
     Raises:
         ValueError: as :func:`kv_project`; also if layers differ.
     """
-    if not projections:
-        return
-    tokens = projections[0].hidden_states.shape[:-1].numel()
-    most = _COPIED_TOKENS_PER_LAUNCH if projections[0].norm == "hf" else _TOKENS_PER_LAUNCH
-    group = min(LAYERS_PER_LAUNCH, max(most // max(tokens, 1), 1))
-    first = 0
-    while first < len(projections):
-        size = min(group, len(projections) - first)
-        size = 1 << (size.bit_length() - 1)  # powers of two, so that four kernels serve any number of layers
-        project(projections[first : first + size])
-        first += size
+    if projections:
+        project(projections)
 
 
 def kv_splice(
@@ -191,11 +183,11 @@ def kv_splice(
     check_rotation(cos, sin, None, batch * tokens, head_dim, k, None)
     check_scales(
         ("k_scale", "v_scale"), (k_scale, v_scale), (batch, num_kv_heads, tokens), k.dtype, k,
-        needed=k.dtype == torch.int8, written=False,
+        needed=k.dtype == torch.int8,
     )  # fmt: skip
     check_scales(
         ("k_cache_scale", "v_cache_scale"), (k_cache_scale, v_cache_scale), (blocks, num_kv_heads, block_size),
-        k_cache.dtype, k, needed=k_cache.dtype in CODES, written=not static_scale,
+        k_cache.dtype, k, needed=k_cache.dtype in CODES,
     )  # fmt: skip
     ops.kv_splice(
         k, v, k_scale, v_scale, cos, sin, slot_mapping, static_scale, k_cache, v_cache, k_cache_scale, v_cache_scale

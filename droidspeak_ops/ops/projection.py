@@ -14,6 +14,7 @@ from .checks import (
     check_alike,
     check_caches,
     check_choice,
+    check_eps,
     check_norm_weight,
     check_rotation,
     check_rows,
@@ -23,7 +24,7 @@ from .namespace import ops
 
 
 def project(layers: Sequence[Projection]) -> None:
-    """Check the arguments of `layers`, which are alike and share a launch, and call the operator.
+    """Check the arguments of `layers`, which are alike, and call the operator.
 
     Raises:
         ValueError: a shape, dtype, device or slot does not fit, or layers differ; the message names the argument.
@@ -84,6 +85,8 @@ def _check(layer: Projection) -> None:
     check("slot_mapping", layer.slot_mapping, (num_tokens,), like, torch.int64)
     check_rotation(layer.cos, layer.sin, layer.positions, num_tokens, head_dim, like, dtype)
     check_choice("norm", layer.norm, NORMS)
+    check_eps("norm_eps", layer.norm_eps)
+    check_eps("head_norm_eps", layer.head_norm_eps)
     if layer.norm == "hf":
         check_norm_weight("norm_weight", layer.norm_weight, layer.norm_order)
         check("norm_weight", layer.norm_weight, (hidden_size,), like, dtype)

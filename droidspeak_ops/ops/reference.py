@@ -110,7 +110,7 @@ def kv_splice_ref(
         (v, v_scale, v_cache, v_cache_scale, (None, None)),
     ):
         rows = rows.transpose(1, 2).flatten(0, 1)
-        no_scale = torch.ones(rows.shape[:2], device=rows.device)
+        no_scale = torch.ones(rows.shape[:2], dtype=torch.float32, device=rows.device)
         scale = no_scale if scale is None else scale.transpose(1, 2).flatten(0, 1)
         if rows.dtype == cache.dtype and cache_scale is not None and angles[0] is None and not static_scale:
             store_rows_ref(rows, cache, slot_mapping)

@@ -1,6 +1,7 @@
 """The operators as torch operators: registration, compilation, autograd, and what they compute."""
 
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from droidspeak_ops import ops
-from droidspeak_ops.kernels.arguments import to_operator
+from droidspeak_ops.kernels.arguments import Projection, to_operator
 from droidspeak_ops.ops import library, tuning
 
 OPS = torch.ops.droidspeak_ops
@@ -127,12 +128,12 @@ def test_launches_neither_allocate_nor_ask_for_a_value(monkeypatch: pytest.Monke
         tokens=9, layers=2, q_heads=4, head_norm="all", layout="NHD", positions=True, bias=True, rstd=True
     )
     k, caches = torch.randn(1, 2, 5, 16), torch.zeros(2, 1, 2, 8, 16, dtype=torch.float8_e4m3fn)
-    scales, slots, x = torch.zeros(2, 1, 2, 8), torch.arange(5), torch.randn(5, 16)
+    scales, slots, x, normed = torch.zeros(2, 1, 2, 8), torch.arange(5), torch.randn(5, 16), torch.empty(5, 16)
     outputs = [*caches.unbind(), *scales.unbind()]
     with Calls() as calls:
         library._kv_project_gpu(*to_operator(case))
         library._kv_splice_gpu(k, k, None, None, None, None, slots, False, *outputs)
-        library._row_norm_gpu(x, None, "none", 1e-6, torch.Tensor.detach(x))
+        library._row_norm_gpu(x, None, "none", 1e-6, normed)
         library._rms_rstd_gpu(x, 1e-6, scales[0, 0, 0, :5])
     assert calls.others == []
     assert set(launched) == {"_project_splice_kernel", "_head_norm_kernel", "_kv_splice_kernel", "_row_norm_kernel"}
@@ -165,14 +166,6 @@ def test_gpu_implementations_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatc
     OPS.kv_splice(*arguments, *codes[1].unbind(), *scales[1].unbind())
     assert torch.equal(*codes)
     assert torch.equal(*scales)
-
-
-def test_weights_that_want_a_gradient_are_read_without_one() -> None:
-    case = projection(tokens=9)
-    changes = {name: torch.nn.Parameter(getattr(case[0], name)) for name in ("k_weight", "v_weight")}
-    call(case, **changes)
-    for cache in case.caches:
-        assert not cache.requires_grad
 
 
 @pytest.mark.parametrize("shape", [(9, 48), (3, 3, 48), (1, 9, 48)])
@@ -260,6 +253,28 @@ def test_several_layers_are_each_alone(layers: int, norm: str) -> None:
         ops.kv_project(layer)
     for one, other in zip(case.outputs, alone.outputs, strict=True):
         assert_bitwise_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("layers", "tokens", "norm", "launches"),
+    [
+        (1, 9, "hf", [1]),
+        (15, 9, "none", [8, 4, 2, 1]),
+        (3, 20_000, "folded", [2, 1]),
+        (3, 20_000, "hf", [1, 1, 1]),
+    ],
+)
+def test_layers_are_launched_in_powers_of_two(
+    layers: int, tokens: int, norm: str, launches: list[int], monkeypatch
+) -> None:
+    launched: list[list[Projection]] = []
+    monkeypatch.setattr("droidspeak_ops.kernels.project_splice.kv_project", lambda group, _: launched.append(group))
+    case = projection(tokens=tokens, layers=layers, hidden=2, kv_heads=1, head_dim=2)
+    case = case.change(lambda layer: {"norm_weight": torch.ones(2) if norm == "hf" else None}, norm=norm)
+    library._kv_project_gpu(*to_operator(case))
+    assert [len(group) for group in launched] == launches
+    for layer, given in zip(itertools.chain.from_iterable(launched), case, strict=True):
+        assert layer.k_cache is given.k_cache
 
 
 def test_q_k_and_v_at_once_are_those_of_transformers() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from droidspeak_ops import ops
 from droidspeak_ops.kernels.kv_splice import kv_splice
 from droidspeak_ops.kernels.project_splice import project_splice
 from droidspeak_ops.kernels.project_splice_config import ProjectSpliceConfig
-from droidspeak_ops.ops.checks import _overlap
+from droidspeak_ops.ops.checks import _is_nested, _overlap, check_separate
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 searched = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -168,18 +169,59 @@ def test_packed_slots_are_those_of_a_loop(lengths: list[int], padding: int, bloc
 @cheap
 @given(st.data())
 def test_views_overlap_when_they_share_an_element(data: st.DataObject) -> None:
-    """Two views of one shape and layout: exactly. The layout is nested, as those of real caches are."""
-    shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+    """Two views of the same strides, nested as those of real caches are or any others: exactly."""
+    whole = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
     strides, step = [], 1
-    for size in reversed(shape):
+    for size in reversed(whole):
         step *= data.draw(st.integers(1, 3))
         strides.insert(0, step)
         step *= size
+    if data.draw(st.booleans()):
+        strides = [data.draw(st.integers(0, 12)) for _ in whole]
     memory = torch.zeros(1500)
-    offsets = [data.draw(st.integers(0, 60)) for _ in range(2)]
-    one, other = (torch.as_strided(memory, shape, tuple(strides), offset) for offset in offsets)
-    touched = []
-    for offset in offsets:
+    views, touched = [], []
+    for _ in range(2):
+        shape, offset = tuple(data.draw(st.integers(1, size)) for size in whole), data.draw(st.integers(0, 60))
+        views.append(torch.as_strided(memory, shape, tuple(strides), offset))
         places = itertools.product(*(range(size) for size in shape))
         touched.append({offset + sum(i * s for i, s in zip(place, strides, strict=True)) for place in places})
-    assert _overlap(one, other) == bool(touched[0] & touched[1])
+    assert _overlap(*views) == bool(touched[0] & touched[1])
+
+
+@cheap
+@given(st.data())
+def test_each_element_is_its_own_where_strides_are_nested(data: st.DataObject) -> None:
+    """Never otherwise; layouts that are not nested are refused, though some of them have their elements apart."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+    strides = tuple(data.draw(st.integers(0, 12)) for _ in shape)
+    elements = torch.arange(200).as_strided(shape, strides)
+    if _is_nested(elements):
+        assert len(elements.unique()) == elements.numel()
+    dense = torch.empty(shape).permute(data.draw(st.permutations(range(len(shape)))))
+    assert _is_nested(dense)
+    assert _is_nested(dense[..., :1])
+
+
+@cheap
+@given(st.data())
+def test_tensors_are_separate_where_no_byte_that_is_written_is_anothers(data: st.DataObject) -> None:
+    """Runs of memory, a few of them as the layers of one argument."""
+    memory = torch.zeros(60)
+    claimed: dict[bool, list[set[int]]] = {}
+    arguments: dict[bool, list[tuple[str, list[torch.Tensor]]]] = {}
+    for is_written in (False, True):
+        sizes = data.draw(st.lists(st.integers(0, 5), max_size=3))
+        runs = [(size, data.draw(st.lists(st.integers(0, 55), min_size=1, max_size=3))) for size in sizes]
+        arguments[is_written] = [
+            (f"argument {index}", [memory[first : first + size] for first in places])
+            for index, (size, places) in enumerate(runs)
+        ]
+        claimed[is_written] = [set(range(first, first + size)) for size, places in runs for first in places]
+    written = claimed[True]
+    shared = any(one & other for one, other in itertools.combinations(written, 2))
+    shared |= any(one & other for one, other in itertools.product(claimed[False], written))
+    if shared:
+        with pytest.raises(ValueError, match="argument .: expected memory of its own, got some of"):
+            check_separate(arguments[False], arguments[True])
+    else:
+        check_separate(arguments[False], arguments[True])

@@ -1,12 +1,17 @@
 """Refusals of the operators: each wrong argument by its name, before anything is written."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from support.cases import call, poisoned, projection
+from support.cases import OUTPUTS, call, poisoned, projection
 
 from droidspeak_ops import ops
+from droidspeak_ops.kernels.arguments import SHARED, to_operator
+from droidspeak_ops.ops import library
+
+OPS = torch.ops.droidspeak_ops
 
 
 def wrong_slots(*slots: int) -> dict[str, torch.Tensor]:
@@ -71,9 +76,17 @@ def wrong_slots(*slots: int) -> dict[str, torch.Tensor]:
         ({"positions": torch.arange(9), "cos": None, "sin": None}, "positions: expected None without cos and sin"),
         (
             {"k_cache": torch.full((1, 1, 14, 64), float("nan")).expand(1, 2, 14, 64)},
-            r"k_cache: expected .* \(no stride of 0\)",
+            "k_cache: expected memory of its own for each element",
         ),
         ({"k_cache": torch.full((1, 2, 14, 65), float("nan"))}, "k_cache: expected .* even head_dim"),
+        ({"k_cache": torch.zeros(1, 2, 14, 0)}, "k_cache: expected .* head_dim > 0"),
+        ({"k_cache": torch.zeros(1, 0, 14, 64)}, "k_cache: expected .* kv_heads > 0"),
+        ({"hidden_states": torch.zeros(9, 0)}, "hidden_states: expected .* C > 0"),
+        *(
+            ({name: eps}, f"{name}: expected a finite number of at least 0, got {eps}")
+            for name in ("norm_eps", "head_norm_eps")
+            for eps in (float("nan"), float("inf"), -1e-6)
+        ),
     ],
 )
 def test_wrong_arguments_of_kv_project_are_named(changes, message: str) -> None:
@@ -104,6 +117,10 @@ def test_wrong_arguments_of_kv_project_are_named(changes, message: str) -> None:
         ({"slot_mapping": torch.arange(12)}, "slot_mapping: expected .*got"),
         ({"slot_mapping": torch.arange(4, 13)}, "slots from -1 to 11, got 4 to 12"),
         ({"cos": torch.zeros(9, 8)}, "cos, sin: expected both or neither"),
+        (
+            dict.fromkeys(("cos", "sin"), torch.zeros(9, 8, dtype=torch.complex64)),
+            "cos: expected .*got torch.complex64",
+        ),
     ],
 )
 def test_wrong_arguments_of_kv_splice_are_named(changes, message: str) -> None:
@@ -112,6 +129,138 @@ def test_wrong_arguments_of_kv_splice_are_named(changes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.kv_splice(**{**arguments, **changes}, **caches)
     assert all(cache.isnan().all() for cache in caches.values())
+
+
+@pytest.mark.parametrize("eps", [float("nan"), float("inf"), -1e-6])
+def test_an_eps_that_is_none_is_refused(eps: float) -> None:
+    x = torch.ones(2, 4)
+    for call_norm in (lambda: ops.rms_rstd(x, eps), lambda: ops.row_norm(x, torch.ones(4), eps)):
+        with pytest.raises(ValueError, match=f"eps: expected a finite number of at least 0, got {eps}"):
+            call_norm()
+    for norm in (ops.rms_rstd(x, 0), ops.row_norm(x, None, 0, norm_order="none")):
+        assert (norm == 1).all()
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------
+
+
+TENSORS = {operator: [name for _, name, _ in tensors] for operator, tensors in library._TENSORS.items()}
+
+
+def placed(memory: torch.Tensor, like: torch.Tensor, first_byte: int = 0) -> torch.Tensor:
+    """A tensor of the same shape, strides and dtype in given memory."""
+    return memory.view(like.dtype).as_strided(like.shape, like.stride(), first_byte // like.itemsize)
+
+
+def last_two(tensor: torch.Tensor) -> int:
+    """The byte at which the last two elements of a float32 tensor start, or one of int64."""
+    return (tensor.numel() - 2) * tensor.itemsize
+
+
+@pytest.mark.parametrize("name", TENSORS["kv_project"])
+def test_no_tensor_of_a_projection_is_in_what_it_writes(name: str) -> None:
+    """In none of its own layer's outputs, and in none of another's."""
+    case = projection(tokens=9, hidden=4, layers=2, q_heads=1, kv_heads=1, head_dim=8, bias=True, head_norm="each",
+                      positions=True, rstd=name == "rstd")  # fmt: skip
+    if name == "norm_weight":
+        case = case.change(norm="hf", norm_weight=torch.ones(4))
+    for output, layer in itertools.product(OUTPUTS, range(2)):
+        if (output, layer) == (name, 0) or (name in SHARED and layer):
+            continue
+        memory = torch.full((256,), float("nan"))
+        written = placed(memory, getattr(case[0], output))
+        layers = [case[0]._replace(**{output: written}), case[1]]
+        layers[layer] = layers[layer]._replace(**{name: placed(memory, getattr(case[0], name), last_two(written))})
+        before = memory.clone()
+        with pytest.raises(ValueError, match=f"({name}|{output}): expected memory of its own, got some of") as error:
+            OPS.kv_project(*to_operator(layers))
+        assert name in str(error.value)
+        assert output in str(error.value)
+        assert torch.equal(memory.view(torch.int32), before.view(torch.int32))
+
+
+@pytest.mark.parametrize("layers", [9, 11])
+def test_layers_of_several_launches_are_apart_too(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is launched before all are looked at."""
+    case = projection(tokens=9, hidden=4, layers=layers, kv_heads=1, head_dim=8)
+    case[-1] = case[-1]._replace(v_cache=case[0].v_cache)
+    monkeypatch.setattr("droidspeak_ops.kernels.project_splice.kv_project", lambda *args: pytest.fail("launched"))
+    for project in (OPS.kv_project, library._kv_project_gpu):
+        with pytest.raises(ValueError, match="v_cache: expected memory of its own, got some of that of another layer"):
+            project(*to_operator(case))
+    case[-1] = case[-1]._replace(v_cache=torch.zeros(1, 1, 14, 8), k_bias=torch.ones(8), v_bias=torch.ones(8))
+    with pytest.raises(ValueError, match=f"k_bias: expected one for all layers, got another in layer {layers - 1}"):
+        ops.kv_project_layers(case)
+    assert all(cache.isnan().all() for cache in case.tensors("k_cache"))
+
+
+@pytest.mark.parametrize("name", TENSORS["kv_splice"])
+def test_no_tensor_of_a_splice_is_in_what_it_writes(name: str) -> None:
+    rows, caches, scales = (2, 9, 8), (2, 12, 8), {"source": (1, 2, 9), "cache": (1, 2, 12)}
+    arguments = {
+        "k": torch.zeros(1, *rows, dtype=torch.int8), "v": torch.zeros(1, *rows, dtype=torch.int8),
+        "k_scale": torch.ones(scales["source"]), "v_scale": torch.ones(scales["source"]),
+        "cos": torch.ones(9, 4), "sin": torch.zeros(9, 4), "slot_mapping": torch.arange(9), "static_scale": False,
+        "k_cache": torch.zeros(1, *caches, dtype=torch.int8), "v_cache": torch.zeros(1, *caches, dtype=torch.int8),
+        "k_cache_scale": torch.zeros(scales["cache"]), "v_cache_scale": torch.zeros(scales["cache"]),
+    }  # fmt: skip
+    for output in ("k_cache", "v_cache", "k_cache_scale", "v_cache_scale"):
+        if output == name:
+            continue
+        memory = torch.zeros(256)
+        written = placed(memory, arguments[output])
+        changes = {output: written, name: placed(memory, arguments[name], written.nbytes - 8)}
+        with pytest.raises(ValueError, match=f"({name}|{output}): expected memory of its own, got some of") as error:
+            OPS.kv_splice(**{**arguments, **changes})
+        assert name in str(error.value)
+        assert output in str(error.value)
+        assert not memory.any()
+
+
+def test_static_scales_are_read_and_may_be_one() -> None:
+    """Neither apart from each other nor from themselves: one scale for a whole cache."""
+    k, v, slots = torch.rand(1, 2, 9, 8), torch.rand(1, 2, 9, 8), torch.arange(9)
+    caches, expected = torch.zeros(2, 1, 2, 12, 8, dtype=torch.int8), torch.zeros(2, 1, 2, 12, 8, dtype=torch.int8)
+    scale = torch.tensor(0.01).expand(1, 2, 12)
+    ops.kv_splice(k, v, *caches, slots, k_cache_scale=scale, v_cache_scale=scale, static_scale=True)
+    apart = {name: torch.full((1, 2, 12), 0.01) for name in ("k_cache_scale", "v_cache_scale")}
+    ops.kv_splice(k, v, *expected, slots, **apart, static_scale=True)
+    assert caches.any() and torch.equal(caches, expected)
+    with pytest.raises(ValueError, match="k_cache_scale: expected memory of its own for each element"):
+        ops.kv_splice(k, v, *caches, slots, k_cache_scale=scale, v_cache_scale=apart["v_cache_scale"])
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        (0, 4, "hidden_states: expected memory of its own, got some of out"),
+        (3, 7, "hidden_states: expected memory of its own, got some of out"),
+        (4, 8, "weight: expected memory of its own, got some of out"),
+    ],
+)
+def test_no_norm_is_written_over_what_it_is_made_of(first: int, last: int, message: str) -> None:
+    memory = torch.rand(8, 4)
+    before = memory.clone()
+    with pytest.raises(ValueError, match=message):
+        OPS.row_norm(memory[:4], memory[7], "llama", 1e-6, memory[first:last])
+    if first < 4:
+        with pytest.raises(ValueError, match=message):
+            OPS.rms_rstd(memory[:4], 1e-6, memory[first])
+    with pytest.raises(ValueError, match="out: expected memory of its own for each element"):
+        OPS.row_norm(memory[:4], memory[7], "llama", 1e-6, memory[4].expand(4, 4))
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize(("head_stride", "row_stride"), [(0, 8), (120, 4), (72, 8), (4, 16)])
+def test_an_output_over_itself_is_refused(name: str, head_stride: int, row_stride: int) -> None:
+    """Rows or heads that share elements, without and with a stride of 0."""
+    case = projection(tokens=10, hidden=4, q_heads=2, kv_heads=2, head_dim=8)
+    shape, memory = getattr(case[0], name).shape, torch.full((600,), float("nan"))
+    strides = (row_stride, head_stride, 1) if name == "q" else (300, head_stride, row_stride, 1)
+    with pytest.raises(ValueError, match=f"{name}: expected memory of its own for each element"):
+        ops.qkv_project(case[0]._replace(**{name: memory.as_strided(shape, strides)}))
+    assert all(output.isnan().all() for output in (memory, *case.outputs))
 
 
 def test_caches_that_share_memory_are_refused() -> None:
