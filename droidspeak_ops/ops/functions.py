@@ -86,8 +86,26 @@ def row_norm(
 def fold_norm_weight(
     weight: torch.Tensor, norm_weight: torch.Tensor, *, norm_order: NormOrder = "llama"
 ) -> torch.Tensor:
-    """Fold the weight of an RMS norm ``[C]`` into a projection ``[N, C]`` that follows it, for ``norm="folded"``."""
+    """Fold the weight of an RMS norm into a projection that follows it, for ``norm="folded"``.
+
+    Args:
+        weight: ``[N, C]``, floating.
+        norm_weight: ``[C]``, floating, of a dtype whose values that of `weight` holds.
+        norm_order: of the norm; see :func:`row_norm`.
+
+    Returns:
+        The product, of the shape and dtype of `weight`.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+    """
     check_choice("norm_order", norm_order, NORM_ORDERS)
+    if weight.dim() != 2 or not weight.is_floating_point():
+        fail("weight", weight, "floating [N, C]")
+    shape, device = tuple(weight.shape[1:]), weight.device
+    holds = norm_weight.is_floating_point() and torch.promote_types(weight.dtype, norm_weight.dtype) == weight.dtype
+    if norm_weight.shape != shape or norm_weight.device != device or not holds:
+        fail("norm_weight", norm_weight, f"{weight.dtype} or a narrower floating dtype {shape} on {device}, as weight")
     return weight * (1.0 + norm_weight if norm_order == "gemma" else norm_weight)
 
 
@@ -207,7 +225,15 @@ def rotation_between(
 
     Returns:
         cos and sin of the difference, float32 ``[T, R / 2]``.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
+    if cos.dim() != 2 or not cos.is_floating_point():
+        fail("cos", cos, "floating [T, R/2]")
+    for name, half in (("sin", sin), ("new_cos", new_cos), ("new_sin", new_sin)):
+        if half.shape != cos.shape or half.device != cos.device or not half.is_floating_point():
+            fail(name, half, f"floating {tuple(cos.shape)} on {cos.device}, as cos")
     cos, sin, new_cos, new_sin = (half.float() for half in (cos, sin, new_cos, new_sin))
     size = cos * cos + sin * sin
     return (new_cos * cos + new_sin * sin) / size, (new_sin * cos - new_cos * sin) / size
@@ -216,25 +242,65 @@ def rotation_between(
 def packed_slots(
     cu_seqlens: torch.Tensor, num_tokens: int, block_size: int, block_table: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and slots of sequences packed one behind the other, without a look at any value on the host.
+    """Positions and slots of sequences packed one behind the other, without a look at any value on a GPU.
 
     Args:
-        cu_seqlens: integer ``[B + 1]``: sequence b is tokens ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
+        cu_seqlens: int32 or int64 ``[B + 1]``, B > 0, from 0 on: sequence b is tokens ``cu_seqlens[b]`` to
+            ``cu_seqlens[b + 1]``. Bounds do not fall, and the last is at most `num_tokens`; checked on the CPU alone.
         num_tokens: T, the length of the packed batch; tokens behind the last sequence are padding, with slot -1.
         block_size: rows of a cache block: of a page, or the capacity of a dense cache for a sequence.
-        block_table: integer ``[B, pages]``: the pages of each sequence; without it sequence b is block b.
+        block_table: int32 or int64 ``[B, pages]``: the pages of each sequence; without it sequence b is block b. On the CPU a
+            sequence that is longer than its blocks raises, and so does a negative page that is used; on a GPU the tokens that
+            have no row so get slot -1.
 
     Returns:
         positions and slot_mapping, int64 ``[T]``, for :func:`kv_project`.
+
+    Raises:
+        ValueError: a number, shape, dtype or device does not fit, or on the CPU a value; the message names the argument.
     """
+    for name, number, least in (("num_tokens", num_tokens, 0), ("block_size", block_size, 1)):
+        if not isinstance(number, (int, torch.SymInt)) or number < least:
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {number!r}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in _INTEGERS:
+        fail("cu_seqlens", cu_seqlens, "int32 or int64 [B + 1] with B > 0")
+    num_sequences, pages = len(cu_seqlens) - 1, 1
+    if block_table is not None:
+        pages = block_table.shape[1] if block_table.dim() == 2 else 0
+        fits = pages and len(block_table) == num_sequences and block_table.device == cu_seqlens.device
+        if not fits or block_table.dtype not in _INTEGERS:
+            needed = f"int32 or int64 ({num_sequences}, pages) with pages > 0 on {cu_seqlens.device}, as cu_seqlens"
+            fail("block_table", block_table, needed)
     cu_seqlens = cu_seqlens.long()
+    # A trace has no values, and a GPU is not asked.
+    values = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if values:
+        _check_bounds(cu_seqlens, num_tokens, pages * block_size)
     token = torch.arange(num_tokens, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
-    padding = sequence == len(cu_seqlens) - 1
+    padding = sequence == num_sequences
     sequence = sequence.masked_fill(padding, 0)
     positions = (token - cu_seqlens[sequence]).masked_fill(padding, 0)
-    if block_table is None:
-        block, row = sequence, positions
-    else:
-        block, row = block_table.long()[sequence, positions // block_size], positions % block_size
-    return positions, (block * block_size + row).masked_fill(padding, -1)
+    page, row = positions // block_size, positions % block_size
+    has_row = ~padding & (page < pages)
+    block = sequence if block_table is None else block_table.long()[sequence, page.clamp(max=pages - 1)]
+    if values and bool((has_row & (block < 0)).any()):
+        raise ValueError(f"block_table: expected pages from 0 on where tokens are, got {int(block[has_row].min())}")
+    return positions, torch.where(has_row & (block >= 0), block * block_size + row, -1)
+
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def _check_bounds(cu_seqlens: torch.Tensor, num_tokens: int, capacity: int) -> None:
+    lengths = cu_seqlens.diff()
+    first, last, shortest, longest = int(cu_seqlens[0]), int(cu_seqlens[-1]), int(lengths.min()), int(lengths.max())
+    if first != 0 or shortest < 0 or last > num_tokens:
+        raise ValueError(
+            f"cu_seqlens: expected bounds from 0 to at most {num_tokens} that do not fall, "
+            f"got them from {first} to {last} with a smallest step of {shortest}"
+        )
+    if longest > capacity:
+        raise ValueError(
+            f"cu_seqlens: expected at most {capacity} tokens a sequence, the rows of its blocks, got {longest}"
+        )

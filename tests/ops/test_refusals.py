@@ -141,6 +141,84 @@ def test_an_eps_that_is_none_is_refused(eps: float) -> None:
         assert (norm == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cu_seqlens": torch.tensor([0.0, 4.0, 9.0])}, "cu_seqlens: expected int32 or int64 .*got torch.float32"),
+        ({"cu_seqlens": torch.tensor(9)}, r"cu_seqlens: expected .*got torch.int64 \(\)"),
+        ({"cu_seqlens": torch.tensor([[0, 4, 9]])}, r"cu_seqlens: expected .*got torch.int64 \(1, 3\)"),
+        ({"cu_seqlens": torch.tensor([0])}, r"cu_seqlens: expected .* B > 0, got"),
+        ({"cu_seqlens": torch.tensor([0, 5, 4])}, "cu_seqlens: expected bounds .* not fall, got .* step of -1"),
+        ({"cu_seqlens": torch.tensor([1, 4, 9])}, "cu_seqlens: expected bounds from 0 .*got them from 1 to 9"),
+        ({"cu_seqlens": torch.tensor([0, 4, 10])}, "cu_seqlens: expected .* at most 9 .*got them from 0 to 10"),
+        ({"num_tokens": -1}, "num_tokens: expected an integer of at least 0, got -1"),
+        ({"num_tokens": 9.0}, "num_tokens: expected an integer .*got 9.0"),
+        ({"block_size": 0}, "block_size: expected an integer of at least 1, got 0"),
+        ({"block_size": 4.0}, "block_size: expected an integer .*got 4.0"),
+        ({"block_size": 4}, "cu_seqlens: expected at most 4 tokens a sequence, .*got 5"),
+        ({"block_size": 2, "block_table": torch.arange(4).view(2, 2)}, "expected at most 4 tokens a sequence"),
+        ({"block_table": torch.zeros(2, 1)}, "block_table: expected int32 or int64 .*got torch.float32"),
+        ({"block_table": torch.arange(3)[:, None]}, r"block_table: expected .*\(2, pages\).*got torch.int64 \(3, 1\)"),
+        ({"block_table": torch.arange(2)}, r"block_table: expected .*got torch.int64 \(2,\)"),
+        ({"block_table": torch.tensor(2)}, r"block_table: expected .*got torch.int64 \(\)"),
+        ({"block_table": torch.zeros(2, 0, dtype=torch.int64)}, "block_table: expected .* pages > 0"),
+        ({"block_table": torch.zeros(2, 1, dtype=torch.int64, device="meta")}, "block_table: expected .* on meta"),
+        ({"block_table": torch.tensor([[3], [-1]])}, "block_table: expected pages from 0 on .*got -1"),
+    ],
+)
+def test_wrong_arguments_of_packed_slots_are_named(changes: dict[str, Any], message: str) -> None:
+    arguments = {"cu_seqlens": torch.tensor([0, 4, 9]), "num_tokens": 9, "block_size": 5}
+    with pytest.raises(ValueError, match=message):
+        ops.packed_slots(**{**arguments, **changes})
+
+
+def test_tokens_without_a_row_have_no_slot_where_values_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: neither the rows of another sequence, nor a page that the table does not have."""
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    cu_seqlens = torch.tensor([0, 5, 7])
+    assert ops.packed_slots(cu_seqlens, 7, 4)[1].tolist() == [0, 1, 2, 3, -1, 4, 5]
+    table = torch.tensor([[6, 2], [-1, 0]])
+    assert ops.packed_slots(cu_seqlens, 7, 2, table)[1].tolist() == [12, 13, 4, 5, -1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sin": torch.ones(9, 7)}, r"sin: expected floating \(9, 8\) on cpu, as cos, got .*\(9, 7\)"),
+        ({"new_cos": torch.ones(1, 8)}, r"new_cos: expected .*got .*\(1, 8\)"),
+        ({"new_sin": torch.ones(9, 8, dtype=torch.complex64)}, "new_sin: expected .*got torch.complex64"),
+        ({"cos": torch.ones(9, 8, dtype=torch.int64)}, "cos: expected floating .*got torch.int64"),
+        ({"cos": torch.ones(8)}, r"cos: expected .*got .*\(8,\)"),
+        ({"sin": torch.ones(9, 8, device="meta")}, "sin: expected .* on cpu, as cos, got .* on meta"),
+    ],
+)
+def test_wrong_arguments_of_rotation_between_are_named(changes: dict[str, Any], message: str) -> None:
+    arguments = {name: torch.ones(9, 8) for name in ("cos", "sin", "new_cos", "new_sin")}
+    with pytest.raises(ValueError, match=message):
+        ops.rotation_between(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("weight", "norm_weight", "message"),
+    [
+        (torch.ones(48), torch.ones(48), r"weight: expected floating \[N, C\], got .*\(48,\)"),
+        (torch.ones(4, 48, dtype=torch.int8), torch.ones(48), "weight: expected floating .*got torch.int8"),
+        (torch.ones(4, 48), torch.ones(1), r"norm_weight: expected .*\(48,\) .*got .*\(1,\)"),
+        (torch.ones(48, 48), torch.ones(48, 1), r"norm_weight: expected .*\(48,\) .*got .*\(48, 1\)"),
+        (
+            torch.ones(4, 48).half(),
+            torch.ones(48),
+            "norm_weight: expected torch.float16 or a narrower .*got torch.float32",
+        ),
+        (torch.ones(4, 48), torch.ones(48, dtype=torch.complex64), "norm_weight: expected .*got torch.complex64"),
+        (torch.ones(4, 48), torch.ones(48, device="meta"), "norm_weight: expected .* on cpu, .*got .* on meta"),
+    ],
+)
+def test_wrong_arguments_of_fold_norm_weight_are_named(weight, norm_weight, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ops.fold_norm_weight(weight, norm_weight)
+
+
 # --- memory ------------------------------------------------------------------------------------------------------------
 
 
