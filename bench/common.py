@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +51,23 @@ def setting(device: torch.device | str = "cpu") -> str:
     """Return the device and the versions of torch and transformers in words, as titles and CSV files have them."""
     here = environment(device)
     return f"{here['device']}, torch {here['torch']}, transformers {here['transformers']}"
+
+
+def checkout() -> Row:
+    """Return the commit of the sources, and whether they were changed since; None where they are no checkout."""
+    head = _git("rev-parse", "HEAD")
+    changed = None if head is None else bool(_git("status", "--porcelain", "--untracked-files=no"))
+    return {"commit": head, "changed_since_commit": changed}
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git prints about the sources; None where they are no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.common import Row, environment, parser, write_csv
+from bench.common import Row, checkout, environment, parser, write_csv
 from bench.gpu_steps import report
 from bench.gpu_steps.step import read_rows, summary
 from droidspeak_ops.files import replacing
@@ -121,23 +121,12 @@ def _variables(dry: bool) -> dict[str, str]:
 
 def setting(dry: bool, commit: str | None) -> Row:
     """Return the setting that the figures hold for."""
-    head = None if commit else _git("rev-parse", "HEAD")
     return {
         **environment("cpu" if dry else "cuda"),
         **({"device": "CPU, tiny sizes"} if dry else {}),
-        "commit": commit or head,
-        "changed_since_commit": None if head is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **({"commit": commit, "changed_since_commit": None} if commit else checkout()),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _git(*arguments: str) -> str | None:
-    """Return what git prints about the sources; None where they are no checkout."""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _stop(*_: Any) -> None:

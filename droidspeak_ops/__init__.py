@@ -6,6 +6,7 @@
 >>> receiver.generate(prompt_ids, past_key_values=cache)
 """
 
+import threading
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,13 @@ __all__ = [
 ]
 
 
+_importing = threading.RLock()
+
+
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+        with _importing:  # transformers cannot be imported by several threads at once
+            value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     elif name in __all__:
         value = import_module(f".{name}", __name__)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -42,6 +43,7 @@ class Pass:
         visible: Visible | None = None,
     ) -> None:
         self._decoder, self._positions, self._visible = decoder, positions, visible
+        self._rotary_embedding = _with_own_buffers(decoder.rotary) if decoder.rope_varies else decoder.rotary
         # The functions that are given this read dtype, device and the first two sizes of it, and no values.
         self._like = torch.empty((*shape, 0), dtype=decoder.dtype, device=decoder.device)
         self._rotaries: dict[str | None, Rotation] = {}
@@ -89,7 +91,7 @@ class Pass:
     def _rotary(self, kind: str | None) -> Rotation:
         if kind not in self._rotaries:
             named = [] if kind is None else [kind]
-            self._rotaries[kind] = self._decoder.rotary(self._like, self.position_ids, *named)
+            self._rotaries[kind] = self._rotary_embedding(self._like, self.position_ids, *named)
         return self._rotaries[kind]
 
     def _causal_mask(self, window: int | None) -> Any:
@@ -106,6 +108,17 @@ class Pass:
         assert self._visible is not None
         sees, dtype = self._visible(window), self._decoder.dtype
         return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[None, None]
+
+
+def _with_own_buffers(rotary: Any) -> Any:
+    """Return a copy of a rotary embedding that shares its tensors.
+
+    One whose angles depend on the length replaces its frequencies in every call, between which and their use another thread
+    may call it with another length.
+    """
+    own = copy.copy(rotary)
+    own._buffers = dict(rotary._buffers)
+    return own
 
 
 class PackedSuffixes:
