@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -45,6 +46,9 @@ WRITING = 0.4
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload([__spec__.name])  # so that a process is there in an instant
+warnings.filterwarnings(
+    "ignore", f"'{__spec__.name}' found in sys.modules", RuntimeWarning
+)  # in each, if this is run by -m
 
 Run = Callable[[], Any]
 
@@ -89,7 +93,10 @@ class Target(NamedTuple):
 
     def written(self, folder: Path) -> set[Path]:
         """Return the files that are being written, or were when a run was killed."""
-        return set(folder.glob(self.scratch))
+        try:
+            return set(folder.glob(self.scratch))
+        except FileNotFoundError:  # a folder is gone that was there
+            return set()
 
 
 def fitting(folder: Path) -> Run:
@@ -249,12 +256,12 @@ def kill_and_go_on(target: Target, seconds: float, whole: str | None, rng: rando
         whole: the content of the result of a run that was left alone.
         rng: draws the moments.
     """
-    kills, wrong = 0, []
+    kills = while_writing = 0
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         target.begin(folder)
         right = {target.content(folder), whole}
-        while_writing = 0
         for _ in range(target.together):
             before = target.written(folder)
             if not kill(target, folder, None if rng.random() < WRITING else rng.uniform(0, seconds)):
@@ -287,10 +294,10 @@ def second_run(target: Target, seconds: float, whole: str | None, rng: random.Ra
 def _wrong_end(target: Target, folder: Path, whole: str | None) -> list[str]:
     """Run to the end, and return what is wrong with it."""
     error, _ = to_the_end(target, folder)
+    if error is not None:
+        return [error]
     found = target.content(folder)
-    return (
-        [] if error is None and found == whole else [error or f"expected the result of a run left alone, got {found}"]
-    )
+    return [] if found == whole else [f"expected the result of a run left alone, got {found}"]
 
 
 def left_alone(target: Target) -> tuple[float, str | None]:
@@ -315,8 +322,8 @@ def measure(name: str, target: Target, rng: random.Random) -> list[Row]:
             progress.advance(task, found[-1].kills)
     rows = [_row(name, seconds, found)]
     if target.second_runs:
-        seconds_runs = [second_run(target, seconds, whole, rng) for _ in range(target.second_runs)]
-        rows.append(_row(f"{name}, a second run", seconds, seconds_runs))
+        second = [second_run(target, seconds, whole, rng) for _ in range(target.second_runs)]
+        rows.append(_row(f"{name}, a second run", seconds, second))
     return rows
 
 
