@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+
+from .schema import decode
 
 
 class Example(NamedTuple):
@@ -45,19 +49,71 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class TextExample:
-    """A context, the receiver's own suffix and the expected answer, as text with the chat template applied."""
+    """A context, the receiver's own suffix and the expected answer, as text with the chat template applied.
+
+    Raises:
+        ValueError: one of them is empty, or no text that UTF-8 can hold.
+    """
 
     context: str
     suffix: str
     answer: str
 
+    def __post_init__(self) -> None:
+        for name, text in vars(self).items():
+            if not text:
+                raise ValueError(f"{name}: expected text, got an empty one")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name}: expected text, got half a character, {text[error.start]!r}") from None
+
     def encode(self, tokenizer: Any, device: torch.device | str = "cpu") -> Example:
-        """Tokenize the three texts, and append the end-of-sequence token to the answer."""
-        context, suffix, answer = (
-            tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
-            for text in (self.context, self.suffix, self.answer)
-        )
-        return Example(context, suffix, F.pad(answer, (0, 1), value=tokenizer.eos_token_id))
+        """Tokenize the three texts, and append the end-of-sequence token to the answer where the tokenizer has one.
+
+        Raises:
+            ValueError: a text has no tokens.
+        """
+        parts = []
+        for name, text in vars(self).items():
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            if not ids:
+                raise ValueError(f"{name}: expected text of one token or more, got {text[:80]!r}")
+            parts.append(ids)
+        if tokenizer.eos_token_id is not None:
+            parts[-1] = [*parts[-1], tokenizer.eos_token_id]
+        return Example(*(torch.tensor([ids], dtype=torch.int64, device=device) for ids in parts))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a UTF-8 file, with or without a byte order mark, that has some text; line ends become ``"\\n"``.
+
+    Raises:
+        ValueError: it is not UTF-8, or has nothing but white space; the message names the file.
+        OSError: it cannot be read.
+    """
+    content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = content.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected UTF-8, got the byte 0x{content[error.start]:02x} at {error.start}"
+        ) from None
+    if not text.strip():
+        raise ValueError(f"{path}: expected text, got an empty file")
+    return text
+
+
+def read_examples(path: str | os.PathLike[str]) -> list[TextExample]:
+    """Read a JSON Lines file of objects with the texts context, suffix and answer.
+
+    Raises:
+        ValueError: as :func:`read_text`, or a line is no such object; the message names the file, the line and the field.
+        OSError: it cannot be read.
+    """
+    # Other line breaks that str.splitlines knows may stand in a string.
+    lines = read_text(path).rstrip(" \t\r\n").split("\n")
+    return [decode(line, TextExample, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def by_context(examples: Sequence[Example]) -> list[list[Example]]:

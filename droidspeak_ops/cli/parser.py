@@ -1,0 +1,142 @@
+"""The parser of the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from ..metrics import METRICS
+from . import commands
+from .arguments import (
+    MIN_TOKENS,
+    argument,
+    at_least,
+    band,
+    number_of_contexts,
+    output_file,
+    output_folder,
+    png_file,
+    targets,
+    whole_number,
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser; what it gives has `run` and `kept`, functions of the options: the command, and what Ctrl-C leaves."""
+    parser = _Parser(prog="droidspeak", description="Reuse of a KV cache across fine-tuned models.")
+    added = parser.add_subparsers(dest="command", required=True)
+
+    with_base = _Parser(add_help=False)
+    with_base.add_argument(
+        "--base",
+        help="base model of a LoRA adapter where the one that its configuration names is gone (default: the sender's)",
+    )
+
+    demo = added.add_parser(
+        "demo", parents=[with_base], help="compare full prefill with reuse on a real model and its fine-tune"
+    )
+    demo.add_argument(
+        "--sender",
+        default="smollm2",
+        help="local path, hub name or LoRA adapter (default: SmolLM2-135M-Instruct); prompts are ChatML",
+    )
+    demo.add_argument("--receiver", help="local path, hub name or LoRA adapter (default: the shipped glossary variant)")
+    demo.add_argument(
+        "--examples",
+        type=argument(at_least(1)),
+        default=12,
+        help="number of test examples to answer (default: 12)",
+    )
+    demo.add_argument(
+        "--plot",
+        type=argument(png_file),
+        default="droidspeak-demo.png",
+        help="PNG file to write, in a folder that exists",
+    )
+    demo.set_defaults(run=commands.demo)
+
+    on_pair = _Parser(add_help=False, parents=[with_base])
+    on_pair.add_argument("sender", help="local path, hub name or LoRA adapter, or 'smollm2'")
+    on_pair.add_argument("receiver", help="another fine-tune of the same model, named likewise")
+    on_pair.add_argument(
+        "texts",
+        type=Path,
+        nargs="+",
+        help="text files like the expected contexts, or .jsonl files of objects with context, suffix and answer",
+    )
+    on_pair.add_argument(
+        "--tokens",
+        type=argument(at_least(MIN_TOKENS)),
+        default=1024,
+        help="tokens per piece that text files are cut into (default: 1024)",
+    )
+    on_pair.add_argument(
+        "--contexts",
+        type=argument(number_of_contexts),
+        default="24",
+        help="number of contexts to use, drawn evenly from the files by the seed; 'all' or 0 for all (default: 24)",
+    )
+    on_pair.add_argument(
+        "--seed", type=argument(whole_number), default=0, help="seed of the choice and order of contexts (default: 0)"
+    )
+
+    fitting = added.add_parser(
+        "fit", parents=[on_pair], help="fit maps to a pair of models: better K/V at the cost of a projection"
+    )
+    fitting.add_argument(
+        "--band",
+        type=argument(band),
+        action="append",
+        default=[],
+        help="band of an intended plan, such as 15:20; repeatable",
+    )
+    fitting.add_argument(
+        "--out",
+        type=argument(output_file),
+        default="maps.safetensors",
+        help="file to write the maps to, in a folder that exists (default: maps.safetensors)",
+    )
+    fitting.set_defaults(run=commands.fit)
+
+    profiling = added.add_parser(
+        "profile", parents=[on_pair], help="measure the quality and cost of plans for a pair of models"
+    )
+    profiling.add_argument("--maps", type=Path, help="maps of this pair, from droidspeak fit")
+    profiling.add_argument(
+        "--granularity",
+        type=argument(at_least(1)),
+        default=1,
+        help="bands start and end at multiples of so many layers (default: 1)",
+    )
+    profiling.add_argument("--metric", choices=sorted(METRICS), help="also score generated answers (.jsonl files)")
+    profiling.add_argument(
+        "--out",
+        type=argument(output_folder),
+        default="droidspeak-profile",
+        help="folder for frontier.json, plots and report.html, made if it is not there (default: droidspeak-profile)",
+    )
+    profiling.set_defaults(run=commands.profile, kept=commands.kept_of_profile)
+
+    compiling = added.add_parser("compile", help="compile all kernels ahead of time and show the resources they use")
+    compiling.add_argument(
+        "--targets",
+        type=argument(targets),
+        default="sm_80,sm_90a,sm_100a,gfx942",
+        help="GPU architectures, comma-separated (default: %(default)s)",
+    )
+    compiling.add_argument(
+        "--json", type=argument(output_file), help="also write the results to this file, in a folder that exists"
+    )
+    compiling.set_defaults(run=commands.compile_kernels)
+
+    for each in added.choices.values():
+        each.set_defaults(prog=each.prog)
+    return parser
