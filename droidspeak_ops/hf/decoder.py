@@ -139,6 +139,8 @@ class Decoder:
 
         For comparison with that of another model, `like`, tokens that were added to its vocabulary are left out.
         """
+        if tokenizer is None and not weights:
+            return self._fingerprint
         return replace(
             self._fingerprint,
             weights=self._weights_digest() if weights else None,

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class Receiver:
             if quantized is not None:
                 context = context.quantized(quantized)
             for plan in plans:
-                partial_prefill(self, context, plan, norm=norm)
+                partial_prefill(self, context, replace(plan, chosen_for=None), norm=norm)
 
     def _context_of_zeros(self, tokens: int) -> SharedContext:
         """A context in which all layers share one memory, since nothing writes to it."""
@@ -160,8 +161,9 @@ def partial_prefill(
         A transformers cache of T tokens. Reused layers share the context's tensors until something is appended.
 
     Raises:
-        ReuseError: sender and receiver do not fit, hidden states are missing, the maps are those of another pair, the prompt
-            does not continue the context, or an activated LoRA is invoked in it.
+        ReuseError: sender and receiver do not fit, hidden states are missing, the maps are those of another pair, a profile
+            chose the plan for another pair or other maps, the prompt does not continue the context, or an activated LoRA is
+            invoked in it.
         UnsupportedModelError: the receiver's family is not supported.
         ValueError: the plan names layers that the receiver does not have, or `norm` is none of the two.
     """
@@ -169,8 +171,11 @@ def partial_prefill(
     schedule = resolve(plan, decoder.num_layers)
     if norm not in ("hf", "folded"):
         raise ValueError(f"norm: expected 'hf' or 'folded', got {norm!r}")
-    ours = decoder.fingerprint(tokenizer, weights=maps is not None, like=context.sender)
+    of_pair = maps is not None or plan.chosen_for is not None
+    ours = decoder.fingerprint(tokenizer, weights=of_pair, like=context.sender)
     context.sender.check_reuse_by(ours)
+    if plan.chosen_for is not None:
+        plan.chosen_for.check(context.sender.weights, ours.weights, None if maps is None else maps.digest())
     known = ours.architecture["vocab_size"]
     if context.sender.architecture["vocab_size"] > known and (largest := int(context.tokens.max())) >= known:
         raise ReuseError(

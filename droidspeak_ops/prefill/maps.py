@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -163,7 +164,11 @@ class Maps:
             raise ReuseError(f"maps: expected maps of this pair, got maps fitted to a {name} {differs}")
 
     def digest(self) -> str:
-        """SHA-256 of the maps' content."""
+        """SHA-256 of the maps' content, as it is when this is first asked for."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         return tensor_file.digest(*self._described())
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -6,10 +6,41 @@ import itertools
 import json
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from .. import schema
+from ..context.fingerprint import ReuseError
+
+
+@dataclass(frozen=True)
+class ChosenFor:
+    """What a plan was measured on when it was chosen: it serves that and nothing else.
+
+    Args:
+        sender, receiver: digests of the weights of the two models.
+        maps: digest of the maps that it is used with, or None.
+    """
+
+    sender: str
+    receiver: str
+    maps: str | None
+
+    def check(self, sender: str | None, receiver: str | None, maps: str | None) -> None:
+        """Raise unless this is the pair that the plan was chosen for, and these are the maps.
+
+        Raises:
+            ReuseError: it was chosen for other models, or to be used with other maps or none.
+        """
+        for name, chosen, given in (("sender", self.sender, sender), ("receiver", self.receiver, receiver)):
+            if given != chosen:
+                raise ReuseError(f"plan: expected the pair that it was chosen for, got a {name} with other weights")
+        if maps != self.maps:
+            expected, got = (
+                ("maps" if self.maps else "no maps"),
+                ("other maps" if maps and self.maps else "maps" if maps else "none"),
+            )
+            raise ReuseError(f"plan: expected {expected}, as it was chosen with, got {got}")
 
 
 @dataclass(frozen=True)
@@ -24,6 +55,7 @@ class Plan:
             costs no more than a projected one: nothing reads its output.
         project: Layers whose K/V the receiver projects from the sender's hidden states at that layer, without
             attention or MLP; ``"rest"`` for all layers outside the bands.
+        chosen_for: what a profile chose it for, which is checked where it is used; None for any pair.
 
     Raises:
         ValueError: a band is empty or negative, bands overlap, or a projected layer lies in a band.
@@ -31,6 +63,7 @@ class Plan:
 
     bands: Sequence[tuple[int, int]] = ()
     project: Sequence[int] | Literal["rest"] = ()
+    chosen_for: ChosenFor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         bands = tuple(sorted(_band(band) for band in _items("bands", self.bands)))
@@ -64,7 +97,10 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as a JSON object; :meth:`from_json` reads it back."""
-        return json.dumps({"bands": self.bands, "project": self.project})
+        described: dict[str, Any] = {"bands": self.bands, "project": self.project}
+        if self.chosen_for is not None:
+            described["chosen_for"] = asdict(self.chosen_for)
+        return json.dumps(described)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import torch
 from .. import schema
 from ..context.fingerprint import Fingerprint
 from ..files import replacing
-from ..prefill.plan import Plan
+from ..prefill.plan import ChosenFor, Plan
 from ..prefill.schedule import Work, resolve
 from . import bootstrap
 from .bootstrap import Estimate
@@ -294,6 +294,9 @@ class Frontier:
             bandwidth: bytes per second at which contexts are loaded; None if they are in memory.
             queue: requests ahead of this one, each assumed to take as long.
 
+        Returns:
+            A plan for this pair, and for the maps of the profile: its use with others is refused.
+
         Raises:
             ValueError: an argument is out of range.
         """
@@ -314,12 +317,23 @@ class Frontier:
         good = [point for point in self.points if point.plan == full or self.expected_loss(point) <= max_quality_loss]
         in_time = [] if max_ttft is None else [point for point in good if ttft(point) <= max_ttft]
         if in_time:
-            return min(in_time, key=lambda point: (kl[point], ttft(point))).plan
-        return min(good, key=lambda point: (ttft(point), kl[point])).plan
+            chosen = min(in_time, key=lambda point: (kl[point], ttft(point)))
+        else:
+            chosen = min(good, key=lambda point: (ttft(point), kl[point]))
+        return replace(chosen.plan, chosen_for=self._chosen_for)
+
+    @property
+    def _chosen_for(self) -> ChosenFor | None:
+        sender, receiver = self.sender.weights, self.receiver.weights
+        return None if sender is None or receiver is None else ChosenFor(sender, receiver, self.maps)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, atomically."""
-        text = json.dumps({"droidspeak_frontier": 1, **asdict(self)}, allow_nan=False)
+        # Its plans are for its own pair, which stands in it once.
+        described = asdict(
+            self, dict_factory=lambda items: {name: value for name, value in items if name != "chosen_for"}
+        )
+        text = json.dumps({"droidspeak_frontier": 1, **described}, allow_nan=False)
         with replacing(path) as scratch:
             scratch.write_text(text + "\n", encoding="utf-8")
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from droidspeak_ops import Plan
+from droidspeak_ops import Plan, ReuseError
+from droidspeak_ops.prefill.plan import ChosenFor
 from droidspeak_ops.prefill.schedule import resolve
 
 LAYERS = 12
@@ -37,6 +38,23 @@ def test_sources_cover_the_model(plan: Plan) -> None:
     projected = {layer for layer, role in enumerate(roles) if role == "project"}
     assert projected == (set(range(LAYERS)) - recomputed if plan.project == "rest" else set(plan.project))
     assert set(plan.hidden_layers(LAYERS)) == (projected | {start for start, _ in plan.bands}) - {0}
+
+
+def test_a_chosen_plan_is_for_its_pair_and_maps() -> None:
+    chosen = ChosenFor("s", "r", "m")
+    plan = Plan([(0, 2)], chosen_for=chosen)
+    assert plan == Plan([(0, 2)]) and Plan.from_json(plan.to_json()).chosen_for == chosen
+    chosen.check("s", "r", "m")
+    for others, match in (
+        (("x", "r", "m"), "a sender with other weights"),
+        (("s", None, "m"), "a receiver with other weights"),
+        (("s", "r", "x"), "maps, as it was chosen with, got other maps"),
+        (("s", "r", None), "maps, as it was chosen with, got none"),
+    ):
+        with pytest.raises(ReuseError, match=f"plan: expected .*{match}"):
+            chosen.check(*others)
+    with pytest.raises(ReuseError, match="plan: expected no maps, as it was chosen with, got maps"):
+        ChosenFor("s", "r", None).check("s", "r", "m")
 
 
 def test_order_and_container_do_not_matter() -> None:
@@ -71,7 +89,7 @@ def test_a_wrong_plan_is_refused(arguments, message: str) -> None:
         ("{", "expected JSON, got"),
         ("[]", "expected object, got array"),
         ("null", "expected object, got null"),
-        ('{"bands": [], "layers": []}', "expected the fields bands, project, got .'layers'."),
+        ('{"bands": [], "layers": []}', "expected the fields bands, project, chosen_for, got .'layers'."),
         ('{"bands": [[2, 1]]}', r"bands: expected \(start, end\) with 0 <= start < end, got \(2, 1\)"),
         ('{"bands": [[1, 2.5]]}', r"expected int, got float at bands\[0\]\[1\]"),
         ('{"bands": [[1, 1e999]]}', "expected JSON of finite numbers"),

@@ -408,6 +408,23 @@ def test_costs_are_measured(pair) -> None:
         ds.measure_costs(pair[1], tokens=(16, 32), show_progress=False)
 
 
+def test_a_plan_that_was_chosen_serves_its_pair_alone(pair, maps) -> None:
+    """The frontier's pair, and its maps or none, are checked where its plan is used."""
+    sender, receiver = pair
+    for used in (None, maps):
+        frontier = ds.profile(*pair, examples(3), maps=used, costs=COSTS, granularity=3, show_progress=False)
+        plan = frontier.choose(max_quality_loss=0.5)
+        context = ds.capture(sender, tokens(20), layers=range(1, sender.config.num_hidden_layers))
+        for given in (receiver, ds.Receiver(receiver)):
+            ds.partial_prefill(given, context, plan, maps=used)
+            with pytest.raises(ds.ReuseError, match="plan: expected (no maps|maps), as it was chosen with, got"):
+                ds.partial_prefill(given, context, plan, maps=None if used is maps else maps)
+        other = fine_tuned(receiver)
+        if used is None:
+            with pytest.raises(ds.ReuseError, match="plan: expected the pair .* got a receiver with other weights"):
+                ds.partial_prefill(other, context, plan)
+
+
 def test_a_digest_is_of_what_maps_do(maps, tmp_path) -> None:
     maps.save(tmp_path / "maps.safetensors")
     assert ds.Maps.load(tmp_path / "maps.safetensors").digest() == maps.digest()
