@@ -204,23 +204,26 @@ def test_each_element_is_its_own_where_strides_are_nested(data: st.DataObject) -
 
 @cheap
 @given(st.data())
-def test_tensors_are_separate_where_no_byte_that_is_written_is_anothers(data: st.DataObject) -> None:
-    """Runs of memory, a few of them as the layers of one argument."""
-    memory = torch.zeros(60)
-    claimed: dict[bool, list[set[int]]] = {}
+def test_tensors_are_separate_where_no_element_that_is_written_is_anothers(data: st.DataObject) -> None:
+    """Blocks of a grid, which may lie side by side, as one or several layers of a few arguments."""
+    grid = torch.arange(100.0).view(10, 10)
     arguments: dict[bool, list[tuple[str, list[torch.Tensor]]]] = {}
     for is_written in (False, True):
-        sizes = data.draw(st.lists(st.integers(0, 5), max_size=3))
-        runs = [(size, data.draw(st.lists(st.integers(0, 55), min_size=1, max_size=3))) for size in sizes]
-        arguments[is_written] = [
-            (f"argument {index}", [memory[first : first + size] for first in places])
-            for index, (size, places) in enumerate(runs)
-        ]
-        claimed[is_written] = [set(range(first, first + size)) for size, places in runs for first in places]
-    written = claimed[True]
-    shared = any(one & other for one, other in itertools.combinations(written, 2))
-    shared |= any(one & other for one, other in itertools.product(claimed[False], written))
-    if shared:
+        shapes = data.draw(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=1, max_size=2))
+        arguments[is_written] = []
+        for rows, columns in shapes:
+            corners = st.tuples(st.integers(0, 10 - rows), st.integers(0, 10 - columns))
+            layers = [
+                grid[row:, column:][:rows, :columns]
+                for row, column in data.draw(st.lists(corners, min_size=1, max_size=2))
+            ]
+            arguments[is_written].append((f"argument {len(arguments[is_written])}", layers))
+    read, written = (
+        [set(tensor.flatten().tolist()) for _, tensors in arguments[is_written] for tensor in tensors]
+        for is_written in (False, True)
+    )
+    pairs = (*itertools.combinations(written, 2), *itertools.product(read, written))
+    if any(one & other for one, other in pairs):
         with pytest.raises(ValueError, match="argument .: expected memory of its own, got some of"):
             check_separate(arguments[False], arguments[True])
     else:

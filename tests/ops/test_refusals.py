@@ -10,6 +10,7 @@ from support.cases import OUTPUTS, call, poisoned, projection
 from droidspeak_ops import ops
 from droidspeak_ops.kernels.arguments import SHARED, to_operator
 from droidspeak_ops.ops import library
+from droidspeak_ops.ops.checks import check_separate
 
 OPS = torch.ops.droidspeak_ops
 
@@ -293,6 +294,15 @@ def test_no_tensor_of_a_splice_is_in_what_it_writes(name: str) -> None:
         assert name in str(error.value)
         assert output in str(error.value)
         assert not memory.any()
+
+
+def test_what_lies_in_a_long_tensor_behind_a_short_one_is_found() -> None:
+    """Outputs side by side, of which the first to start is the last to end."""
+    grid = torch.zeros(10, 10)
+    written = [("k_cache", [grid[:, :2]]), ("v_cache", [grid[2:4, 5:7]])]
+    check_separate([("k", [grid[6:8, 2:4]])], written)
+    with pytest.raises(ValueError, match="k: expected memory of its own, got some of k_cache"):
+        check_separate([("k", [grid[6:8, 1:3]])], written)
 
 
 def test_static_scales_are_read_and_may_be_one() -> None:
