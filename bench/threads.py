@@ -58,7 +58,7 @@ LONGROPE = {
 
 
 class Kind(NamedTuple):
-    """A kind of models: of a family, with changes of its configuration, and the functions that are judged by their start."""
+    """Models of a family with changes of its configuration, and what the names of functions begin with that are not judged."""
 
     model_type: str
     changes: Mapping[str, Any]
@@ -124,7 +124,7 @@ def tiny_examples(count: int) -> list[ds.Example]:
     ]
 
 
-class Known(NamedTuple):
+class Inputs(NamedTuple):
     """What is made beforehand, in one thread.
 
     Args:
@@ -139,12 +139,12 @@ class Known(NamedTuple):
     maps: list[ds.Maps]
     frontiers: list[ds.Frontier]
 
-    def unused(self) -> Known:
+    def fresh(self) -> Inputs:
         """Return contexts and frontiers of the same contents, of which nothing has been computed yet."""
         return self._replace(contexts=list(map(replace, self.contexts)), frontiers=list(map(replace, self.frontiers)))
 
 
-def know(kind: Kind) -> Known:
+def inputs_of(kind: Kind) -> Inputs:
     """Return what is made beforehand for a kind of models."""
     sender, receiver = tiny_pair(kind)
     examples = tiny_examples(4)
@@ -154,13 +154,13 @@ def know(kind: Kind) -> Known:
         ds.profile(sender, receiver, examples[:3], maps=each, costs=COSTS, show_progress=False)
         for each in (None, maps[0])
     ]
-    return Known(examples, [*contexts, contexts[0].quantized(torch.int8)], maps, frontiers)
+    return Inputs(examples, [*contexts, contexts[0].quantized(torch.int8)], maps, frontiers)
 
 
-def jobs_of(sender: Any, receiver: Any, known: Known, folder: Path) -> Jobs:
+def jobs_of(sender: Any, receiver: Any, inputs: Inputs, folder: Path) -> Jobs:
     """Return the calls, by function. Those of :data:`FILES` write to the same paths in `folder`."""
     once, depth = ds.Receiver(receiver), range(LAYERS)
-    examples, contexts, maps, frontiers = known
+    examples, contexts, maps, frontiers = inputs
     in_full = contexts[: len(examples)]
     ways = list(product((receiver, once), (None, maps[0]), ("hf", "folded")))
 
@@ -338,14 +338,14 @@ def run(kind: Kind, threads: int, calls: int, rounds: int, seed: int) -> list[Ou
     """Run `rounds` of `calls` calls in each thread over a kind of models; every other round fits and profiles."""
     outcomes, rng = [], random.Random(seed)
     with changing_threads_often(), tempfile.TemporaryDirectory() as folder:
-        known = know(kind)
-        jobs = jobs_of(*tiny_pair(kind), known, Path(folder))
+        inputs = inputs_of(kind)
+        jobs = jobs_of(*tiny_pair(kind), inputs, Path(folder))
         judged = {function: each for function, each in jobs.items() if not function.startswith(kind.unjudged)}
         orders = [[order(judged, calls, number % 2 == 0, rng) for _ in range(threads)] for number in range(rounds)]
         beside = [("generate", number) for number in range(len(judged.get("generate", ())))]
         expected = alone(jobs, itertools.chain(beside, *itertools.chain(*orders)))
         for each in track(orders, description="Rounds"):
-            outcomes += run_round(jobs_of(*tiny_pair(kind), known.unused(), Path(folder)), expected, each)
+            outcomes += run_round(jobs_of(*tiny_pair(kind), inputs.fresh(), Path(folder)), expected, each)
     return outcomes
 
 
