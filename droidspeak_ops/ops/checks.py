@@ -119,6 +119,8 @@ def check_alike(layers: Sequence[NamedTuple], shared: Sequence[str]) -> None:
             continue
         shape, stride, dtype, device = first.shape, first.stride(), first.dtype, first.device
         for layer, tensor in enumerate(others, start=1):
+            if tensor is first:
+                continue
             if tensor is None:
                 raise ValueError(f"{name}: expected a tensor of each layer, got None in layer {layer}")
             same = tensor.shape == shape and tensor.stride() == stride
