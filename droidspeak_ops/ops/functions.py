@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels.arguments import Projection
+from . import library  # noqa: F401  registers the operators
 from .checks import (
     CODES,
     FLOATS,
@@ -36,7 +37,6 @@ from .checks import (
     check_scales,
     fail,
 )
-from .library import LAYERS_PER_LAUNCH as LAYERS_PER_LAUNCH  # the module registers the operators
 from .namespace import ops
 from .projection import project, rows
 

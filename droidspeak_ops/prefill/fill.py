@@ -13,7 +13,7 @@ from .. import ops
 from ..context.context import Rotation, SharedContext, last
 from ..context.kv import KV, splice
 from ..ops.checks import NormOrder
-from ..ops.functions import LAYERS_PER_LAUNCH
+from ..ops.library import LAYERS_PER_LAUNCH
 from .maps import Maps, sinks_among
 from .schedule import Schedule
 from .weights import LayerWeights, Norm, Prepared, projection

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import droidspeak_ops as ds
 from droidspeak_ops.context.context import SharedContext
-from droidspeak_ops.ops.functions import LAYERS_PER_LAUNCH
+from droidspeak_ops.ops.library import LAYERS_PER_LAUNCH
 from droidspeak_ops.prefill.schedule import Band, Read, Work, resolve
 
 CHOICES = ("project", "fitted", "reuse", "fitted", "project", "fitted_kv")
