@@ -43,6 +43,7 @@ from droidspeak_ops.profiling.run import profile
 RESULT, JOURNAL, DOWNLOAD = "result", "journal", "download and conversion"
 WRITING = 0.4
 """Share of kills that wait until a file is being written."""
+_LOOK = 2e-4  # seconds between looks for a file
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload([__spec__.name])  # so that a process is there in an instant
@@ -231,7 +232,7 @@ def kill(target: Target, folder: Path, moment: float | None) -> bool:
         if moment is not None:
             ended.poll(moment)
         else:
-            while not ended.poll(0) and target.written(folder) <= before:
+            while not ended.poll(_LOOK) and target.written(folder) <= before:
                 pass
         process.kill()
         process.join()
@@ -280,7 +281,7 @@ def second_run(target: Target, seconds: float, whole: str | None, rng: random.Ra
         folder = Path(scratch)
         target.begin(folder)
         with running(target, folder) as (process, ended):
-            while not (folder / JOURNAL).exists() and not ended.poll(0):
+            while not (folder / JOURNAL).exists() and not ended.poll(_LOOK):
                 pass
             ended.poll(rng.uniform(0, seconds / 3))
             os.kill(process.pid, signal.SIGSTOP)
