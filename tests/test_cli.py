@@ -139,6 +139,7 @@ def _texts() -> None:
         '{"context": "w1", "context": "w2", "suffix": "w1", "answer": "w1"}', encoding="utf-8"
     )
     Path("folder").mkdir()
+    Path("taken/frontier.json").mkdir(parents=True)
     Path("a-file").write_text("w1", encoding="utf-8")
 
 
@@ -177,6 +178,7 @@ MISTAKES = {
     f"fit {PAIR} --out {'x' * 300}": "File name too long",
     f"profile {PAIR} --out a-file": "argument --out: expected a folder, got a-file, where .*a-file is a file",
     f"profile {PAIR} --out a-file/deep/er": "argument --out: expected a folder, got a-file/deep/er, where .*a-file is a file",
+    f"profile {PAIR} --out taken": "profile: error: expected a file, got taken/frontier.json, which is a folder",
     "demo --plot folder": "demo: error: argument --plot: expected a file that ends in .png, got folder",
     "demo --plot none/plot.png": "argument --plot: expected a file in a folder that exists, got none/plot.png",
     "compile --json folder": "compile: error: argument --json: expected a file, got folder, which is a folder",
@@ -225,7 +227,7 @@ MISTAKES = {
     "fit sender shallow text.txt": r"architecture: expected one .*, got two \(num_hidden_layers is 4 and 3\)",
     "fit sender few-heads text.txt": r"architecture: expected one .*, got two \(num_key_value_heads is 2 and 4\)",
     "fit sender other-tokens text.txt": "tokenizer: expected one vocabulary for sender and receiver, got two",
-    "fit sender small-vocabulary text.txt": "text.txt: expected tokens below 50, the models' vocabulary, got 99",
+    "fit sender small-vocabulary text.txt": "text.txt: expected tokens below 50 in each context, got",
     "demo --sender sender --receiver shallow": r"architecture: .*\(num_hidden_layers is 4 and 3\)",
     # adapters
     "fit sender narrow text.txt": r"narrow: expected a base model that lora_A \(2, 32\) of model.layers.0.self_attn.q_proj",
@@ -265,6 +267,12 @@ def test_a_mistake_is_one_line(here, command, monkeypatch, capsys) -> None:
     assert said.startswith("droidspeak") and ": error: " in said
     assert re.search(MISTAKES[command], said), said
     assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", [f"fit {PAIR} --out maps", f"profile {PAIR} --out new", "demo --plot plot.png"])
+def test_a_folder_that_cannot_be_written_is_known_at_once(here, command, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    assert re.search(r"argument --\w+: expected a folder that can be written, got /", fails(command, capsys))
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(here, monkeypatch) -> None:
@@ -341,7 +349,7 @@ def test_ctrl_c_of_a_fit_leaves_nothing(here, monkeypatch, tmp_path, capsys) -> 
     with pytest.raises(SystemExit) as caught:
         main(shlex.split(f"fit {PAIR} --out {tmp_path / 'maps'}"))
     assert caught.value.code == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "droidspeak fit: interrupted; nothing was written"
+    assert capsys.readouterr().err.splitlines()[-1] == "droidspeak fit: interrupted; no result was written"
     assert not any(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     What a user can mend is one line on stderr and exit status 2, Ctrl-C one line and status 130. Any other exception is a fault
     of the program and keeps its traceback.
     """
-    options = argparse.Namespace(prog="droidspeak", kept=lambda options: "nothing was written")
+    options = argparse.Namespace(prog="droidspeak", kept=lambda options: "no result was written")
     try:
         from .parser import make_parser  # imports torch, which takes seconds
 

@@ -16,7 +16,7 @@ from .arguments import output_file
 
 _PREFILLS_OF_FIT = 4  # per context, of docs/maps.md: twice as long as the two models read it
 _PREFILLS_PER_START = 0.8  # per context and layer that bands start at, of docs/profile.md: 24 for 30 layers
-_TOKENS_OF_COSTS = 17_000  # that are prefilled where the cost model is measured
+_TOKENS_OF_COSTS = 20_000  # that are prefilled where the cost model is measured
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -108,7 +108,7 @@ def kept_of_profile(options: argparse.Namespace) -> str:
     """Say what is left of a profile that was interrupted."""
     journal = _journal(options)
     if not journal.exists():
-        return "nothing was written"
+        return "no result was written"
     return f"the journal {journal} keeps what was measured, and the same command resumes from it"
 
 

@@ -44,9 +44,8 @@ class Inputs:
         texts = {path: read_examples(path) if is_jsonl(path) else read_text(path) for path in options.texts}
         sender, receiver = find_pair(options.sender, options.receiver, options.base)
         files = [_encode(path, text, receiver.tokenizer, options.tokens) for path, text in texts.items()]
-        size = min(sender.vocab_size, receiver.vocab_size)
         for path, examples in zip(texts, files, strict=True):
-            _check_vocabulary(path, examples, size)
+            _check_vocabulary(path, examples, sender, receiver)
         groups = by_context([*chain(*files)])
         if len(groups) < MIN_CONTEXTS:
             raise ValueError(
@@ -130,9 +129,14 @@ def _encode(path: Path, text: str | list[TextExample], tokenizer: Any, tokens: i
     return examples
 
 
-def _check_vocabulary(path: Path, examples: Sequence[Example], size: int) -> None:
-    largest = max((int(ids.max()) for example in examples for ids in example), default=0)
-    if largest >= size:
-        raise ValueError(
-            f"{path}: expected tokens below {size}, the models' vocabulary, got {largest} from the tokenizer"
-        )
+def _check_vocabulary(path: Path, examples: Sequence[Example], sender: Pretrained, receiver: Pretrained) -> None:
+    """Raise unless both models know the tokens of contexts, and the receiver those of suffixes and answers."""
+    both = min(sender.vocab_size, receiver.vocab_size)
+    for example in examples:
+        for name, ids, size in zip(
+            Example._fields, example, (both, receiver.vocab_size, receiver.vocab_size), strict=True
+        ):
+            if (largest := int(ids.max())) >= size:
+                raise ValueError(
+                    f"{path}: expected tokens below {size} in each {name}, got {largest} from the tokenizer"
+                )
