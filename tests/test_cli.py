@@ -276,14 +276,15 @@ def test_a_folder_that_cannot_be_written_is_known_at_once(here, command, monkeyp
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(here, monkeypatch) -> None:
-    monkeypatch.setattr("droidspeak_ops.fitting.run.fit", lambda *args, **options: {}["missing"])
+    monkeypatch.setattr("droidspeak_ops.cli.fit.fit", lambda *args, **options: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         main(shlex.split(f"fit {PAIR} --out new.safetensors"))
 
 
 def test_a_module_that_is_missing_is_named(here, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "droidspeak_ops.profiling.report", raising=False)
+    for module in ("cli.profile", "profiling.report"):
+        monkeypatch.delitem(sys.modules, f"droidspeak_ops.{module}", raising=False)
     said = fails(f"profile {PAIR}", capsys)
     assert "expected the module matplotlib; pip install 'droidspeak-ops[demo]' has it" in said
 
@@ -314,7 +315,7 @@ def test_contexts_are_drawn_from_all_files_by_the_seed(here, monkeypatch, tmp_pa
         drawn.append([tuple(example.context[0].tolist()) for example in examples])
         raise ValueError("drawn")
 
-    monkeypatch.setattr("droidspeak_ops.fitting.run.fit", record)
+    monkeypatch.setattr("droidspeak_ops.cli.fit.fit", record)
     command = f"fit sender receiver text.txt other.txt good.jsonl --tokens 64 --out {tmp_path / 'maps'}"
     for options in ("--contexts 6", "--contexts 6", "--contexts 6 --seed 1", "--contexts all", "--contexts 0", ""):
         with pytest.raises(SystemExit):
@@ -345,12 +346,44 @@ def test_ctrl_c_of_a_fit_leaves_nothing(here, monkeypatch, tmp_path, capsys) -> 
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("droidspeak_ops.fitting.run.fit", interrupt)
+    monkeypatch.setattr("droidspeak_ops.cli.fit.fit", interrupt)
     with pytest.raises(SystemExit) as caught:
         main(shlex.split(f"fit {PAIR} --out {tmp_path / 'maps'}"))
     assert caught.value.code == 130
     assert capsys.readouterr().err.splitlines()[-1] == "droidspeak fit: interrupted; no result was written"
     assert not any(tmp_path.iterdir())
+
+
+def test_ctrl_c_is_known_whatever_a_library_makes_of_it(here, monkeypatch, tmp_path, capsys) -> None:
+    def swallow(*args: object, **options: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("could not import") from error
+
+    monkeypatch.setattr("droidspeak_ops.cli.fit.fit", swallow)
+    with pytest.raises(SystemExit) as caught:
+        main(shlex.split(f"fit {PAIR} --out {tmp_path / 'maps'}"))
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "droidspeak fit: interrupted; no result was written"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_during_imports_ends_the_program_at_once(here) -> None:
+    interrupted = """if True:
+        import signal, sys
+        from droidspeak_ops import cli
+        def import_module(*names):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                print("went on", file=sys.stderr)
+        cli.import_module = import_module
+        cli.main(sys.argv[1:])
+    """
+    command = [sys.executable, "-c", interrupted, "compile"]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "droidspeak compile: interrupted; no result was written\n")
 
 
 def test_ctrl_c_of_a_profile_keeps_the_journal_that_it_resumes_from(here, monkeypatch, tmp_path, capsys) -> None:

@@ -1,11 +1,13 @@
-"""The command line: ``droidspeak demo``, ``fit``, ``profile`` and ``compile``."""
+"""The command line: ``droidspeak demo``, ``fit``, ``profile`` and ``compile``, a module each."""
 
 from __future__ import annotations
 
-import argparse
+import os
+import signal
 import sys
 import warnings
-from typing import NoReturn
+from importlib import import_module
+from typing import Any, NoReturn
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -14,27 +16,51 @@ def main(arguments: list[str] | None = None) -> None:
     What a user can mend is one line on stderr and exit status 2, Ctrl-C one line and status 130. Any other exception is a fault
     of the program and keeps its traceback.
     """
-    options = argparse.Namespace(prog="droidspeak", kept=lambda options: "no result was written")
-    try:
-        from .parser import make_parser  # imports torch, which takes seconds
+    prog, interrupted = "droidspeak", False
+    command: Any = None
 
-        make_parser().parse_args(arguments, options)
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupted
+        if command is None:  # a library that is being imported may make anything of an exception, an abort among it
+            _say(f"{prog}: interrupted; no result was written")
+            os._exit(130)
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        from .parser import make_parser
+
+        options = make_parser().parse_args(arguments)
+        prog = options.prog
+        command = import_module(f".{options.command}", __package__)
         with warnings.catch_warnings():
             warnings.filterwarnings("always", category=UserWarning, module="droidspeak_ops")
-            warnings.showwarning = lambda message, *_: _say(f"{options.prog}: warning: {message}")
-            options.run(options)
-    except OSError as error:
-        named = error.filename is not None and error.strerror is not None
-        _exit(2, f"{options.prog}: error: {f'{error.filename}: {error.strerror}' if named else error}")
-    except ValueError as error:
-        _exit(2, f"{options.prog}: error: {error}")
-    except ModuleNotFoundError as error:
-        module = (error.name or "droidspeak_ops").partition(".")[0]
-        if module == "droidspeak_ops":
+            warnings.showwarning = lambda message, *_: _say(f"{prog}: warning: {message}")
+            command.run(options)
+    except BaseException as error:
+        if interrupted or isinstance(error, KeyboardInterrupt):
+            kept = command.kept(options) if hasattr(command, "kept") else "no result was written"
+            _exit(130, f"{prog}: interrupted; {kept}")
+        explanation = _explanation(error)
+        if explanation is None:
             raise
-        _exit(2, f"{options.prog}: error: expected the module {module}; pip install 'droidspeak-ops[demo]' has it")
-    except KeyboardInterrupt:
-        _exit(130, f"{options.prog}: interrupted; {options.kept(options)}")
+        _exit(2, f"{prog}: error: {explanation}")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _explanation(error: BaseException) -> str | None:
+    """Return what a user can mend, or None for a fault of the program."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError | ValueError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        module = (error.name or "droidspeak_ops").partition(".")[0]
+        if module != "droidspeak_ops":
+            return f"expected the module {module}; pip install 'droidspeak-ops[demo]' has it"
+    return None
 
 
 def _say(text: str) -> None:

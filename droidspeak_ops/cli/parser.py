@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..metrics import METRICS
-from . import commands
 from .arguments import (
     MIN_TOKENS,
     argument,
@@ -30,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser; what it gives has `run` and `kept`, functions of the options: the command, and what Ctrl-C leaves."""
+    """Return the parser; `command` of what it gives is the name of a module beside this one."""
     parser = _Parser(prog="droidspeak", description="Reuse of a KV cache across fine-tuned models.")
     added = parser.add_subparsers(dest="command", required=True)
 
@@ -61,7 +60,6 @@ def make_parser() -> argparse.ArgumentParser:
         default="droidspeak-demo.png",
         help="PNG file to write, in a folder that exists",
     )
-    demo.set_defaults(run=commands.demo)
 
     on_pair = _Parser(add_help=False, parents=[with_base])
     on_pair.add_argument("sender", help="local path, hub name or LoRA adapter, or 'smollm2'")
@@ -104,7 +102,6 @@ def make_parser() -> argparse.ArgumentParser:
         default="maps.safetensors",
         help="file to write the maps to, in a folder that exists (default: maps.safetensors)",
     )
-    fitting.set_defaults(run=commands.fit)
 
     profiling = added.add_parser(
         "profile", parents=[on_pair], help="measure the quality and cost of plans for a pair of models"
@@ -123,7 +120,6 @@ def make_parser() -> argparse.ArgumentParser:
         default="droidspeak-profile",
         help="folder for frontier.json, plots and report.html, made if it is not there (default: droidspeak-profile)",
     )
-    profiling.set_defaults(run=commands.profile, kept=commands.kept_of_profile)
 
     compiling = added.add_parser("compile", help="compile all kernels ahead of time and show the resources they use")
     compiling.add_argument(
@@ -135,8 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     compiling.add_argument(
         "--json", type=argument(output_file), help="also write the results to this file, in a folder that exists"
     )
-    compiling.set_defaults(run=commands.compile_kernels)
 
     for each in added.choices.values():
-        each.set_defaults(prog=each.prog)
+        each.set_defaults(prog=each.prog)  # for messages
     return parser

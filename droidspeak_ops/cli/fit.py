@@ -1,0 +1,40 @@
+"""``droidspeak fit``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from ..example import by_context
+from ..fitting.run import fit
+from ..prefill.plan import Plan
+from ..prefill.schedule import resolve
+from .inputs import Inputs, count_tokens
+
+_PREFILLS = 4  # per context, of docs/maps.md: twice as long as the two models read it
+
+
+def run(options: argparse.Namespace) -> None:
+    """Fit maps to a pair, and save them."""
+    out: Path = options.out
+    if any(out.exists() and text.exists() and out.samefile(text) for text in options.texts):
+        raise ValueError(f"--out: expected another file than the texts, got {out}")
+    inputs = Inputs.read(options)
+    for band in options.band:
+        resolve(Plan([band]), inputs.receiver.num_layers)
+    sender, receiver = inputs.load()
+    inputs.announce(options.prog, receiver, _PREFILLS)
+    maps = fit(sender, receiver, inputs.examples, bands=options.band)
+    maps.save(out)
+    contexts = by_context(inputs.examples)
+    mapped, mapped_without_hidden = (
+        sum(source != "reuse" for source in choices) for choices in (maps.choices, maps.choices_without_hidden)
+    )
+    Console().print(
+        f"{count_tokens(contexts):,} tokens of {len(contexts)} contexts\n"
+        f"mapped layers: {mapped} of {len(maps.choices)}, without hidden states {mapped_without_hidden}; "
+        f"corrected band starts: {sorted(maps.corrections) or 'none'}\n"
+        f"maps: {out.resolve()}, {out.stat().st_size / 2**20:.0f} MiB"
+    )
