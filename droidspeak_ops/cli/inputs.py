@@ -59,14 +59,14 @@ class Inputs:
         """Load the weights of sender and receiver."""
         return self.sender.load(), self.receiver.load()
 
-    def announce(self, prog: str, receiver: Any, prefills: float, extra_tokens: int = 0) -> None:
+    def announce(self, prog: str, receiver: Any, prefills: float, extra_tokens: int) -> None:
         """Say on stderr how much of the texts is used, and about how long that will take.
 
         Args:
             prog: the command.
             receiver: one of whose full prefills is timed.
             prefills: how many full prefills of its context each context takes.
-            extra_tokens: how many tokens' full prefill is to be added.
+            extra_tokens: number of tokens whose full prefill takes as long as what does not depend on contexts.
         """
         groups = by_context(self.examples)
         tokens = count_tokens(groups)
