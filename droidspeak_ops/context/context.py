@@ -76,7 +76,7 @@ class SharedContext:
         if not 0 < rows <= tokens:
             raise ValueError(f"layer {layer}: expected keys of 1 to {tokens} tokens, got {rows}")
         if isinstance(windows, Sequence) and len(windows) == self.num_layers:
-            # The next token sees itself too.
+            # One place of a window is the next token's own.
             held = min(tokens, windows[layer] - 1) if isinstance(windows[layer], int) else tokens
             if rows != held:
                 raise ValueError(f"layer {layer}: expected keys of {held} tokens by its sliding window, got {rows}")
@@ -102,18 +102,12 @@ class SharedContext:
         """Raise unless cos and sin are a row for each token, of no more columns than a head has pairs."""
         tokens, pairs = self.tokens.shape[1], self.keys_values[0].keys.shape[3] // 2
         for name, half in zip(("cos", "sin"), rotation, strict=True):
-            fits = half.dim() == 2 and half.shape[0] == tokens and 0 < half.shape[1] <= pairs
-            if (
-                not fits
-                or half.dtype not in FLOATS
-                or (half.shape, half.dtype) != (rotation[0].shape, rotation[0].dtype)
-            ):
+            fits = half.dim() == 2 and half.shape[0] == tokens and 0 < half.shape[1] <= pairs and half.dtype in FLOATS
+            if not fits or (half.shape, half.dtype) != (rotation[0].shape, rotation[0].dtype):
                 found = f"{half.dtype} {tuple(half.shape)}"
                 raise ValueError(f"rotations: expected {name} to be floating ({tokens}, 1 to {pairs}), got {found}")
             if half.device != self.tokens.device:
-                raise ValueError(
-                    f"rotations: expected {name} on {self.tokens.device}, as the tokens, got {half.device}"
-                )
+                raise ValueError(f"rotations: expected {name} on {self.tokens.device}, got {half.device}")
 
     def check_finite(self) -> None:
         """Raise unless all values are finite. It reads all of them, and waits for a GPU.
@@ -129,8 +123,7 @@ class SharedContext:
             parts |= {f"hidden states of layer {layer}: {name}": part for name, part in by_name.items()}
         for layer, rotation in enumerate(self.rotations):
             parts |= {
-                f"layer {layer}: {name}": half
-                for name, half in zip(("cos", "sin"), rotation or (None, None), strict=True)
+                f"layer {layer}: {name}": half for name, half in zip(("cos", "sin"), rotation or (), strict=False)
             }
         for where, part in parts.items():
             if part is not None and part.is_floating_point() and not bool(part.float().isfinite().all()):

@@ -9,9 +9,10 @@ import functools
 import json
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -36,6 +37,8 @@ def config(device: int, hidden_size: int, size: Size) -> ProjectSpliceConfig:
 
 # What an entry of a file is found by; `num_tokens` is where it holds from, up to the next one.
 KEY = ("dtype", "hidden_size", "num_kv_heads", "head_dim", "has_head_norm", "num_tokens")
+_KEY_TYPES = dict(zip(KEY, (str, int, int, int, bool, int), strict=True))
+_TIMES = ("milliseconds", "default_milliseconds")
 
 
 @functools.cache
@@ -58,55 +61,64 @@ def save(path: Path, device: str, entries: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps({**versions(device), "project_splice": entries}, indent=1) + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A tuned configuration, the shape that it is for, and the times that it was chosen by."""
-
-    dtype: Literal["torch.float32", "torch.float16", "torch.bfloat16"]
-    hidden_size: int
-    num_kv_heads: int
-    head_dim: int
-    has_head_norm: bool
-    num_tokens: int
-    config: dict[str, int | bool]
-    milliseconds: float | None = None
-    default_milliseconds: float | None = None
-
-
-@dataclass(frozen=True)
-class _File:
-    device: str
-    torch: str
-    triton: str
-    project_splice: tuple[_Entry, ...]
-
-
 def load(path: Path, device: str) -> dict[tuple[Any, ...], ProjectSpliceConfig]:
     """Read a file of tuned configurations; empty, with a warning, if it is for another device or Triton.
 
     Raises:
         ValueError: the file is not what :func:`save` writes.
     """
-    from .. import schema
     from ..kernels.project_splice_config import ProjectSpliceConfig
 
-    content = schema.decode(path.read_bytes(), _File, str(path))
+    # Not by the library's schemas: the operators alone, as the hub has them, need no library but torch and Triton.
+    optional = {
+        field.name: type(field.default) for field in fields(ProjectSpliceConfig) if field.default is not MISSING
+    }
+    sizes = {field.name: int for field in fields(ProjectSpliceConfig)} | optional
     table: dict[tuple[Any, ...], ProjectSpliceConfig] = {}
-    for number, entry in enumerate(content.project_splice):
-        where, key = f"{path}: project_splice[{number}]", tuple(getattr(entry, name) for name in KEY)
-        config = schema.convert(entry.config, ProjectSpliceConfig, where)
-        sizes = {name: value for name, value in vars(config).items() if not isinstance(value, bool)}
-        if min(*key[1:4], key[5] + 1, *sizes.values()) < 1:
-            raise ValueError(f"{where}: expected sizes of 1 or more, got {key} and {sizes}")
-        if key in table:
-            raise ValueError(f"{where}: expected one configuration for {key}, got two")
-        table[key] = config
-    made_on = {"device": content.device, "triton": content.triton}
+    try:
+        text = path.read_bytes().decode()
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_number)
+        _check_types(content, {"device": str, "torch": str, "triton": str, "project_splice": list})
+        for entry in content["project_splice"]:
+            _check_types(entry, {**_KEY_TYPES, "config": dict}, optional=dict.fromkeys(_TIMES, float))
+            _check_types(entry["config"], {name: sizes[name] for name in sizes.keys() - optional}, optional=optional)
+            key = tuple(entry[name] for name in KEY)
+            if key in table:
+                raise ValueError(f"{key} more than once")
+            table[key] = ProjectSpliceConfig(**entry["config"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: expected a file of tuned configurations, got another ({error}); python -m bench.tune writes one"
+        ) from None
+    made_on = {name: content[name] for name in ("device", "triton")}
     here = {name: value for name, value in versions(device).items() if name in made_on}
     if made_on != here:
         warnings.warn(f"{path} was tuned for {made_on}, this is {here}: it is not used", stacklevel=2)
         return {}
     return table
+
+
+def _check_types(described: Any, types: Mapping[str, type], optional: Mapping[str, type] | None = None) -> None:
+    """Raise a ValueError unless an object has these fields, of these types and within bounds."""
+    known = {**types, **(optional or {})}
+    if not isinstance(described, dict) or not types.keys() <= described.keys() <= known.keys():
+        raise ValueError(f"expected an object of {', '.join(known)}, got {str(described)[:80]}")
+    for name, value in described.items():
+        least = 1 if type(value) is int and name != "num_tokens" else 0
+        if type(value) is not known[name] or (isinstance(value, (int, float)) and not least <= value < 2**31):
+            kind = known[name].__name__
+            raise ValueError(f"expected {name} to be {kind}, {least} or more if a number, got {value!r:.80}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a name more than once among {[name for name, _ in pairs]}")
+    return found
+
+
+def _refuse_number(name: str) -> NoReturn:
+    raise ValueError(f"the number {name}")
 
 
 @functools.cache
