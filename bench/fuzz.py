@@ -218,7 +218,7 @@ def damage_tensors(content: bytes, rng: random.Random) -> bytes:
 def _damage_tensor(tensors: dict[str, torch.Tensor], name: str, other: str, rng: random.Random) -> None:
     tensor = torch.atleast_1d(tensors[name])
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool]
-    flat = tensor.float().reshape(-1)
+    flat = (tensor.real if tensor.is_complex() else tensor).float().reshape(-1)
     changed: list[Callable[[], torch.Tensor]] = [
         lambda: tensor.to(rng.choice([*dtypes, torch.complex64, torch.float8_e4m3fn, torch.uint8])),
         lambda: tensor.reshape(-1),
