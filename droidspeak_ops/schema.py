@@ -1,4 +1,4 @@
-"""JSON from files as typed values: the one reader of plans, frontiers, journals, tuning files and examples.
+"""JSON from files as typed values: the one reader of plans, frontiers, journals, examples and what is beside tensors.
 
 A type says what is expected, a dataclass's ``__post_init__`` what its fields have to do with one another. Whatever a file
 holds, either a value comes back or a ValueError that names the file, the field, what is expected and what came.
