@@ -223,7 +223,7 @@ class Decoder:
         """Digest of the frequencies and scalings that the model holds, whatever its configuration says."""
         frequencies = {
             name: buffer.detach().float().cpu().numpy().tobytes()
-            for name, buffer in self.rotary.named_buffers()
+            for name, buffer in self.rotary.named_buffers(remove_duplicate=False)  # of LongRoPE two may be one
             if "original" in name or not self.rope_varies
         }
         scalings = {name: value for name, value in vars(self.rotary).items() if name.endswith("attention_scaling")}

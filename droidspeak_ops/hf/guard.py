@@ -32,7 +32,9 @@ def watch(base_model: torch.nn.Module) -> None:
                 base_model.register_forward_pre_hook(check_pass, with_kwargs=True)
 
 
-def check_pass(base_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def check_pass(
+    base_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]] | None:
     """Return what a pass over a mixed cache should be given, if that is something else than what it is given.
 
     - Tokens that the cache holds do not run again: the first step of assisted generation, and prefill in chunks
@@ -46,6 +48,8 @@ def check_pass(base_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """
     from .cache import MixedCache
 
+    if kwargs is None:  # torch adds a hook first, and then that it takes them: a pass of another thread came between
+        return None
     name = next((name for name in _NAMES if isinstance(kwargs.get(name), MixedCache)), None)
     if name is None or torch.compiler.is_compiling() or is_capturing(kwargs[name].tokens.device):
         return None
