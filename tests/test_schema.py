@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import pytest
+import torch
 
 from droidspeak_ops import schema
 from droidspeak_ops.context.fingerprint import Fingerprint
@@ -84,6 +85,14 @@ FINGERPRINT = {
 }
 
 
+def test_a_dtype_is_one_that_models_are_read_in() -> None:
+    """It may be unknown, and then nothing is made of it."""
+    assert Fingerprint({}, {}, "bfloat16").torch_dtype == torch.bfloat16
+    for dtype in ("", "int8", "__name__"):
+        with pytest.raises(ValueError, match=f"dtype: expected one of float32, float16, bfloat16, got '{dtype}'"):
+            _ = Fingerprint({}, {}, dtype).torch_dtype
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -94,7 +103,6 @@ FINGERPRINT = {
         ({"architecture": {"num_hidden_layers": 10**9}}, "architecture: expected num_hidden_layers .*, got 1000000000"),
         ({"architecture": {"head_dim": True}}, "architecture: expected head_dim .*, got True"),
         ({"architecture": {"x": [[[[1]]]]}}, "architecture: expected settings of a model, got values that are nested"),
-        ({"dtype": "int8"}, "dtype: expected one of float32, float16, bfloat16, got 'int8'"),
         ({"weights": "latest"}, "weights: expected a digest .*, got 'latest'"),
         ({"tokenizer": "0" * 64}, "tokenizer: expected a digest"),
     ],

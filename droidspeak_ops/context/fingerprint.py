@@ -31,13 +31,12 @@ class Fingerprint:
     Args:
         architecture: model type and the sizes that K/V and hidden states depend on.
         rope: parameters of the rotary embedding.
-        dtype: dtype of the weights, as ``"float32"``.
+        dtype: dtype of the weights, as ``"float32"``; empty where it is not known.
         weights: SHA-256 over all weights; None where only what K/V mean is asked.
         tokenizer: what :func:`vocabulary_digest` says of it, or None where no tokenizer was given.
 
     Raises:
-        ValueError: a size in `architecture` is no positive integer, `dtype` is none that models are read in, or a digest is no
-            digest.
+        ValueError: a size in `architecture` is no positive integer, settings are nested, or a digest is no digest.
     """
 
     architecture: Mapping[str, Any]
@@ -53,8 +52,6 @@ class Fingerprint:
             size, most = self.architecture.get(name, 1), _MOST_LAYERS if name == "num_hidden_layers" else 2**63
             if not (isinstance(size, int) and not isinstance(size, bool) and 0 < size <= most):
                 raise ValueError(f"architecture: expected {name} to be an integer from 1 to {most}, got {size!r}")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         for name, form in (("weights", "[0-9a-f]{64}"), ("tokenizer", "[0-9]{1,18}:[0-9a-f]{64}")):
             digest = getattr(self, name)
             if digest is not None and not re.fullmatch(form, digest):
@@ -62,7 +59,13 @@ class Fingerprint:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of the weights, and of what the model computes."""
+        """The dtype of the weights, and of what the model computes.
+
+        Raises:
+            ValueError: `dtype` is none that models are read in, or not known.
+        """
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         return _DTYPES[self.dtype]
 
     def size(self, name: str) -> int | None:

@@ -135,9 +135,9 @@ class Frontier:
     scores: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sender", "receiver"):
-            if getattr(self, name).size("num_hidden_layers") is None:
-                raise ValueError(f"{name}: expected an architecture with num_hidden_layers, got one without")
+        for model in (self.sender, self.receiver):
+            model.sizes("num_hidden_layers")
+            _ = model.torch_dtype
         self.sender.check_reuse_by(self.receiver)
         if not (1 <= self.held_out < len(self.contexts) and min(self.contexts) > 0):
             raise ValueError(

@@ -267,8 +267,8 @@ def _changed(described: dict[str, Any], path: str, value: Any) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("sender.dtype", "float99", "sender"),
-        ("sender.architecture", {}, "expected an architecture with num_hidden_layers"),
+        ("sender.dtype", "float99", "dtype: expected one of float32, float16, bfloat16, got 'float99'"),
+        ("sender.architecture", {}, "architecture: expected num_hidden_layers, got none of"),
         ("receiver.architecture", {"num_hidden_layers": 9}, "num_hidden_layers is 10 and 9"),
         ("receiver.architecture", {"num_hidden_layers": 10**15}, "num_hidden_layers to be an integer from 1 to"),
         ("points.0.plan.bands", [[3, 99]], "expected layers 0 to 9 of a model of 10, got layer 98"),
