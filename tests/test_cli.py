@@ -191,7 +191,7 @@ MISTAKES = {
     "fit sender receiver latin.txt": "latin.txt: expected UTF-8, got the byte 0xe9 at 3",
     "fit sender receiver short.txt": "texts: expected at least 3 contexts from pieces of 64 to 1024 tokens, got 1",
     "fit sender receiver array.jsonl": "array.jsonl, line 2: expected object, got array",
-    "fit sender receiver field.jsonl": "field.jsonl, line 2: object missing required field answer",
+    "fit sender receiver field.jsonl": "field.jsonl, line 2: expected the field answer, got none",
     "fit sender receiver more.jsonl": r"more.jsonl, line 1: expected the fields context, suffix, answer, got \['note'\]",
     "fit sender receiver number.jsonl": "number.jsonl, line 1: expected str, got int at answer",
     "fit sender receiver cut.jsonl": "cut.jsonl, line 2: expected JSON, got",
@@ -200,7 +200,7 @@ MISTAKES = {
     "fit sender receiver no-suffix.jsonl": "no-suffix.jsonl, line 2: suffix: expected text, got an empty one",
     "fit sender receiver no-answer.jsonl": "no-answer.jsonl, line 2: answer: expected text, got an empty one",
     "fit sender receiver spaces.jsonl": "spaces.jsonl, line 2: suffix: expected text of one token or more, got",
-    "fit sender receiver half.jsonl": "half.jsonl, line 1: answer: expected text, got half a character",
+    "fit sender receiver half.jsonl": "half.jsonl, line 1: expected Unicode text, got half of a surrogate pair",
     "fit sender receiver twice.jsonl": "twice.jsonl, line 1: expected JSON .* every name once, got 'context' more than once",
     # maps
     f"profile {PAIR} --maps missing": "profile: error: missing: No such file or directory",
