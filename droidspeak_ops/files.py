@@ -176,10 +176,12 @@ class Journal:
 
 
 def remove_journal(path: str | os.PathLike[str]) -> None:
-    """Remove a journal whose run is over, and its lock."""
+    """Remove a journal whose run is over, and its lock; nothing of it if another run holds it."""
     path = Path(path)
-    path.unlink(missing_ok=True)
-    _lock_of(path).unlink(missing_ok=True)
+    lock = FileLock(_lock_of(path))
+    with suppress(Timeout), lock.acquire(blocking=False):
+        path.unlink(missing_ok=True)
+        _lock_of(path).unlink(missing_ok=True)  # held meanwhile, so whoever waits for it sees that it is gone
 
 
 def _lock_of(path: Path) -> Path:

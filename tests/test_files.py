@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from droidspeak_ops.files import Journal, replacing
+from droidspeak_ops.files import Journal, remove_journal, replacing
 
 
 def test_nothing_half_written_is_left(tmp_path) -> None:
@@ -175,6 +175,18 @@ def test_a_line_whose_checksum_fits_is_still_json(tmp_path) -> None:
         with pytest.raises(ValueError, match=rf"journal: {path}, line 2: .*{message}"):
             Journal(path, {"run": 1})
         path.write_bytes(whole)
+
+
+def test_a_journal_that_another_run_holds_is_not_removed(tmp_path) -> None:
+    path = tmp_path / "journal"
+    with Journal(path, {"run": 1}) as journal:
+        journal.add([1.5])
+        remove_journal(path)
+        with pytest.raises(ValueError, match="journal: expected one run at a time"):
+            Journal(path, {"run": 1})
+    assert path.exists()
+    remove_journal(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("line", [0, 1, 2])
