@@ -1,6 +1,7 @@
-"""The operators on plain tensors: projection to K/V and splicing in place into a KV cache, and the norms they start from."""
+"""Operators on plain tensors: K/V projected and spliced in place into a KV cache, norms before, attention over it."""
 
 from ..kernels.arguments import Projection
+from .attention import attend_rows, attention_peaks
 from .functions import (
     fold_norm_weight,
     kv_project,
@@ -15,6 +16,8 @@ from .functions import (
 
 __all__ = [
     "Projection",
+    "attend_rows",
+    "attention_peaks",
     "fold_norm_weight",
     "kv_project",
     "kv_project_layers",

@@ -51,9 +51,9 @@ def check(
 
 
 def check_caches(
-    k_cache: torch.Tensor, v_cache: torch.Tensor, like: torch.Tensor, dtypes: Sequence[torch.dtype]
+    k_cache: torch.Tensor, v_cache: torch.Tensor | None, like: torch.Tensor, dtypes: Sequence[torch.dtype]
 ) -> None:
-    """Two caches of one shape and dtype."""
+    """Two caches of one shape and dtype, or that of K alone."""
     shape = tuple(k_cache.shape)
     if len(shape) != 4 or not shape[1] or not shape[3] or shape[3] % 2 or k_cache.dtype not in dtypes:
         names = ", ".join(str(dtype) for dtype in dtypes)
@@ -139,6 +139,11 @@ def check_eps(name: str, eps: float) -> None:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {eps}")
 
 
+def check_positive(name: str, number: float) -> None:
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {number}")
+
+
 def check_norm_weight(name: str, weight: torch.Tensor | None, norm_order: str) -> None:
     """The order is known, and there is a weight unless it is "none"."""
     check_choice("norm_order", norm_order, NORM_ORDERS)
@@ -150,12 +155,16 @@ def check_norm_weight(name: str, weight: torch.Tensor | None, norm_order: str) -
 # --- what reads values, addresses or what autograd follows -------------------------------------------------------------
 
 
-def check_slot_range(slot_mapping: torch.Tensor, slots: int) -> None:
+def check_slot_range(name: str, slot_mapping: torch.Tensor, slots: int) -> None:
     if slot_mapping.numel() == 0:
         return
     low, high = (int(bound) for bound in slot_mapping.aminmax())
     if low < -1 or high >= slots:
-        raise ValueError(f"slot_mapping: expected slots from -1 to {slots - 1}, got {low} to {high}")
+        raise ValueError(f"{name}: expected slots from -1 to {slots - 1}, got {low} to {high}")
+
+
+def check_slots_to_write(slot_mapping: torch.Tensor, slots: int) -> None:
+    check_slot_range("slot_mapping", slot_mapping, slots)
     ordered = slot_mapping[1:] > slot_mapping[:-1]
     if not bool(ordered.all()):
         used = slot_mapping[slot_mapping >= 0]
@@ -169,6 +178,11 @@ def check_positions(positions: torch.Tensor | None, rows: int) -> None:
     low, high = (int(bound) for bound in positions.aminmax())
     if low < 0 or high >= rows:
         raise ValueError(f"positions: expected 0 to {rows - 1}, the rows of cos and sin, got {low} to {high}")
+
+
+def check_positions_of_rows(positions: torch.Tensor) -> None:
+    if positions.numel() and (low := int(positions.min())) < -1:
+        raise ValueError(f"positions: expected -1 for padding, or more, got {low}")
 
 
 Named = tuple[str, Sequence[torch.Tensor]]

@@ -15,7 +15,15 @@ import torch
 
 from ..kernels.arguments import Projection, from_operator
 from . import reference, tuning
-from .checks import Named, check_forward_only, check_positions, check_separate, check_slot_range
+from .checks import (
+    Named,
+    check_forward_only,
+    check_positions,
+    check_positions_of_rows,
+    check_separate,
+    check_slot_range,
+    check_slots_to_write,
+)
 from .namespace import NAMESPACE, ops
 
 # Several layers share a launch: at most 8, whose pointers fit in a kernel's arguments, and this many tokens in all. Beyond, one
@@ -37,6 +45,10 @@ _SCHEMAS = (
     "kv_splice(Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor? cos, Tensor? sin, Tensor slot_mapping, "
     "bool static_scale, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_cache_scale, "
     "Tensor(d!)? v_cache_scale) -> ()",
+    "attention_peaks(Tensor q, Tensor k_cache, Tensor key_slots, Tensor positions, Tensor(a!) peaks, float scale, "
+    "int? window, float? softcap, Tensor? sinks) -> ()",
+    "attend_rows(Tensor q, Tensor k_cache, Tensor v_cache, Tensor key_slots, Tensor positions, Tensor(a!) out, "
+    "float scale, int? window, float? softcap, Tensor? sinks) -> ()",
 )
 
 
@@ -96,7 +108,7 @@ def _row_norm_cpu(x: torch.Tensor, weight: torch.Tensor | None, norm_order: str,
 def _kv_project_cpu(*args: Any) -> None:
     layers = from_operator(*args)
     first = layers[0]
-    check_slot_range(first.slot_mapping, first.k_cache.shape[0] * first.k_cache.shape[2])
+    check_slots_to_write(first.slot_mapping, first.k_cache.shape[0] * first.k_cache.shape[2])
     check_positions(first.positions, 0 if first.cos is None else first.cos.shape[0])
     for layer in layers:
         reference.kv_project_ref(layer)
@@ -104,8 +116,30 @@ def _kv_project_cpu(*args: Any) -> None:
 
 @_reference
 def _kv_splice_cpu(*args: Any) -> None:
-    check_slot_range(args[6], args[8].shape[0] * args[8].shape[2])
+    check_slots_to_write(args[6], args[8].shape[0] * args[8].shape[2])
     reference.kv_splice_ref(*args)
+
+
+@_reference
+def _attention_peaks_cpu(
+    q: torch.Tensor, k_cache: torch.Tensor, key_slots: torch.Tensor, positions: torch.Tensor, *rest: Any
+) -> None:
+    _check_attention_values(k_cache, key_slots, positions)
+    reference.attention_peaks_ref(q, k_cache, key_slots, positions, *rest)
+
+
+@_reference
+def _attend_rows_cpu(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, key_slots: torch.Tensor, positions: torch.Tensor,
+    *rest: Any,
+) -> None:  # fmt: skip
+    _check_attention_values(k_cache, key_slots, positions)
+    reference.attend_rows_ref(q, k_cache, v_cache, key_slots, positions, *rest)
+
+
+def _check_attention_values(k_cache: torch.Tensor, key_slots: torch.Tensor, positions: torch.Tensor) -> None:
+    check_slot_range("key_slots", key_slots, k_cache.shape[0] * k_cache.shape[2])
+    check_positions_of_rows(positions)
 
 
 # Triton is imported at the first launch, so that a machine without a GPU never pays for it.
@@ -145,6 +179,16 @@ def _kv_splice_gpu(*args: Any) -> None:
 
     with _device_of(args[0]):
         kv_splice(*args)
+
+
+@_checked
+def _attention_peaks_gpu(*args: Any) -> None:
+    reference.attention_peaks_ref(*args)
+
+
+@_checked
+def _attend_rows_gpu(*args: Any) -> None:
+    reference.attend_rows_ref(*args)
 
 
 def _launches(layers: list[Projection]) -> Iterator[list[Projection]]:

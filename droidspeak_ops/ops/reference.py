@@ -1,10 +1,14 @@
 """The meaning of each operator, in plain torch and in the rounding order of transformers.
 
 These functions are the CPU implementation of the operators and what every kernel is tested against. Shapes: B batch,
-T tokens, H query heads, K kv heads, S rows of a cache block, D head_dim, C hidden size.
+T tokens, H query heads, K kv heads, S rows of a cache block, D head_dim, C hidden size; in attention N rows of queries and
+S positions of keys.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +126,93 @@ def kv_splice_ref(
         if cache_scale is not None:
             rows = _encoded(rows, cache.dtype, cache_scale, slot_mapping, static_scale)
         store_rows_ref(rows, cache, slot_mapping)
+
+
+class _Attended(NamedTuple):
+    """What the rows of one sequence give to the n keys that the cache holds for it, by the query heads of one kv head.
+
+    Args:
+        keys: positions [n].
+        block, row: where the keys are in the cache, [n].
+        probabilities: float32 [heads, N, n], 0 where a row does not see a key.
+    """
+
+    sequence: int
+    kv_head: int
+    heads: slice
+    keys: torch.Tensor
+    block: torch.Tensor
+    row: torch.Tensor
+    probabilities: torch.Tensor
+
+
+def _attend_ref(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    key_slots: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> Iterator[_Attended]:
+    """Softmax over the keys that each row sees, for one sequence and kv head at a time: never for all heads at once."""
+    if not positions.numel():
+        return
+    group, block_size = q.shape[2] // k_cache.shape[1], k_cache.shape[2]
+    every = torch.arange(key_slots.shape[1], device=q.device)
+    for sequence, (slots, places) in enumerate(zip(key_slots, positions, strict=True)):
+        # Keys behind all rows are not looked at: their slots may be still to be written.
+        keys = every[(slots >= 0) & (every <= places.max())]
+        block, row = slots[keys] // block_size, slots[keys] % block_size
+        distance = places[:, None] - keys
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        for kv_head in range(k_cache.shape[1]):
+            heads = slice(kv_head * group, (kv_head + 1) * group)
+            queries, k = q[sequence, :, heads].transpose(0, 1).float(), k_cache[block, kv_head, row].float()
+            logits = scale * (queries @ k.T)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            lse = logits.masked_fill(hidden, -torch.inf).logsumexp(-1, keepdim=True)
+            if sinks is not None:
+                lse = torch.logaddexp(lse, sinks[heads, None, None].float())
+            probabilities = (logits - lse).exp().masked_fill(hidden, 0.0)
+            yield _Attended(sequence, kv_head, heads, keys, block, row, probabilities)
+
+
+def attention_peaks_ref(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    key_slots: torch.Tensor,
+    positions: torch.Tensor,
+    peaks: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Raise `peaks` [B, S] to the largest probability that a row and head of `q` [B, N, H, D] gives to each key."""
+    for part in _attend_ref(q, k_cache, key_slots, positions, scale, window, softcap, sinks):
+        own = peaks[part.sequence]
+        own[part.keys] = torch.maximum(own[part.keys], part.probabilities.flatten(0, 1).amax(0))
+
+
+def attend_rows_ref(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    key_slots: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Write to `out` [B, N, H, D] the sum of V over the keys that each row of `q` sees, weighted by their probabilities."""
+    for part in _attend_ref(q, k_cache, key_slots, positions, scale, window, softcap, sinks):
+        v = v_cache[part.block, part.kv_head, part.row].float()
+        out[part.sequence, :, part.heads] = (part.probabilities @ v).transpose(0, 1).to(out.dtype)
 
 
 def store_rows_ref(rows: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:

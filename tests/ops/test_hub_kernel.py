@@ -46,7 +46,13 @@ def run(ops):
     first = {name: tensor[:T] for name, tensor in rotation.items()}
     ops.kv_project(ops.Projection(x, k_weight, v_weight, *caches[:2], slots[:T], norm_weight=norm_weight, **first))
     ops.kv_splice(k, v, *caches[2:], slots, **rotation)
-    return torch.stack(caches).view(torch.int32)  # bits, so that untouched rows compare too
+    peaks, out = torch.zeros(B, T), torch.empty(B, T, 2 * K, D)
+    q, key_slots = k.transpose(1, 2).repeat_interleave(2, 2), slots.view(B, T)
+    places = key_slots, key_slots % T
+    ops.attention_peaks(q, caches[2], *places, peaks, scale=0.5)
+    ops.attend_rows(q, *caches[2:], *places, out, scale=0.5)
+    bits = torch.stack(caches).view(torch.int32)  # so that untouched rows compare too
+    return torch.cat([bits.flatten(), peaks.view(torch.int32).flatten(), out.view(torch.int32).flatten()])
 
 
 expected = run(droidspeak_ops.ops)

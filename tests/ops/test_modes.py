@@ -62,13 +62,26 @@ def kv_splice(x: torch.Tensor) -> list[torch.Tensor]:
     return [codes, scales, back]
 
 
+def attention_peaks(x: torch.Tensor) -> list[torch.Tensor]:
+    peaks = torch.zeros(1, 5)
+    ops.attention_peaks(x.view(1, 5, 2, 8), x.view(1, 1, 10, 8), SLOTS[None], SLOTS[None], peaks, scale=0.5)
+    return [peaks]
+
+
+def attend_rows(x: torch.Tensor) -> list[torch.Tensor]:
+    out, cache = torch.zeros(1, 5, 2, 8), x.view(1, 1, 10, 8)
+    ops.attend_rows(x.view(1, 5, 2, 8), cache, cache, SLOTS[None], SLOTS[None], out, scale=0.5, softcap=2.0)
+    return [out]
+
+
 def helpers(x: torch.Tensor) -> list[torch.Tensor]:
     rotation = ops.rotation_between(x[:, :8].cos(), x[:, :8].sin(), x[:, 8:].cos(), x[:, 8:].sin())
     return [*rotation, *(ops.fold_norm_weight(x, x[0], norm_order=order) for order in ("llama", "gemma"))]
 
 
 OPERATORS: dict[str, Call] = {
-    each.__name__: each for each in (rms_rstd, row_norm, kv_project_hf, kv_project_folded, kv_splice)
+    each.__name__: each
+    for each in (rms_rstd, row_norm, kv_project_hf, kv_project_folded, kv_splice, attention_peaks, attend_rows)
 }
 
 
@@ -151,7 +164,7 @@ def test_transforms_of_functions_are_refused(operator: Call, transform: str) -> 
 def test_tangents_are_refused(operator: Call) -> None:
     expected = operator(rows())
     with forward_ad.dual_level():
-        name = "k" if operator is kv_splice else "hidden_states"
+        name = {kv_splice: "k", attention_peaks: "q", attend_rows: "q"}.get(operator, "hidden_states")
         with pytest.raises(ValueError, match=f"{name}: expected no tangent, since the operators are forward only"):
             operator(forward_ad.make_dual(rows(), torch.ones(5, 16)))
         for one, other in zip(operator(rows()), expected, strict=True):  # a level alone does no harm

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from support.cases import call, poisoned, projection
+from support.cases import attention, call, poisoned, projection
 from support.compare import assert_bitwise_equal, assert_close
 from support.models import tiny_llama, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +43,13 @@ def test_opcheck_others() -> None:
     torch.library.opcheck(OPS.kv_splice.default, (k, v, *nothing, slots, False, *codes.unbind(), *scales.unbind()))
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 3.0, "sinks": torch.float32, "layout": "NHD"}])
+def test_opcheck_attention(options) -> None:
+    case = attention(**options)
+    case.peaks_of(lambda *args: torch.library.opcheck(OPS.attention_peaks.default, args), case.new_peaks())
+    case.rows_of(lambda *args: torch.library.opcheck(OPS.attend_rows.default, args), torch.zeros(case.q.shape))
+
+
 def test_compiled_in_one_graph() -> None:
     case = projection(tokens=9, scattered=True, rotary_dim=32)
     norm_weight = torch.rand(48)
@@ -62,9 +69,9 @@ def test_compiled_in_one_graph() -> None:
 
 def test_every_operator_compiles_in_one_graph() -> None:
     case = projection(tokens=9, layers=3, q_heads=4, head_norm="each", positions=True, bias=True)
-    weights = [torch.rand(48) for _ in case]
+    weights, attended = [torch.rand(48) for _ in case], attention(window=9, softcap=3.0, sinks=torch.float32)
 
-    def function(q, k_caches, v_caches, codes, scales, cu_seqlens):
+    def function(q, k_caches, v_caches, codes, scales, cu_seqlens, peaks, out):
         caches = zip(case.without_q(), weights, k_caches, v_caches, strict=True)
         ops.kv_project_layers([
             layer._replace(norm="hf", norm_weight=weight, norm_order="gemma", k_cache=k_cache, v_cache=v_cache)
@@ -84,13 +91,20 @@ def test_every_operator_compiles_in_one_graph() -> None:
             k_cache_scale=scales[0],
             v_cache_scale=scales[1],
         )
+        queries, (k_cache, v_cache, *places) = attended.q * 2, attended[1:5]
+        ops.attention_peaks(queries, k_cache, *places, peaks, **attended.options)
+        ops.attend_rows(queries, k_cache, v_cache, *places, out, **attended.options)
         return ops.packed_slots(cu_seqlens, 9, 14)
 
     def arguments() -> tuple:
         fresh = case.with_new_outputs()
         codes = [torch.zeros(1, 2, 14, 64, dtype=torch.float8_e4m3fn) for _ in "kv"]
         scales = [torch.zeros(1, 2, 14) for _ in "kv"]
-        return fresh[0].q, fresh.tensors("k_cache"), fresh.tensors("v_cache"), codes, scales, torch.tensor([0, 4, 9])
+        caches, written = (
+            (fresh.tensors("k_cache"), fresh.tensors("v_cache")),
+            (attended.new_peaks(), attended.new_rows()),
+        )
+        return fresh[0].q, *caches, codes, scales, torch.tensor([0, 4, 9]), *written
 
     eager, compiled = arguments(), arguments()
     expected = function(*eager)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import OUTPUTS, call, poisoned, projection
+from support.cases import OUTPUTS, attention, call, poisoned, projection
 
 from droidspeak_ops import ops
 from droidspeak_ops.kernels.arguments import SHARED, to_operator
@@ -294,6 +294,27 @@ def test_no_tensor_of_a_splice_is_in_what_it_writes(name: str) -> None:
         assert name in str(error.value)
         assert output in str(error.value)
         assert not memory.any()
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [(operator, name) for operator in ("attention_peaks", "attend_rows") for name in TENSORS[operator]],
+)
+def test_no_tensor_of_attention_is_in_what_it_writes(operator: str, name: str) -> None:
+    output = {"attention_peaks": "peaks", "attend_rows": "out"}[operator]
+    if name == output:
+        return
+    case = attention(sinks=torch.float32)
+    arguments = {**case._asdict(), "peaks": case.new_peaks(), "out": torch.zeros(case.q.shape)}
+    arguments = {
+        argument.name: arguments[argument.name] for argument in getattr(OPS, operator).default._schema.arguments
+    }
+    memory = torch.zeros(20_000)
+    written = placed(memory, arguments[output])
+    changes = {output: written, name: placed(memory, arguments[name], last_two(written))}
+    with pytest.raises(ValueError, match=f"{name}: expected memory of its own, got some of {output}"):
+        getattr(OPS, operator)(**{**arguments, **changes})
+    assert not memory.any()
 
 
 def test_what_lies_in_a_long_tensor_behind_a_short_one_is_found() -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -159,6 +159,91 @@ def projection(
         )  # fmt: skip
 
     return Case(layer() for _ in range(layers))
+
+
+class Attention(NamedTuple):
+    """What rows attend to, in the order of the operators."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    key_slots: torch.Tensor
+    positions: torch.Tensor
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+    def peaks_of(self, run: Callable[..., None], peaks: torch.Tensor) -> torch.Tensor:
+        """Raise `peaks` by an implementation of `attention_peaks`."""
+        run(self.q, self.k_cache, self.key_slots, self.positions, peaks, *self[5:])
+        return peaks
+
+    def rows_of(self, run: Callable[..., None], out: torch.Tensor) -> torch.Tensor:
+        """Write `out` by an implementation of `attend_rows`."""
+        run(*self[:5], out, *self[5:])
+        return out
+
+    def new_peaks(self) -> torch.Tensor:
+        return torch.zeros(self.key_slots.shape, device=self.q.device)
+
+    def new_rows(self) -> torch.Tensor:
+        return poisoned(tuple(self.q.shape), self.q.dtype, self.q.device)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keywords of the public functions."""
+        return {name: getattr(self, name) for name in self._fields[5:]}
+
+
+def attention(
+    *,
+    batch: int = 2,
+    rows: int = 7,
+    keys: int = 40,
+    kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "dense",
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.dtype | None = None,
+    missing: bool = True,
+    padding: bool = True,
+    device: torch.device | str = "cpu",
+) -> Attention:
+    """A random problem. Rows stand anywhere among the keys, in any order and not apart; `missing` drops every fifth key, and
+    `padding` makes some rows padding. What the cache holds for no key is NaN."""
+    if layout == "dense":
+        blocks, block_size = batch, keys + 3
+        slots = torch.arange(batch)[:, None] * block_size + torch.arange(keys)
+    else:
+        block_size = 16
+        blocks = -(-batch * keys // block_size) + 2
+        slots = torch.randperm(blocks * block_size)[: batch * keys].view(batch, keys)
+    if missing:
+        slots[:, 2::5] = -1
+    positions = torch.randint(keys, (batch, rows))
+    if padding:
+        positions[:, 1::4] = -1
+    slots, positions = slots.to(device), positions.to(device)
+    caches = kv_tensors(layout, blocks, kv_heads, block_size, head_dim, dtype, device)
+    held = slots[slots >= 0]
+    for cache in caches:
+        values = torch.randn(len(held), kv_heads, head_dim, device=device).to(dtype)
+        cache[held // block_size, :, held % block_size] = values
+    heads = kv_heads * group
+    # Heads before rows in memory, as a model that transposes them has it, with room between.
+    q = torch.randn(batch, heads, rows + 1, head_dim + 8, device=device).to(dtype).transpose(1, 2)
+    return Attention(
+        q[:, :rows, :, :head_dim], *caches, slots, positions,
+        scale=2 * head_dim**-0.5 if scale is None else scale,
+        window=window,
+        softcap=softcap,
+        sinks=None if sinks is None else torch.randn(heads, device=device).to(sinks),
+    )  # fmt: skip
 
 
 def covering(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
