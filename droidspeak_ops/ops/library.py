@@ -183,12 +183,20 @@ def _kv_splice_gpu(*args: Any) -> None:
 
 @_checked
 def _attention_peaks_gpu(*args: Any) -> None:
-    reference.attention_peaks_ref(*args)
+    from ..kernels.attention_peaks import attention_peaks
+
+    q = args[0]
+    with _device_of(q):
+        attention_peaks(tuning.target(q.device.index), *args)
 
 
 @_checked
 def _attend_rows_gpu(*args: Any) -> None:
-    reference.attend_rows_ref(*args)
+    from ..kernels.attend_rows import attend_rows
+
+    q = args[0]
+    with _device_of(q):
+        attend_rows(tuning.target(q.device.index), *args)
 
 
 def _launches(layers: list[Projection]) -> Iterator[list[Projection]]:

@@ -154,11 +154,18 @@ def _time_floor(target: str, launch: Launch) -> float:
     _, x = next(iter(tensors.values()))
     weights = [tensor for name, tensor in tensors.values() if re.fullmatch(r"[qkv](\d|_weights?)", name)]
     flops = sum(2 * x.shape[0] * weight.numel() for weight in weights)
+    if products := _ATTENTION_PRODUCTS.get(launch.kernel.__name__):
+        keys = next(tensor for name, tensor in tensors.values() if name == "key_slots_ptr").shape[1]
+        flops = products * 2 * x.numel() * keys
     # Once more what is an input and an output in one.
     written = [x] if launch.kernel.__name__ == "_head_norm_kernel" else []
     return time_floor(
         target, flops, minimum((tensor for _, tensor in tensors.values()), written), half=x.dtype != torch.float32
     )
+
+
+# Products with all keys of each query and head, which is x, where rows see them all.
+_ATTENTION_PRODUCTS = {"_attention_lse_kernel": 1, "_attention_peaks_kernel": 1, "_attend_rows_kernel": 2}
 
 
 def _tensors(name: str, argument: Any) -> Iterator[tuple[int, tuple[str, torch.Tensor]]]:
@@ -216,6 +223,27 @@ def _kv_splice(
     kv_splice(*arguments)
 
 
+def _attention(
+    peaks: bool, shape: Shape, dtype: torch.dtype, has_window: bool, softcap: float | None, has_sinks: bool,
+    target: str, tokens: int,
+) -> None:  # fmt: skip
+    """A suffix of 32 tokens: it looks at a cache, or attends to it together with 5 % of the context's tokens."""
+    from ..kernels.attend_rows import attend_rows
+    from ..kernels.attention_peaks import attention_peaks
+
+    num_rows = 32 if peaks else 32 + tokens // 20
+    q = _empty(1, num_rows, shape.num_q_heads, shape.head_dim, dtype=dtype)
+    k_cache, v_cache = (_empty(1, shape.num_kv_heads, tokens + 32, shape.head_dim, dtype=dtype) for _ in "kv")
+    key_slots, positions = _empty(1, tokens + 32, dtype=torch.int64), _empty(1, num_rows, dtype=torch.int64)
+    sinks = _empty(shape.num_q_heads, dtype=dtype) if has_sinks else None
+    options = shape.head_dim**-0.5, tokens // 8 if has_window else None, softcap, sinks
+    if peaks:
+        out = _empty(1, tokens + 32, dtype=torch.float32)
+        attention_peaks(target, q, k_cache, key_slots, positions, out, *options)
+    else:
+        attend_rows(target, q, k_cache, v_cache, key_slots, positions, torch.empty_like(q), *options)
+
+
 def _empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
@@ -253,6 +281,14 @@ def _cases() -> Iterator[Case]:
         yield Case(f"Llama-3-8B {label}", partial(_kv_splice, llama, source, stored, rotated, static))
     for model in ("Phi-2", "Phi-3-mini", "Gemma-3-12B", "Nemotron-4-340B-TP8"):
         yield Case(f"{model} bf16 to bf16, rotated", partial(_kv_splice, SHAPES[model], bf16, bf16, True, False))
+    for model, dtype, has_window, softcap, has_sinks in (
+        ("Llama-3-8B", bf16, False, None, False), ("Phi-2", bf16, True, None, True),
+        ("Gemma-3-12B", bf16, True, 50.0, False), ("Llama-3-8B", fp32, True, 50.0, True),
+    ):  # fmt: skip
+        variant = f"{', window' * has_window}{', softcap' * (softcap is not None)}{', sinks' * has_sinks}"
+        for name, peaks in (("peaks", True), ("rows", False)):
+            label = f"{model} {_short(dtype)} {name}{variant}"
+            yield Case(label, partial(_attention, peaks, SHAPES[model], dtype, has_window, softcap, has_sinks))
 
 
 def _with_positions(layer: Projection) -> Projection:

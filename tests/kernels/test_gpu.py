@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import projection
+from support.cases import attention, projection
 from support.compare import assert_close, errors
 from support.models import FAMILIES, fine_tuned, tiny, tiny_llama, tokens
 from support.prefills import own_prefill, prefill
@@ -34,6 +34,40 @@ def test_operator_is_its_reference_on_the_cpu(dtype: torch.dtype, head_norm: str
         actual = actual.cpu()
         assert torch.equal(actual.isnan(), expected.isnan())
         assert_close(actual.nan_to_num(), expected.nan_to_num(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_attention_is_its_reference_on_the_cpu(dtype: torch.dtype, head_dim: int) -> None:
+    case = attention(
+        rows=80, keys=5000, kv_heads=2, group=4, head_dim=head_dim, dtype=dtype, layout="HND", window=3000, softcap=20.0,
+        sinks=dtype,
+    )  # fmt: skip
+    moved = type(case)(*map(moved_to_gpu, case))
+    for name, of, of_moved in (
+        ("new_peaks", "peaks_of", OPS.attention_peaks),
+        ("new_rows", "rows_of", OPS.attend_rows),
+    ):
+        actual, expected = (getattr(each, of)(of_moved, getattr(each, name)()) for each in (moved, case))
+        assert_close(actual.cpu(), expected, operations=2)
+
+
+def test_attention_neither_synchronises_nor_depends_on_the_call() -> None:
+    """Captured in a graph, whose replay is bitwise the call."""
+    case = attention(rows=40, keys=3000, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    expected = case.peaks_of(OPS.attention_peaks, case.new_peaks()), case.rows_of(OPS.attend_rows, case.new_rows())
+    actual = case.new_peaks(), case.new_rows()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            case.peaks_of(OPS.attention_peaks, actual[0])
+            case.rows_of(OPS.attend_rows, actual[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def moved_to_gpu(value: Any) -> Any:

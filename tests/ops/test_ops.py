@@ -150,7 +150,17 @@ def test_launches_neither_allocate_nor_ask_for_a_value(monkeypatch: pytest.Monke
         library._row_norm_gpu(x, None, "none", 1e-6, normed)
         library._rms_rstd_gpu(x, 1e-6, scales[0, 0, 0, :5])
     assert calls.others == []
-    assert set(launched) == {"_project_splice_kernel", "_head_norm_kernel", "_kv_splice_kernel", "_row_norm_kernel"}
+    attended = attention(window=9, sinks=torch.float32)
+    peaks, out = attended.new_peaks(), attended.new_rows()
+    with Calls() as calls:
+        attended.peaks_of(library._attention_peaks_gpu, peaks)
+        attended.rows_of(library._attend_rows_gpu, out)
+    assert calls.others == 4 * ["aten.empty.memory_format"]  # what one kernel leaves for the next
+    assert set(launched) == {
+        *("_project_splice_kernel", "_head_norm_kernel", "_kv_splice_kernel", "_row_norm_kernel"),
+        *("_attention_lse_kernel", "_attention_peaks_kernel", "_raise_peaks_kernel"),
+        *("_attend_rows_kernel", "_combine_splits_kernel"),
+    }
 
 
 def test_gpu_implementations_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +190,12 @@ def test_gpu_implementations_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatc
     OPS.kv_splice(*arguments, *codes[1].unbind(), *scales[1].unbind())
     assert torch.equal(*codes)
     assert torch.equal(*scales)
+    attended = attention(window=9, softcap=3.0, sinks=torch.float32)
+    for of, name, fresh in (
+        (attended.peaks_of, "attention_peaks", attended.new_peaks),
+        (attended.rows_of, "attend_rows", attended.new_rows),
+    ):
+        assert_close(of(getattr(library, f"_{name}_gpu"), fresh()), of(getattr(OPS, name), fresh()), operations=2)
 
 
 @pytest.mark.parametrize("shape", [(9, 48), (3, 3, 48), (1, 9, 48)])

@@ -40,6 +40,9 @@ def kernels(target: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict]
     return json.loads(file.read_text())["kernels"]
 
 
+ATTENTION_KERNELS = ("_attention_lse_kernel", "_attention_peaks_kernel", "_attend_rows_kernel")
+
+
 def test_nothing_spills_and_shared_memory_fits(kernels: list[dict], target: str) -> None:
     assert len(kernels) >= 60
     assert {kernel["target"] for kernel in kernels} == {target}
@@ -48,6 +51,9 @@ def test_nothing_spills_and_shared_memory_fits(kernels: list[dict], target: str)
         "_row_norm_kernel",
         "_kv_splice_kernel",
         "_head_norm_kernel",
+        *ATTENTION_KERNELS,
+        "_raise_peaks_kernel",
+        "_combine_splits_kernel",
         *(["_project_splice_tma_kernel"] if target == "sm_90a" else []),
     }
     assert all(any(kernel["config"].startswith(model) for kernel in kernels) for model in SHAPES)
@@ -75,6 +81,18 @@ def test_inner_loops_are_matrix_instructions_fed_by_wide_asynchronous_copies(ker
         if target != "gfx942":
             # By TMA a tile of x and one of the weights is a copy each.
             assert kernel["loop_async_copies"] >= (2 if by_tma else 4), "the loop is not pipelined: " + str(kernel)
+
+
+def test_attention_is_matrix_instructions_whose_keys_are_loaded_ahead(kernels: list[dict], target: str) -> None:
+    half = [kernel for kernel in kernels if kernel["kernel"] in ATTENTION_KERNELS and "fp32" not in kernel["config"]]
+    assert len(half) == 9
+    for kernel in half:
+        assert kernel["loop_matrix_instructions"] >= 8, kernel
+        # A program of the peaks' kernel loads its keys once; its loop is over rows.
+        if target != "gfx942" and kernel["kernel"] != "_attention_peaks_kernel":
+            assert kernel["loop_async_copies"] >= 4, "the loop is not pipelined: " + str(kernel)
+        if kernel["kernel"] == "_attend_rows_kernel":
+            assert kernel["store_bits"] == 128, kernel
 
 
 def test_streaming_kernels_load_and_store_wide(kernels: list[dict]) -> None:
@@ -117,6 +135,17 @@ def test_floors_count_what_descriptors_describe_once() -> None:
     ):
         kernel = SimpleNamespace(__name__="_project_splice_kernel", arg_names=names)
         assert aot._time_floor("sm_90a", aot.Launch(kernel, tuple(arguments), {})) == pytest.approx(expected)
+
+
+def test_floors_of_attention_are_of_both_products() -> None:
+    q, key_slots = (
+        torch.empty(1, 500, 32, 128, dtype=torch.bfloat16, device="meta"),
+        torch.empty(1, 8192, device="meta"),
+    )
+    for name, products in (("_attention_peaks_kernel", 1), ("_attend_rows_kernel", 2)):
+        launch = aot.Launch(SimpleNamespace(__name__=name, arg_names=["q_ptr", "key_slots_ptr"]), (q, key_slots), {})
+        floor = products * 2 * 500 * 32 * 128 * 8192 / 989e12 * 1e6
+        assert aot._time_floor("sm_90a", launch) == pytest.approx(floor)
 
 
 def test_descriptors_inside_tuples_are_refused() -> None:

@@ -1,13 +1,17 @@
 """Bytes that the kernels load and store, counted in the interpreter: against the least, their tiling, and transformers."""
 
+from functools import partial
 from math import ceil
 
 import pytest
 import torch
 from conftest import HAS_GPU
-from support.cases import projection
+from support.cases import attention, projection
 
 from bench.traffic import measure
+from droidspeak_ops.kernels.attend_rows import attend_rows
+from droidspeak_ops.kernels.attention_config import attention_config, keys_per_lse, keys_per_split
+from droidspeak_ops.kernels.attention_peaks import attention_peaks
 from droidspeak_ops.kernels.head_norm import head_norm
 from droidspeak_ops.kernels.kv_splice import heads_per_program, kv_splice
 from droidspeak_ops.kernels.project_splice import project_splice
@@ -90,6 +94,35 @@ def test_project_splice_moves_what_its_tiling_implies(target: str, q_heads: int,
         epilogue += m_tiles * heads * head_dim * 2
     assert counted.loaded == layers * (products + epilogue)
     assert counted.stored == layers * tokens * (q_heads + 2 * kv_heads) * head_dim * 2
+
+
+@pytest.mark.parametrize("seen", [64, 640])
+def test_attention_moves_what_its_tiling_implies(seen: int) -> None:
+    """Of 640 keys, of which 64 are in the window of all rows: what no row sees is neither read nor combined."""
+    rows, keys, kv_heads, group, head_dim = 33, 640, 2, 3, 32
+    case = attention(batch=1, rows=rows, keys=keys, kv_heads=kv_heads, group=group, head_dim=head_dim, dtype=BF16,
+                     window=64 if seen < keys else None, missing=False)  # fmt: skip
+    case = case._replace(positions=torch.full((1, rows), keys - 1))
+    config = attention_config("sm_90", BF16, head_dim)
+    m_tiles, packed = ceil(rows * group / config.block_m), ceil(rows * group / config.block_m) * config.block_m
+    row, key, lse = head_dim * 2, 8 + head_dim * 2, 4  # a row of Q with its position is as much as a key with its slot
+
+    splits = ceil(keys / keys_per_lse(kv_heads * group))
+    counted = traffic.of_kernels(lambda: case.peaks_of(partial(attention_peaks, "sm_90"), case.new_peaks()))
+    sums = splits * packed * key + m_tiles * seen * key
+    key_tiles = seen // config.block_n
+    # Blocks that no row sees still read their keys and the positions.
+    peaks = keys * key + keys // config.block_n * packed * 8 + key_tiles * packed * (row + splits * lse)
+    assert counted.loaded == kv_heads * (sums + peaks + keys * 4) + keys * 4
+    assert counted.stored == kv_heads * (splits * packed * lse + keys * 4) + keys * 4
+
+    size = keys_per_split(kv_heads * group)
+    splits, seen_splits = ceil(keys / size), ceil(keys / size) - (keys - seen) // size
+    counted = traffic.of_kernels(lambda: case.rows_of(partial(attend_rows, "sm_90"), case.new_rows()))
+    combined = ceil(rows * group / (1024 // head_dim)) * (1024 // head_dim)
+    parts = splits * packed * key + m_tiles * seen * (key + row)
+    assert counted.loaded == kv_heads * (parts + combined * (8 + seen_splits * (lse + head_dim * 4)))
+    assert counted.stored == kv_heads * (packed * (splits * lse + seen_splits * head_dim * 4) + combined * row)
 
 
 def test_beyond_its_products_it_moves_at_most_half_of_what_transformers_does() -> None:
