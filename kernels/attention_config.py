@@ -41,10 +41,12 @@ def attention_config(target: str, dtype: torch.dtype, head_dim: int) -> Attentio
     if is_float:
         # Exact float32 products use no matrix instructions on NVIDIA, so registers are the limit.
         return AttentionConfig(32, 16, num_warps=8, num_stages=1)
-    # With 64 keys sm_80 spills, and wide heads would not fit in the shared memory of sm_86. A slot is loaded before its key: of
-    # three stages one waits for slots, and one for keys and values.
-    block_n = 64 if target.startswith(("sm_9", "sm_10")) else 32
-    return AttentionConfig(64, block_n, num_warps=8 if is_wide else 4, num_stages=2 if is_wide else 3)
+    # A slot is loaded before its key: of three stages one waits for slots, and one for keys and values.
+    num_warps, num_stages = (8, 2) if is_wide else (4, 3)
+    if target.startswith(("sm_9", "sm_10")):
+        return AttentionConfig(64, 64, num_warps, num_stages)
+    # Operands and accumulators are in registers: with 64 keys, or 64 rows of wide heads, they spill.
+    return AttentionConfig(32 if is_wide else 64, 32, num_warps, num_stages)
 
 
 def keys_per_split(num_q_heads: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,7 @@ def micro(step: Step) -> None:
             of_layers.measure(name, GROUPED[name])
         del of_layers
     streaming(step)
+    attention(step)
     for name in LATER:
         for case in cases:
             if step.dry and name == "compile":
@@ -201,4 +202,100 @@ STREAMING: dict[str, Streaming] = {
     "kv_splice": _splice(),
     "kv_splice, rotated": _splice(rotates=True),
     "kv_splice, int8": _splice(code=torch.int8),
+}
+
+
+def attention(step: Step) -> None:
+    """Measure what a suffix of 32 tokens looks at, and its attention together with 5 % of the context's tokens.
+
+    Beside each is what torch makes of the same cache with a mask; nothing is timed that does not agree with that in float32.
+    """
+    shape = _shape("Llama-3-8B", step.dry)
+    for keys in (64,) if step.dry else (8192, 1024, 32768):
+        for name, make in ATTENTION.items():
+            with step.guarded("attention", operator=name, keys=keys):
+                torch.manual_seed(0)
+                made = make(shape, keys, step.dtype, step.device)
+                found = projection.errors([made.ours()], [made.wanted])
+                check = f"max {found[0]:.1e}, RMS {found[1]:.1e}"
+                if not projection.within(found, step.dtype):
+                    step.add("attention", operator=name, keys=keys, check=f"refused: {check}")
+                    continue
+                floor = _floor_ms(step, made.flops, made.bytes_moved)
+                for provider, run in (("ours", made.ours), ("torch", made.torch)):
+                    cold = projection.cold_milliseconds(run, step.device, rounds=3)
+                    warm = None if step.dry else Replay.of([run]).median()
+                    ms = warm or cold
+                    step.add(
+                        "attention", operator=name, keys=keys, provider=provider, cold_ms=cold, replay_ms=warm,
+                        host_us=host_microseconds(run, 3 if step.dry else 50), tflops=made.flops / ms / 1e9,
+                        percent_of_floor=None if floor is None else 100 * floor / ms, check=check,
+                    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Two calls that give the same, what that is, and the operations and the bytes that they cannot do without."""
+
+    ours: Callable[[], torch.Tensor]
+    torch: Callable[[], torch.Tensor]
+    wanted: torch.Tensor
+    flops: float
+    bytes_moved: int
+
+
+def _attention_peaks(shape: Shape, keys: int, dtype: torch.dtype, device: str) -> Attended:
+    rows = 32
+    q, k, _, slots, positions, scale = _attended(shape, rows, keys, dtype, device)
+    positions += keys - rows
+    unseen = torch.arange(keys, device=device) > positions[0, :, None]
+
+    def ours() -> torch.Tensor:
+        peaks = torch.zeros(1, keys, device=device)
+        ds.ops.attention_peaks(q, k, slots, positions, peaks, scale=scale)
+        return peaks
+
+    def plain(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        each = k.repeat_interleave(shape.num_q_heads // shape.num_kv_heads, dim=1)
+        logits = (scale * (q.transpose(1, 2) @ each.mT).float()).masked_fill(unseen, -torch.inf)
+        return logits.softmax(-1).amax((1, 2))
+
+    moved = q.nbytes + k.nbytes + slots.nbytes + 8 * keys
+    return Attended(ours, partial(plain, q, k), plain(q.float(), k.float()), 2.0 * q.numel() * keys, moved)
+
+
+def _attend_rows(shape: Shape, keys: int, dtype: torch.dtype, device: str) -> Attended:
+    rows = 32 + keys // 20
+    q, k, v, slots, positions, scale = _attended(shape, rows, keys, dtype, device)
+    positions[0, -32:] += keys - rows
+    positions[0, :-32] = torch.randperm(keys - 32, device=device)[: rows - 32].sort().values
+    seen = torch.arange(keys, device=device) <= positions[0, :, None]
+
+    def ours() -> torch.Tensor:
+        out = torch.empty_like(q)
+        ds.ops.attend_rows(q, k, v, slots, positions, out, scale=scale)
+        return out
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(q.transpose(1, 2), k, v, attn_mask=seen, scale=scale, enable_gqa=True).transpose(1, 2)
+
+    flops = 4.0 * shape.num_q_heads * shape.head_dim * float(seen.sum())
+    moved = 2 * q.nbytes + k.nbytes + v.nbytes + slots.nbytes
+    return Attended(ours, partial(plain, q, k, v), plain(q.float(), k.float(), v.float()), flops, moved)
+
+
+def _attended(
+    shape: Shape, rows: int, keys: int, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Return Q, K, V of one sequence in a dense cache, slots, positions of the rows from 0 on, and the scale."""
+    q = torch.randn(1, rows, shape.num_q_heads, shape.head_dim, dtype=dtype, device=device)
+    k, v = (torch.randn(1, shape.num_kv_heads, keys, shape.head_dim, dtype=dtype, device=device) for _ in "kv")
+    places = torch.arange(keys, device=device)[None]
+    return q, k, v, places, places[:, :rows].clone(), shape.head_dim**-0.5
+
+
+ATTENTION: dict[str, Callable[[Shape, int, torch.dtype, str], Attended]] = {
+    "attention_peaks": _attention_peaks,
+    "attend_rows": _attend_rows,
 }

@@ -23,7 +23,8 @@ def attention_peaks(
     """Raise each key's peak to the largest attention probability that any row and head gives it, in place.
 
     Row n sees the key at position j if the cache holds it, ``j <= positions[b, n]`` and, with a window,
-    ``positions[b, n] - j < window``. Probabilities are softmax over what a row sees, in float32.
+    ``positions[b, n] - j < window``. Probabilities are softmax over what a row sees, in float32. On a GPU they are never in
+    memory: beyond `peaks`, a call allocates a float32 for each key and kv head, and for each row, head and 32 H keys.
 
     Args:
         q: ``[B, N, H, D]``, float32, float16 or bfloat16, after norm and RoPE, with any strides but the last.

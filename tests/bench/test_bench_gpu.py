@@ -31,6 +31,8 @@ def test_all_steps_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert counts["passed"] > 0 and counts["failed"] == 0
     checks = [row["check"] for row in rows["micro"] if row["what"] == "provider"]
     assert len(checks) == 2 * 10 + 2 and all(check.startswith(("max ", "product", "skipped: ")) for check in checks)
+    attended = [row["check"] for row in rows["micro"] if row["what"] == "attention"]
+    assert len(attended) == 4 and all(check.startswith("max ") for check in attended)
     plans = [row for row in rows["ttft"] if row["what"] == "plan"]
     assert len(plans) == 2 * 5 and all(row["speedup"] > 0 and row["of_parts"] > 0 for row in plans)
     decoded = [row for row in rows["graph"] if row["what"] == "decode"]

@@ -81,8 +81,7 @@ def test_every_tile_gives_the_same(target: str, dtype: torch.dtype, device: torc
 @pytest.mark.usefixtures("short_splits")
 def test_a_row_does_not_depend_on_the_rows_around_it(device: torch.device) -> None:
     """Nor on other sequences, on the order of rows, or on keys that it does not see."""
-    case = attention(rows=40, keys=150, dtype=torch.bfloat16, window=90, sinks=torch.float32, device=device)
-    together = case.rows_of(rows_kernel, case.new_rows())
+    case = attention(rows=33, keys=130, dtype=torch.bfloat16, window=90, sinks=torch.float32, device=device)
     some = torch.tensor([31, 4, 17], device=device)
     case.positions[1, some] = torch.tensor([12, 66, 100], device=device)
     together = case.rows_of(rows_kernel, case.new_rows())

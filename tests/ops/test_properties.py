@@ -1,18 +1,22 @@
 """Properties that hold for any shapes, strides, slots and layouts, searched by hypothesis."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.cases import Case, kv_project_ref, poisoned, projection
+from support.cases import Attention, Case, kv_project_ref, poisoned, projection
 from support.compare import assert_bitwise_equal, assert_close
 
 from droidspeak_ops import ops
+from droidspeak_ops.kernels.attend_rows import attend_rows
+from droidspeak_ops.kernels.attention_peaks import attention_peaks
 from droidspeak_ops.kernels.kv_splice import kv_splice
 from droidspeak_ops.kernels.project_splice import project_splice
 from droidspeak_ops.kernels.project_splice_config import ProjectSpliceConfig
+from droidspeak_ops.ops import reference
 from droidspeak_ops.ops.checks import _is_nested, _overlap, check_separate
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -146,6 +150,36 @@ def test_a_splice_puts_each_row_in_its_slot_and_nothing_elsewhere(case: dict) ->
         assert torch.equal(actual[0].isnan(), expected[0].isnan())
         assert_close(actual[0].nan_to_num(), expected[0].nan_to_num())
         assert_bitwise_equal(actual[1].contiguous(), expected[1].contiguous())
+
+
+@st.composite
+def attentions(draw: st.DrawFn) -> Attention:
+    batch, rows, keys, kv_heads, group, blocks, block_size = (
+        draw(st.integers(1, top)) for top in (2, 9, 24, 2, 3, 4, 9)
+    )
+    head_dim, total = 2 * draw(st.integers(1, 20)), blocks * block_size
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    q, *caches = (
+        draw(tensors(shape)).normal_()
+        for shape in ((batch, rows, kv_heads * group, head_dim), *[(blocks, kv_heads, block_size, head_dim)] * 2)
+    )
+    return Attention(
+        q, *caches,
+        key_slots=torch.randint(-1, total, (batch, keys)), positions=torch.randint(-1, keys + 2, (batch, rows)),
+        scale=draw(st.sampled_from([0.1, 1.0])), window=draw(st.sampled_from([None, 1, 7])),
+        softcap=draw(st.sampled_from([None, 2.0])), sinks=torch.randn(kv_heads * group) if draw(st.booleans()) else None,
+    )  # fmt: skip
+
+
+@settings(searched, max_examples=10)
+@given(attentions())
+def test_the_attention_kernels_are_their_references(case: Attention) -> None:
+    """Of any strides, with slots that several positions share."""
+    for of, kernel, expected, fresh in (
+        (case.peaks_of, attention_peaks, reference.attention_peaks_ref, case.new_peaks),
+        (case.rows_of, attend_rows, reference.attend_rows_ref, case.new_rows),
+    ):
+        assert_close(of(partial(kernel, "sm_90"), fresh()), of(expected, fresh()), operations=2)
 
 
 @cheap
