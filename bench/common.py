@@ -122,11 +122,11 @@ def answer_logits(receiver: Any, example: ds.Example, cache: Any = None) -> torc
     """Return a receiver's logits ``[N, vocabulary]`` at each token of the answer, in float32.
 
     Args:
-        cache: of the example's context, and appended to; None for full prefill.
+        cache: of the example's context or of more of its prompt, and appended to; None for full prefill.
     """
-    given = example.prompt if cache is None else example.suffix
-    ids = torch.cat((given, example.answer[:, :-1]), dim=1)
-    out = receiver(ids, past_key_values=cache, use_cache=True, logits_to_keep=example.answer.shape[1])
+    held = 0 if cache is None else cache.get_seq_length()
+    ids = torch.cat((example.prompt, example.answer[:, :-1]), dim=1)
+    out = receiver(ids[:, held:], past_key_values=cache, use_cache=True, logits_to_keep=example.answer.shape[1])
     return out.logits[0].float()
 
 

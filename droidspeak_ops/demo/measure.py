@@ -99,9 +99,11 @@ def _measure_one(
     ids: ds.Example,
     answer: str,
 ) -> Measurement:
-    (first, cache), seconds = timed(start)
-    following = receiver(ids.answer[:, :-1], past_key_values=deepcopy(cache), use_cache=True).logits
-    logits = torch.cat((first, following), dim=1).float()
+    (_, cache), seconds = timed(start)
+    if cache.get_seq_length() == ids.prompt.shape[1]:
+        cache.crop(-1)  # generate has to run at least one token
+    from_last = torch.cat((ids.prompt[:, -1:], ids.answer[:, :-1]), dim=1)
+    logits = receiver(from_last, past_key_values=deepcopy(cache), use_cache=True).logits.float()
     nll = F.cross_entropy(logits[0], ids.answer[0]).item()
     given = generate_answer(receiver, tokenizer, ids.prompt, cache)
     exact_match, f1 = squad_scores(given, answer)
@@ -109,7 +111,6 @@ def _measure_one(
 
 
 def generate_answer(receiver: Any, tokenizer: Any, prompt_ids: torch.Tensor, cache: Any) -> str:
-    """Generate the receiver's greedy answer to a prompt whose K/V `cache` holds."""
-    cache.crop(-1)  # generate has to run at least one token
+    """Generate the receiver's greedy answer to a prompt, of which `cache` holds K/V of all tokens but the last."""
     out = receiver.generate(prompt_ids, past_key_values=cache, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
     return tokenizer.decode(out[0, prompt_ids.shape[1] :], skip_special_tokens=True).strip()

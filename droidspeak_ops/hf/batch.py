@@ -14,7 +14,7 @@ from ..prefill.maps import Maps
 from ..prefill.plan import Plan
 from ..prefill.weights import Norm
 from .cache import MixedCache, rows_held, uninitialized_layer
-from .receiver import Receiver, partial_prefill
+from .receiver import Receiver, prefill
 from .sender import capture
 
 
@@ -58,6 +58,7 @@ def partial_prefill_batch(
     contexts: Sequence[SharedContext],
     plans: Plan | Sequence[Plan],
     *,
+    suffixes: Sequence[torch.Tensor] | None = None,
     maps: Maps | None = None,
     tokenizer: Any = None,
     norm: Norm = "hf",
@@ -71,22 +72,33 @@ def partial_prefill_batch(
         receiver, maps, tokenizer, norm: as of :func:`partial_prefill`.
         contexts: at least one; they may differ in length.
         plans: one for all, or one for each.
+        suffixes: int64 ``[N]`` for each sequence, those of one context of one length. Plans that select tokens need them. If
+            one does, the cache is of all prompts without their last tokens, and ``cache.prompt([suffix[-1:] for suffix in
+            suffixes])`` makes the prompts.
 
     Returns:
-        A cache of all sequences, as long as the longest context. It holds copies also of reused layers: in a batch their
-        rows lie side by side.
+        A cache of all sequences, as long as the longest. It holds copies also of reused layers: in a batch their rows lie side
+        by side.
 
     Raises:
         ReuseError, UnsupportedModelError: as :func:`partial_prefill`.
-        ValueError: there is no context, or there are not as many plans.
+        ValueError: there is no context, or there are not as many plans or suffixes.
     """
     plans = [plans] * len(contexts) if isinstance(plans, Plan) else plans
     if not contexts or len(plans) != len(contexts):
         raise ValueError(f"plans: expected one for each of at least one context, got {len(plans)} for {len(contexts)}")
     receiver = receiver if isinstance(receiver, Receiver) else Receiver(receiver)
     decoder = receiver.decoder()
-    sizes = [context.tokens.shape for context in contexts]
-    batch, width = sum(rows for rows, _ in sizes), max(length for _, length in sizes)
+    rows_of = [context.tokens.shape[0] for context in contexts]
+    if suffixes is not None and len(suffixes) != sum(rows_of):
+        raise ValueError(f"suffixes: expected one for each of {sum(rows_of)} sequences, got {len(suffixes)}")
+    selects = any(plan.select for plan in plans)
+    prompts = [None] * len(contexts) if suffixes is None else _prompts(contexts, suffixes)
+    sizes = [
+        context.tokens if prompt is None or not selects else prompt[:, :-1]
+        for context, prompt in zip(contexts, prompts, strict=True)
+    ]
+    batch, width = sum(rows_of), max(held.shape[1] for held in sizes)
     tokens = contexts[0].tokens.new_zeros((batch, width))
     mask = torch.zeros_like(tokens)
 
@@ -95,22 +107,41 @@ def partial_prefill_batch(
         return uninitialized_layer(shape, window, width, decoder.dtype, decoder.device)
 
     together = MixedCache([layer(window) for window in decoder.windows], tokens, mask, decoder)
+    logits: list[Any] = []
     row = 0
-    for context, plan in zip(contexts, plans, strict=True):
-        alone = partial_prefill(receiver, context, plan, maps=maps, tokenizer=tokenizer, norm=norm)
+    for context, plan, prompt, held in zip(contexts, plans, prompts, sizes, strict=True):
+        alone = prefill(receiver, context, plan, prompt, maps, tokenizer, norm, runs_suffix=selects)
         rows = slice(row, row + context.tokens.shape[0])
         for source, target in zip(alone.layers, together.layers, strict=True):
             for part, whole in ((source.keys, target.keys), (source.values, target.values)):
                 padding = whole.shape[2] - part.shape[2]
                 whole[rows, :, :padding] = 0  # masked, but NaN would pass through any mask
                 whole[rows, :, padding:] = part
-        padding = width - context.tokens.shape[1]
-        tokens[rows, padding:] = context.tokens
+        padding = width - held.shape[1]
+        tokens[rows, padding:] = held
         mask[rows, padding:] = 1
+        logits.append(alone.next_logits)
         row = rows.stop
+    if selects:
+        together.next_logits = torch.cat(logits)
     if bool(mask.all()):
         together.mask = None
     return together
+
+
+def _prompts(contexts: Sequence[SharedContext], suffixes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The contexts with their suffixes behind them, ``[B, T + N]`` each."""
+    prompts, first = [], 0
+    for context in contexts:
+        own = suffixes[first : first + context.tokens.shape[0]]
+        lengths = {suffix.numel() for suffix in own}
+        if len(lengths) > 1 or 0 in lengths:
+            raise ValueError(
+                f"suffixes: expected one length of at least 1 for a context of {len(own)}, got {sorted(lengths)}"
+            )
+        prompts.append(torch.cat((context.tokens, torch.stack(list(own))), 1))
+        first += len(own)
+    return prompts
 
 
 def _unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:

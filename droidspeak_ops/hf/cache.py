@@ -72,6 +72,10 @@ class MixedLayer(DynamicLayer):
         self.values.narrow(2, start, count).copy_(value_states)
         return self.keys, self.values
 
+    def extend(self, count: int) -> None:
+        """Make room for `count` tokens behind those that are there; the caller may write to all of them from now on."""
+        self.keys, self.values = self._growing.grow(self.keys, self.values, self.keys.shape[2] + count)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat the layer for `repeats` suffixes; one sequence's tokens stay shared until something is appended."""
         if self.is_initialized and self.keys.shape[0] == 1:
@@ -190,6 +194,8 @@ class MixedCache(Cache):
         """The adapters that were active when it was filled; None in a model without any."""
         self.rope_changes_at = decoder.rope_changes_at(tokens.shape[1])
         """Number of tokens beyond which the model's RoPE is another than that of the cache; None if it always is the same."""
+        self.next_logits: torch.Tensor | None = None
+        """Where tokens were selected, the logits ``[B, V]``, float32, that follow the last token of the prompt."""
         self.stands_for: MixedCache | None = None
         """The cache that this one takes the place of, in a pass that has nothing to add to it."""
         self._receiver = weakref.ref(decoder.model)

@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..context.context import is_capturing
+from ..context.context import Rotation, is_capturing
 from ..context.fingerprint import Fingerprint, vocabulary_digest, weights_digest
+from ..ops.reference import rope_ref
 from ..prefill.weights import LayerWeights, Norm, Prepared, prepare
 from .adapters import (
     UnsupportedModelError,
@@ -24,7 +25,7 @@ from .adapters import (
     first_adapted,
     numbers_and_hooks,
 )
-from .families import Sizes, check_class, family_of, is_its_weights, read_layer
+from .families import Sizes, check_class, family_of, is_its_weights, read_layer, read_queries
 from .reading import Watch
 
 # Of a model's configuration, what its forward reads there.
@@ -125,6 +126,26 @@ class Decoder:
         embeddings = self.base.embed_tokens(tokens)
         scale = self.family.embed_scale
         return embeddings if scale is None else embeddings * getattr(self.base, scale)
+
+    def queries(self, layer: int, hidden_states: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
+        """Q of a layer after its norm and RoPE, ``[B, N, H, D]``, from what enters the layer.
+
+        Args:
+            rotation: cos and sin ``[N, R / 2]``, or None where it has no RoPE.
+        """
+        module = self.layers[layer]
+        rows = module.input_layernorm(hidden_states) if self.family.has_input_norm else hidden_states
+        queries = read_queries(self.family, module.self_attn, rows, self.head_dim)
+        return queries if rotation is None else torch.stack([rope_ref(each, *rotation) for each in queries])
+
+    def attention(self, layer: int) -> dict[str, Any]:
+        """How a layer's attention makes probabilities: `scale`, and `softcap` and `sinks` where it has them."""
+        attention = self.layers[layer].self_attn
+        return {
+            "scale": attention.scaling,
+            "softcap": getattr(self.config, "attn_logit_softcapping", None),
+            "sinks": getattr(attention, "sinks", None),
+        }
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return logits of the next token, float32, from what leaves the last layer."""

@@ -154,6 +154,18 @@ def read_layer(family: Family, layer: nn.Module, index: int, sizes: Sizes) -> La
     )
 
 
+def read_queries(family: Family, attention: Any, rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Q ``[..., H, D]`` of normed rows ``[..., C]``, before RoPE, by the attention's own modules."""
+    if family.fused:
+        rows = attention.qkv_proj(rows)[..., : attention.config.num_attention_heads * head_dim]
+    else:
+        rows = attention.q_proj(rows)
+    if family.k_norm == "all":
+        rows = attention.q_norm(rows)
+    heads = rows.unflatten(-1, (-1, head_dim))
+    return attention.q_norm(heads) if family.k_norm == "each" else heads
+
+
 def is_its_weights(layer: Any) -> bool:
     """Return whether a layer's K and V are what its weights make of its input: no hook, no forward of its own and no
     parametrisation stands in the way, which only running the layer would apply."""

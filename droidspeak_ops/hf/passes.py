@@ -11,7 +11,10 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from .. import ops
 from ..context.context import Rotation
+from ..context.kv import KV
+from ..prefill.weights import projection
 from .adapters import UnsupportedModelError
 from .cache import CACHE, MixedSlidingLayer, empty_layer, rows_held
 from .decoder import Decoder
@@ -80,6 +83,28 @@ class Pass:
             use_cache=True,
             **{CACHE: cache},
         )
+
+    def project(self, layer: int, hidden_states: torch.Tensor) -> KV:
+        """K and V of a layer from what enters it, of as many of the last tokens as it keeps."""
+        decoder, (batch, tokens, _) = self._decoder, hidden_states.shape
+        if not decoder.is_its_weights[layer]:
+            alone = Cache(layers=[empty_layer(window) for window in decoder.windows[: layer + 1]])
+            self.run(layer, hidden_states, alone)
+            held: Any = alone.layers[layer]
+            return KV(held.keys, held.values)
+        rows = rows_held(tokens, decoder.windows[layer])
+        shape = (batch, decoder.num_kv_heads, rows, decoder.head_dim)
+        kv = KV(*(torch.empty(shape, dtype=decoder.dtype, device=decoder.device) for _ in "kv"))
+        slots = torch.arange(batch * rows, device=decoder.device)
+        rotation = self.rotation(layer)
+        positions = None if batch == 1 or rotation is None else slots % rows
+        ops.kv_project(
+            projection(
+                decoder.prepared(layer, "hf"), decoder.family.norm_order, hidden_states, rotation, kv.keys, kv.values, slots,
+                positions=positions,
+            )
+        )  # fmt: skip
+        return kv
 
     def mask(self, window: int | None) -> Any:
         """Attention mask of layers with a window, or with none, as transformers takes it."""

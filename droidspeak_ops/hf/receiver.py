@@ -26,6 +26,7 @@ from .decoder import Decoder
 from .filling import CacheLayers
 from .passes import Pass
 from .reading import Reading
+from .selecting import recompute_selected
 
 
 class Receiver:
@@ -115,7 +116,6 @@ class Receiver:
         )
 
 
-@torch.no_grad()
 def partial_prefill(
     receiver: PreTrainedModel | Receiver,
     context: SharedContext,
@@ -135,8 +135,9 @@ def partial_prefill(
         receiver: a model of the sender's architecture, not changed; or a :class:`Receiver` of it, which keeps copies of weights
             where they are needed, and does not wait for a GPU.
         context: what :func:`capture` made.
-        plan: which layers to recompute and project.
-        prompt_ids: ``[B, N]``, the prompt that is to follow; checked to continue the context.
+        plan: which layers to recompute and project, and how many tokens to select.
+        prompt_ids: ``[B, N]``, the prompt that is to follow; checked to continue the context. A plan that selects tokens needs
+            it.
         maps: what :func:`fit` made of this pair. A layer that the plan projects is then filled as its choice says: projected
             with fitted weights, with the receiver's own, or reused; and bands start from corrected hidden states. For a
             context unlike those that the maps were fitted to, all those layers are reused, with a warning.
@@ -158,15 +159,34 @@ def partial_prefill(
     was appended. No check runs in a replay, of the receiver or of what was written.
 
     Returns:
-        A transformers cache of T tokens. Reused layers share the context's tensors until something is appended.
+        A transformers cache of T tokens. Reused layers share the context's tensors until something is appended. Of a plan that
+        selects tokens it is a cache of the prompt without its last token, and its `next_logits` are those that follow that:
+        ``generate`` goes on from either.
 
     Raises:
         ReuseError: sender and receiver do not fit, hidden states are missing, the maps are those of another pair, a profile
             chose the plan for another pair or other maps, the prompt does not continue the context, or an activated LoRA is
             invoked in it.
         UnsupportedModelError: the receiver's family is not supported.
-        ValueError: the plan names layers that the receiver does not have, or `norm` is none of the two.
+        ValueError: the plan names layers that the receiver does not have, it selects tokens and there is no prompt, or `norm`
+            is none of the two.
     """
+    return prefill(receiver, context, plan, prompt_ids, maps, tokenizer, norm, runs_suffix=bool(plan.select))
+
+
+@torch.no_grad()
+def prefill(
+    receiver: PreTrainedModel | Receiver,
+    context: SharedContext,
+    plan: Plan,
+    prompt_ids: torch.Tensor | None,
+    maps: Maps | None,
+    tokenizer: Any,
+    norm: Norm,
+    *,
+    runs_suffix: bool,
+) -> MixedCache:
+    """:func:`partial_prefill`; with `runs_suffix` the suffix has run behind the context, whether tokens are selected or not."""
     decoder = decoder_of(receiver)
     schedule = resolve(plan, decoder.num_layers)
     if norm not in ("hf", "folded"):
@@ -192,12 +212,14 @@ def partial_prefill(
             warnings.warn(
                 f"maps: not used for a context unlike those they were fitted to (distance {distance:.2f}; up to "
                 f"{maps.domain.limit:.2f} is alike): the layers that they are for are reused",
-                stacklevel=3,  # of the caller of what torch.no_grad wraps
+                stacklevel=4,  # of the caller of whatever calls this, which torch.no_grad wraps
             )
             schedule = resolve(plan, decoder.num_layers, maps, in_domain=False)
     context.check_hidden(schedule.hidden_layers)
     if prompt_ids is not None:
         context.check_prompt(prompt_ids)
+    elif runs_suffix:
+        raise ValueError("prompt_ids: expected the context and a suffix, by which the plan selects tokens, got None")
     check_not_invoked(
         decoder.model, context.tokens if prompt_ids is None else prompt_ids, tokens=context.tokens.shape[1]
     )
@@ -205,7 +227,9 @@ def partial_prefill(
     layers = CacheLayers(decoder, context.tokens)
     rerotates = decoder.rope_varies or context.sender.rope != ours.rope
     fill(schedule, layers, context, maps=maps, norm=norm, rerotates=rerotates)
-    return layers.cache
+    if not runs_suffix or prompt_ids is None:
+        return layers.cache
+    return recompute_selected(decoder, layers.cache, plan, prompt_ids, fitted=schedule.uses_maps)
 
 
 _read: weakref.WeakKeyDictionary[Any, tuple[Decoder, Reading]] = weakref.WeakKeyDictionary()

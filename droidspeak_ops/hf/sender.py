@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .. import ops
 from ..context.context import SharedContext
 from ..context.kv import KV
-from ..prefill.weights import projection
 from .adapters import check_not_invoked
-from .cache import rows_held
 from .decoder import Decoder
 from .passes import Pass
 
@@ -56,17 +53,16 @@ def capture(
     cache = DynamicCache(config=decoder.config)
     states, kept, wanted = decoder.embed(input_ids), {}, set(layers)
     final = decoder.num_layers - 1
-    projects_final = decoder.is_its_weights[final]
     for layer in range(decoder.num_layers):
         if layer in wanted:
             kept[layer] = states
-        if layer < final or not projects_final:
+        if layer < final:
             states = over.run(layer, states, cache)
     return SharedContext(
         tokens=input_ids.clone(),
         keys_values=[
-            *(KV(_owned(layer.keys), _owned(layer.values)) for layer in cache.layers[: final + 1 - projects_final]),
-            *([_final_kv(decoder, over, states)] if projects_final else []),
+            *(KV(_owned(layer.keys), _owned(layer.values)) for layer in cache.layers[:final]),
+            over.project(final, states),  # nothing reads what its attention and MLP would give
         ],
         hidden_states=kept,
         rotations=[over.rotation(layer) for layer in range(decoder.num_layers)],
@@ -83,21 +79,3 @@ def image_token(config: Any) -> int | None:
 def _owned(rows: torch.Tensor) -> torch.Tensor:
     """The rows in memory of their own: what a sliding window keeps is a view of all."""
     return rows if rows.untyped_storage().nbytes() == rows.nbytes else rows.clone()
-
-
-def _final_kv(decoder: Decoder, over: Pass, states: torch.Tensor) -> KV:
-    """K and V of the last layer from what enters it: nothing reads what its attention and MLP would give."""
-    layer, (batch, tokens, _) = decoder.num_layers - 1, states.shape
-    shape = (batch, decoder.num_kv_heads, rows_held(tokens, decoder.windows[layer]), decoder.head_dim)
-    kv = KV(*(torch.empty(shape, dtype=decoder.dtype, device=decoder.device) for _ in "kv"))
-    rows = shape[2]
-    slots = torch.arange(batch * rows, device=decoder.device)
-    rotation = over.rotation(layer)
-    positions = None if batch == 1 or rotation is None else slots % rows
-    ops.kv_project(
-        projection(
-            decoder.prepared(layer, "hf"), decoder.family.norm_order, states, rotation, kv.keys, kv.values, slots,
-            positions=positions,
-        )
-    )  # fmt: skip
-    return kv

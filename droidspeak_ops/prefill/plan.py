@@ -1,9 +1,10 @@
-"""Plans: the layers of the receiver that are recomputed, those that are projected, and so those that are reused."""
+"""Plans: the layers and tokens that the receiver recomputes, the layers that it projects, and so what is reused."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,8 @@ from typing import Any, Literal
 
 from .. import schema
 from ..context.fingerprint import ReuseError
+
+SELECTORS = ("attention", "recent", "deviation")
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,23 @@ class Plan:
             costs no more than a projected one: nothing reads its output.
         project: Layers whose K/V the receiver projects from the sender's hidden states at that layer, without
             attention or MLP; ``"rest"`` for all layers outside the bands.
+        select: Tokens of the context that the receiver recomputes through all its layers, over what the rest of the plan makes
+            of the others: a share of them, from 0.0 to 1.0, or a number of them where it is an integer.
+        selector: How they are found: ``"attention"``, those that the suffix's attention peaks at with their neighbours;
+            ``"recent"``, the last ones; ``"deviation"``, those whose K and V differ most from the sender's after one layer
+            (CacheBlend, arXiv 2405.16444); or a function that is given the context's token ids ``[T]`` and the suffix's ``[N]``
+            and returns a score for each of the former ``[T]``, whose peaks are selected with their neighbours.
         chosen_for: what a profile chose it for, which is checked where it is used; None for any pair.
 
     Raises:
-        ValueError: a band is empty or negative, bands overlap, or a projected layer lies in a band.
+        ValueError: a band is empty or negative, bands overlap, a projected layer lies in a band, a share is not from 0 to 1, or
+            there is no such selector.
     """
 
     bands: Sequence[tuple[int, int]] = ()
     project: Sequence[int] | Literal["rest"] = ()
+    select: int | float = 0
+    selector: Any = "attention"
     chosen_for: ChosenFor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +92,15 @@ class Plan:
                     raise ValueError(
                         f"project: expected layers outside the bands, got {layer}, which is recomputed already"
                     )
+        most = math.inf if isinstance(self.select, int) else 1.0
+        if isinstance(self.select, bool) or not isinstance(self.select, (int, float)) or not 0 <= self.select <= most:
+            raise ValueError(
+                f"select: expected a share from 0.0 to 1.0, or an integer number of tokens, got {self.select!r}"
+            )
+        if not callable(self.selector) and self.selector not in SELECTORS:
+            raise ValueError(
+                f"selector: expected one of {', '.join(map(repr, SELECTORS))} or a function, got {self.selector!r}"
+            )
         object.__setattr__(self, "bands", bands)
         object.__setattr__(self, "project", project)
 
@@ -95,12 +116,28 @@ class Plan:
 
         return resolve(self, num_layers).hidden_layers
 
-    def to_json(self) -> str:
-        """The plan as a JSON object; :meth:`from_json` reads it back."""
+    def described(self) -> dict[str, Any]:
+        """The plan as plain values, those that say something.
+
+        Raises:
+            ValueError: its selector is a function.
+        """
         described: dict[str, Any] = {"bands": self.bands, "project": self.project}
+        if self.select:
+            if callable(self.selector):
+                raise ValueError(f"selector: expected one of {', '.join(map(repr, SELECTORS))}, got a function")
+            described |= {"select": self.select, "selector": self.selector}
         if self.chosen_for is not None:
             described["chosen_for"] = asdict(self.chosen_for)
-        return json.dumps(described)
+        return described
+
+    def to_json(self) -> str:
+        """The plan as a JSON object; :meth:`from_json` reads it back.
+
+        Raises:
+            ValueError: its selector is a function.
+        """
+        return json.dumps(self.described())
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
@@ -116,6 +153,12 @@ class Plan:
         if self.project:
             rest = "rest projected" if self.bands else "all projected"
             parts.append(rest if self.project == "rest" else f"{list(self.project)} projected")
+        if self.select:
+            much = f"{self.select} tokens" if isinstance(self.select, int) else f"{self.select:.3g} of tokens"
+            how = getattr(self.selector, "__name__", self.selector)
+            parts.append(f"{much} selected by {how}")
+            if len(parts) == 1:
+                parts.insert(0, "rest reused")
         return ", ".join(parts) or "all reused"
 
 

@@ -329,11 +329,10 @@ class Frontier:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, atomically."""
-        # Its plans are for its own pair, which stands in it once.
-        described = asdict(
-            self, dict_factory=lambda items: {name: value for name, value in items if name != "chosen_for"}
-        )
-        text = json.dumps({"droidspeak_frontier": 1, **described}, allow_nan=False)
+        described = {"droidspeak_frontier": 1, **asdict(self)}
+        for point, of_point in zip(self.points, described["points"], strict=True):
+            of_point["plan"] = point.plan.described()
+        text = json.dumps(described, allow_nan=False)
         with replacing(path) as scratch:
             scratch.write_text(text + "\n", encoding="utf-8")
 

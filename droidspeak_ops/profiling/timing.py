@@ -38,8 +38,9 @@ def first_token(
 ) -> tuple[torch.Tensor, Any]:
     """Run a prompt up to its first token, over the sender's context; return the logits ``[B, 1, vocabulary]`` and the cache.
 
-    Where `plan` is None, the model prefills all of `prompt_ids` itself and the context is not used. This is the strongest
-    baseline in transformers: the model's own attention, and logits of the last token alone.
+    The cache is of the prompt; of a plan that selects tokens it is without the last token. Where `plan` is None, the model
+    prefills all of `prompt_ids` itself and the context is not used. This is the strongest baseline in transformers: the model's
+    own attention, and logits of the last token alone.
     """
     if plan is None:
         out = receiver(prompt_ids, use_cache=True, logits_to_keep=1)
@@ -47,6 +48,8 @@ def first_token(
         cache = partial_prefill(
             receiver, context, plan, prompt_ids=prompt_ids, maps=maps, tokenizer=tokenizer, norm=norm
         )
+        if cache.next_logits is not None:
+            return cache.next_logits[:, None], cache
         suffix_ids = prompt_ids[:, context.tokens.shape[1] :]
         out = receiver(suffix_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return out.logits, out.past_key_values

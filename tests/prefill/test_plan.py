@@ -89,7 +89,10 @@ def test_a_wrong_plan_is_refused(arguments, message: str) -> None:
         ("{", "expected JSON, got"),
         ("[]", "expected object, got array"),
         ("null", "expected object, got null"),
-        ('{"bands": [], "layers": []}', "expected the fields bands, project, chosen_for, got .'layers'."),
+        (
+            '{"bands": [], "layers": []}',
+            "expected the fields bands, project, select, selector, chosen_for, got .'layers'.",
+        ),
         ('{"bands": [[2, 1]]}', r"bands: expected \(start, end\) with 0 <= start < end, got \(2, 1\)"),
         ('{"bands": [[1, 2.5]]}', r"expected int, got float at bands\[0\]\[1\]"),
         ('{"bands": [[1, 1e999]]}', "expected JSON of finite numbers"),

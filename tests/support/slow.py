@@ -48,18 +48,30 @@ class SlowDecoder:
             return None
         return getattr(self.config, "sliding_window", None)
 
-    def kv(self, layer: int, x: Tensor, first_position: int = 0) -> KeysValues:
+    def kv(self, layer: int, x: Tensor, positions: Tensor | None = None) -> KeysValues:
         """K (rotated) and V of every token, beyond the window too, from the hidden states that enter a layer."""
         k, v = (self._heads(layer, x, name) for name in "kv")
-        return list(self._rotate(layer, k, first_position)), list(v)
+        return list(self._rotate(layer, k, torch.arange(len(x)) if positions is None else positions)), list(v)
 
     def layer(self, layer: int, x: Tensor, past: KeysValues | None = None) -> Tensor:
         """The layer's output for `x`, which follows the tokens of `past`."""
+        before = past[0][0].shape[0] if past else 0
+        positions = torch.arange(before, before + len(x))
+        keys, values = self.kv(layer, x, positions)
+        if past:
+            keys = [torch.cat(pair) for pair in zip(past[0], keys, strict=True)]
+            values = [torch.cat(pair) for pair in zip(past[1], values, strict=True)]
+        return self.layer_over(layer, x, positions, (keys, values), torch.arange(before + len(x)))
+
+    def layer_over(
+        self, layer: int, x: Tensor, positions: Tensor, keys_values: KeysValues, key_positions: Tensor
+    ) -> Tensor:
+        """The layer's output for tokens `x` at any positions, which see keys at any others up to their own."""
         p = f"layers.{layer}."
         # Where the MLP's output is normed, `post_attention_layernorm` is of attention's output. Elsewhere it is of the
         # MLP's input.
         output_norms = p + "post_feedforward_layernorm.weight" in self.w
-        y = self._attention(layer, x, past)
+        y = self._attention(layer, x, positions, keys_values, key_positions)
         if output_norms:
             y = self._norm(y, p + "post_attention_layernorm")
         x = x + y * self.residual_scale
@@ -119,24 +131,20 @@ class SlowDecoder:
             raise NotImplementedError(f"RoPE of type {kind}")
         return f
 
-    def _rotate(self, layer: int, x: Tensor, first_position: int) -> Tensor:
+    def _rotate(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
         frequencies = self._frequencies(layer)
-        positions = torch.arange(first_position, first_position + x.shape[-2]).double()
-        angles = positions[:, None] * frequencies
+        angles = positions[:, None].double() * frequencies
         cos, sin, half = angles.cos(), angles.sin(), len(frequencies)
         a, b, kept = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, kept], dim=-1)
 
-    def _attention(self, layer: int, x: Tensor, past: KeysValues | None) -> Tensor:
+    def probabilities(
+        self, layer: int, x: Tensor, positions: Tensor, keys: list[Tensor], key_positions: Tensor
+    ) -> Tensor:
+        """What each query head gives each key, ``[heads, tokens, keys]``."""
         p = f"layers.{layer}.self_attn."
-        before = past[0][0].shape[0] if past else 0
-        keys, values = self.kv(layer, x, before)
-        if past:
-            keys = [torch.cat(pair) for pair in zip(past[0], keys, strict=True)]
-            values = [torch.cat(pair) for pair in zip(past[1], values, strict=True)]
-        queries = self._rotate(layer, self._heads(layer, x, "q"), before)
-        tokens = before + len(x)
-        distance = torch.arange(before, tokens)[:, None] - torch.arange(tokens)
+        queries = self._rotate(layer, self._heads(layer, x, "q"), positions)
+        distance = positions[:, None] - key_positions
         hidden = (distance < 0) | (distance >= (self.window(layer) or math.inf))
         out = []
         for head, q in enumerate(queries):
@@ -144,7 +152,17 @@ class SlowDecoder:
             scores = _capped(q @ keys[kv_head].T * self.score_scale, self.score_cap).masked_fill(hidden, -math.inf)
             if p + "sinks" in self.w:  # a score like that of one more token, whose value is zero
                 scores = torch.cat([scores, self.w[p + "sinks"][head].expand(len(x), 1)], dim=-1)
-            out.append(scores.softmax(-1)[:, :tokens] @ values[kv_head])
+            out.append(scores.softmax(-1)[:, : len(key_positions)])
+        return torch.stack(out)
+
+    def _attention(
+        self, layer: int, x: Tensor, positions: Tensor, keys_values: KeysValues, key_positions: Tensor
+    ) -> Tensor:
+        p = f"layers.{layer}.self_attn."
+        keys, values = keys_values
+        shares = self.probabilities(layer, x, positions, keys, key_positions)
+        group = self.heads // self.kv_heads
+        out = [share @ values[head // group] for head, share in enumerate(shares)]
         return self._linear(torch.cat(out, dim=-1), p + "o_proj")
 
     def _mlp(self, x: Tensor, p: str) -> Tensor:
@@ -216,3 +234,48 @@ def slow_mixed(
     for layer, past in enumerate(mixed):
         x = receiver.layer(layer, x, past)
     return mixed, receiver.logits(x)
+
+
+def slow_selected(
+    receiver: SlowDecoder,
+    mixed: list[KeysValues],
+    prompt: Tensor,
+    tokens: int,
+    chosen: Sequence[int],
+    depth: int | None = None,
+) -> tuple[list[dict[int, tuple[Tensor, Tensor]]], Tensor, Tensor]:
+    """Some tokens of a context and then its suffix through the receiver, over K/V that are there already.
+
+    Args:
+        mixed: K/V of the context, of every layer; those that a window has left behind are not there.
+        chosen: of the context.
+        depth: how many layers run.
+
+    Returns:
+        K and V ``[kv heads, head_dim]`` of each layer by position; the largest share that any head and any token of the suffix
+        gives each token of the context, over all layers; and what leaves the last layer.
+    """
+    positions = torch.tensor([*chosen, *range(tokens, prompt.shape[1])])
+    x = receiver.embed(prompt)[positions]
+    tables, peaks = [], torch.zeros(tokens).double()
+    for layer in range(receiver.config.num_hidden_layers if depth is None else depth):
+        window = receiver.window(layer)
+        first = 0 if window is None else max(tokens - window + 1, 0)
+        table = {
+            at: tuple(torch.stack([head[at] for head in part]) for part in mixed[layer]) for at in range(first, tokens)
+        }
+        own = receiver.kv(layer, x, positions)
+        for row, at in enumerate(positions.tolist()):
+            table[at] = tuple(torch.stack([head[row] for head in part]) for part in own)
+        there = torch.tensor(sorted(table))
+        keys, values = (
+            [torch.stack([table[at][part][head] for at in there.tolist()]) for head in range(receiver.kv_heads)]
+            for part in (0, 1)
+        )
+        shares = receiver.probabilities(layer, x, positions, keys, there)[:, len(chosen) :].amax((0, 1))
+        for at, share in zip(there.tolist(), shares, strict=True):
+            if at < tokens:
+                peaks[at] = max(peaks[at], share)
+        x = receiver.layer_over(layer, x, positions, (keys, values), there)
+        tables.append(table)
+    return tables, peaks, x

@@ -1,0 +1,49 @@
+"""Which tokens of a context the receiver recomputes: those that its suffix looks at, with their neighbours."""
+
+from __future__ import annotations
+
+import torch
+
+NEIGHBOURS = 12
+"""Tokens on either side of a peak that are selected with it."""
+MIN_TOKENS = 48
+"""Fewest tokens that a share selects, of contexts that have them: one peak with its neighbours is too little."""
+
+
+def budget(select: float | int, tokens: int) -> int:
+    """Return how many of a context's tokens `select` asks for: a share of them, or a number where it is an integer."""
+    if isinstance(select, int):
+        return min(select, tokens)
+    return min(max(round(select * tokens), MIN_TOKENS if select else 0), tokens)
+
+
+def around_peaks(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Select tokens by falling score, each with its neighbours, nearest first, until there are `count`.
+
+    Args:
+        scores: ``[T]``, on any device; a GPU is waited for.
+        count: at most T.
+
+    Returns:
+        Ascending positions, int64 ``[count]``, on the device of `scores`.
+    """
+    tokens = scores.shape[0]
+    ranks = torch.empty(tokens, dtype=torch.int64)
+    ranks[scores.cpu().argsort(descending=True, stable=True)] = torch.arange(tokens)
+    # Of each token the earliest (peak, distance) that selects it; peaks are taken in turn, neighbours by distance.
+    width = 2 * NEIGHBOURS + 1
+    earliest = torch.full((tokens,), torch.iinfo(torch.int64).max)
+    furthest = min(NEIGHBOURS, tokens - 1)
+    for offset in range(-furthest, furthest + 1):
+        order = ranks * width + 2 * abs(offset) - int(offset < 0)
+        if offset < 0:
+            reached, of = earliest[:offset], order[-offset:]
+        else:
+            reached, of = earliest[offset:], order[: tokens - offset]
+        torch.minimum(reached, of, out=reached)
+    return earliest.argsort(stable=True)[:count].sort().values.to(scores.device)
+
+
+def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Select the tokens of the highest scores ``[T]``, by themselves; ascending positions ``[count]``."""
+    return scores.topk(count).indices.sort().values
