@@ -37,7 +37,7 @@ import droidspeak_ops as ds
 from bench.common import Row, checkout, parser, setting, show, write_csv
 from bench.threads import COSTS, KINDS, LAYERS, of_context, tiny_examples, tiny_pair
 from droidspeak_ops.fitting.run import fit
-from droidspeak_ops.hf.pretrained import fetch_smollm2
+from droidspeak_ops.hf.smollm2 import fetch_smollm2, is_whole
 from droidspeak_ops.profiling.run import profile
 
 RESULT, JOURNAL, DOWNLOAD = "result", "journal", "download and conversion"
@@ -126,8 +126,7 @@ def saving(kind: Any, inputs: Path, folder: Path) -> Run:
 
 def fetching(folder: Path) -> Run:
     """Return a run that downloads and converts SmolLM2."""
-    os.environ["DROIDSPEAK_CACHE"] = str(folder)
-    return fetch_smollm2
+    return partial(fetch_smollm2, folder)
 
 
 def targets(inputs: Path) -> dict[str, Target]:
@@ -178,9 +177,15 @@ def read_frontier(path: Path) -> str:
 
 
 def read_folder(path: Path) -> str:
-    """Return a digest of all files in a folder."""
+    """Return a digest of the files in a folder, but for its marker, which has times in it.
+
+    Raises:
+        ValueError: they are not those of the marker.
+    """
+    if not is_whole(path):
+        raise ValueError(f"{path}: expected a whole folder, got another")
     digest = hashlib.sha256()
-    for file in sorted(each for each in path.rglob("*") if each.is_file()):
+    for file in sorted(each for each in path.iterdir() if not each.name.startswith(".")):
         digest.update(f"{file.relative_to(path)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -346,13 +351,15 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the command."""
     options = parser("kills", __doc__)
     options.add_argument("--seed", type=int, default=0, help="of the moments")
+    options.add_argument("--only", nargs="+", metavar="WHAT", help="of the table's first column, such as 'fit'")
     options.add_argument("--csv", type=Path, help="also write the table to this file")
     args = options.parse_args(argv)
 
     rng, rows = random.Random(args.seed), []
     with tempfile.TemporaryDirectory() as inputs:
         for name, target in targets(Path(inputs)).items():
-            rows += measure(name, target, rng)
+            if args.only is None or name in args.only:
+                rows += measure(name, target, rng)
     show(rows, f"processes that are killed, seed {args.seed}, {setting()}")
     if args.csv:
         write_csv(args.csv, rows, seed=args.seed, setting=setting(), **checkout())
