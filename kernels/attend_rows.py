@@ -13,6 +13,7 @@ import triton.language as tl
 from .attention_config import attention_config, keys_per_split
 from .attention_tile import (
     LOG2_E,
+    SIZES,
     add_to_lse,
     base_2,
     key_rows,
@@ -23,20 +24,8 @@ from .attention_tile import (
 )
 from .sizes import cdiv, next_power_of_2
 
-_SIZES = [
-    "num_packed",
-    "num_keys",
-    "num_splits",
-    "num_slots",
-    "block_size",
-    "window",
-    "stride_slots",
-    "stride_positions",
-]
-"""Sizes that change from call to call, which are not specialised on."""
 
-
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def _attend_rows_kernel(
     q_ptr,  # [B, N, H, D]
     k_cache_ptr,  # [blocks, K, block_size, D]

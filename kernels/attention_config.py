@@ -54,7 +54,7 @@ def keys_per_split(num_q_heads: int) -> int:
 
     With it N rows over S keys are about N · S / 4096 programs whatever the heads: 80 rows over 8,192 keys are 160, which fill
     the 132 multiprocessors of an H100; a program for all keys would leave two of three idle. And what programs leave to be
-    combined, D floats for each row, head and split, is N · S · D / 64 floats: a sixteenth or less of what they read of K and V.
+    combined, D floats for each row, head and split, is at most an eighth of what they read of K and V: one part in H.
     """
     return 64 * max(next_power_of_2(num_q_heads), 8)
 

@@ -9,6 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Sizes of an attention kernel that change from call to call, which are not specialised on.
+SIZES = [
+    "num_packed",
+    "num_keys",
+    "num_splits",
+    "num_slots",
+    "block_size",
+    "window",
+    "stride_slots",
+    "stride_positions",
+]
+
 
 @triton.jit
 def packed_rows(
