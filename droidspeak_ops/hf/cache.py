@@ -15,7 +15,6 @@ from transformers.masking_utils import create_causal_mask
 from ..context.context import check_continues
 from ..context.fingerprint import ReuseError
 from ..context.growing import GrowingKV
-from .guard import watch
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -199,7 +198,7 @@ class MixedCache(Cache):
         self.stands_for: MixedCache | None = None
         """The cache that this one takes the place of, in a pass that has nothing to add to it."""
         self._receiver = weakref.ref(decoder.model)
-        watch(decoder.model.base_model)
+        decoder.watch_passes()
 
     @property
     def receiver(self) -> Any:

@@ -26,6 +26,7 @@ from .adapters import (
     numbers_and_hooks,
 )
 from .families import Sizes, check_class, family_of, is_its_weights, read_layer, read_queries
+from .guard import watch
 from .reading import Watch
 
 # Of a model's configuration, what its forward reads there.
@@ -83,6 +84,7 @@ class Decoder:
         """For each layer, False if hooks, a forward of its own or parametrisations have a part in its K and V."""
         self._adapted = first_adapted(self.base)
         self._digest: tuple[Watch, str] | None = None
+        self._watches = False
         self._prepared: dict[tuple[int, Norm], Prepared] = {}
 
     @property
@@ -221,14 +223,23 @@ class Decoder:
         Only LongRoPE has such a length. What ``"dynamic"`` does changes little by little, and is let be: generation does so
         too, by any cache.
         """
+        return next((length for length in self._rope_changes if tokens <= length), None)
+
+    @cached_property
+    def _rope_changes(self) -> list[int]:
         parameters = self.config.rope_parameters
         kinds = parameters.values() if "rope_type" not in parameters else [parameters]
-        lengths = [
+        return [
             each["original_max_position_embeddings"]
             for each in kinds
             if isinstance(each, dict) and each.get("rope_type") == "longrope"
         ]
-        return next((length for length in lengths if tokens <= length), None)
+
+    def watch_passes(self) -> None:
+        """Have passes of the model over mixed caches looked at; see :mod:`droidspeak_ops.hf.guard`."""
+        if not self._watches:
+            watch(self.model.base_model)
+            self._watches = True
 
     @cached_property
     def rope_varies(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import weakref
+from itertools import repeat
+from operator import contains
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +29,10 @@ class Watch:
 
     def __init__(self) -> None:
         self._modules: list[tuple[str, dict[str, Any], str, Any, type]] = []
-        self._plain: list[tuple[str, dict[int, Any], dict[int, Any], dict[str, Any]]] = []
+        # Of modules that have to stay plain: their paths, their kinds of hooks, and where a forward of their own would be.
+        self._plain: list[str] = []
+        self._no_hooks: list[dict[int, Any]] = []
+        self._no_forward: list[dict[str, Any]] = []
         self._hooks: list[tuple[str, dict[int, Any], tuple[int, ...], dict[str, Any], Any]] = []
         self._tensors: list[tuple[str, dict[str, Any], str, torch.Tensor, int, int | None]] = []
         self._numbers: list[tuple[str, dict[str, Any], str, float]] = []
@@ -59,7 +64,9 @@ class Watch:
 
     def plain(self, path: str, module: Any, *, output: bool) -> None:
         """Watch that a module stays without a forward of its own and without hooks, or without those on its input."""
-        self._plain.append((path, module._forward_hooks if output else {}, module._forward_pre_hooks, vars(module)))
+        self._plain.append(path)
+        self._no_hooks += (module._forward_hooks if output else {}, module._forward_pre_hooks)
+        self._no_forward.append(vars(module))
 
     def number(self, path: str, module: Any, name: str) -> None:
         self._numbers.append((f"{path}.{name}", vars(module), name, getattr(module, name)))
@@ -72,9 +79,15 @@ class Watch:
         for path, modules, name, module, kind in self._modules:
             if modules.get(name) is not module or type(module) is not kind:
                 return path
-        for path, hooks, pre_hooks, attributes in self._plain:
-            if hooks or pre_hooks or "forward" in attributes:
-                return f"{path}, which has hooks or a forward of its own"
+        if any(self._no_hooks) or any(map(contains, self._no_forward, repeat("forward"))):
+            hooked = (
+                path
+                for path, hooks, pre_hooks, attributes in zip(
+                    self._plain, self._no_hooks[::2], self._no_hooks[1::2], self._no_forward, strict=True
+                )
+                if hooks or pre_hooks or "forward" in attributes
+            )
+            return f"{next(hooked)}, which has hooks or a forward of its own"
         for path, hooks, before, attributes, forward in self._hooks:
             if len(hooks) != len(before) or tuple(hooks) != before or attributes.get("forward") is not forward:
                 return f"{path}, which has other hooks or another forward"
