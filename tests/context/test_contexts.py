@@ -14,7 +14,7 @@ from support.prefills import own_prefill
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import droidspeak_ops as ds
-from bench.fuzz import make_context
+from bench.fuzzing.wholes import make_context
 from droidspeak_ops import tensor_file
 from droidspeak_ops.context.kv import KV
 

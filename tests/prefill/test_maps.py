@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import droidspeak_ops as ds
-from bench.fuzz import make_context, make_maps
+from bench.fuzzing.wholes import make_context, make_maps
 from droidspeak_ops import tensor_file
 
 Tensors = dict[str, torch.Tensor]

@@ -1,0 +1,1 @@
+"""What :mod:`bench.fuzz` damages, how, and what reads it."""
