@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,9 +90,9 @@ def judge(pair: LoadedPair, maps: ds.Maps, contexts: int) -> list[Row]:
         scores["full prefill"].append(task.score(decoded, text.answer))
         own = answer_logits(receiver, given)
         for way in WAYS:
-            fill = partial(way.fill, receiver, maps, context, example.prompt)
-            scores[way.name].append(task.score(pair.answer(example, fill()), text.answer))
-            found = answer_logits(receiver, given, fill())
+            cache = way.fill(receiver, maps, context, example.prompt)
+            scores[way.name].append(task.score(pair.answer(example, deepcopy(cache)), text.answer))
+            found = answer_logits(receiver, given, cache)
             same[way.name].append((own.argmax(-1) == found.argmax(-1)).double().mean().item())
             kl[way.name].append(divergence(own, found))
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..context.context import is_capturing
 from ..context.fingerprint import ReuseError
 from .adapters import active_adapters, first_adapted
-
-if TYPE_CHECKING:
-    from .cache import MixedCache
+from .cache import MixedCache
 
 _NAMES = ("past_key_values", "cache")  # of the argument: another one from transformers 5.24 on
 _lock = threading.Lock()
@@ -46,8 +44,6 @@ def check_pass(
         ReuseError: the tokens are not those that the cache stands for, the mask hides tokens of the context, other adapters
             are active than those that the cache was filled with, or the prompt goes beyond where a LongRoPE changes.
     """
-    from .cache import MixedCache
-
     if kwargs is None:  # torch adds a hook first, and then that it takes them: a pass of another thread came between
         return None
     name = next((name for name in _NAMES if isinstance(kwargs.get(name), MixedCache)), None)

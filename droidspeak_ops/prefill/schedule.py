@@ -6,7 +6,7 @@ The fill, the cost model, the profiler and whoever loads contexts read a :class:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -60,13 +60,11 @@ class Schedule:
         sources: of every layer.
         bands: in ascending order.
         uses_maps: whether maps have a part in it, be it that they have a layer reused.
-        select: how many tokens run through all layers afterwards, as in :class:`Plan`.
     """
 
     sources: tuple[Source, ...]
     bands: tuple[Band, ...]
     uses_maps: bool
-    select: int | float = 0
 
     @cached_property
     def reads(self) -> tuple[Read, ...]:
@@ -131,7 +129,7 @@ def resolve(
             choice if source == "project" else source for source, choice in zip(alone.sources, choices, strict=True)
         )
         bands = tuple(band._replace(corrected=band.start in corrections) for band in alone.bands)
-        return replace(alone, sources=sources, bands=bands, uses_maps=sources != alone.sources or bands != alone.bands)
+        return Schedule(sources, bands, sources != alone.sources or bands != alone.bands)
 
     if not in_domain:
         reused: list[Source] = ["reuse"] * num_layers
@@ -155,5 +153,4 @@ def _without_maps(plan: Plan, num_layers: int) -> Schedule:
         sources[layer] = "project"
     for start, end in plan.bands:
         sources[start:end] = ["recompute"] * (end - start)
-    bands = tuple(Band(*band, corrected=False) for band in plan.bands)
-    return Schedule(tuple(sources), bands, uses_maps=False, select=plan.select)
+    return Schedule(tuple(sources), tuple(Band(*band, corrected=False) for band in plan.bands), uses_maps=False)
