@@ -1,21 +1,12 @@
-"""The profiler: every plan as if tried alone, few long passes, the same result after a kill, and errors."""
+"""The profiler: every plan as if tried alone, few long passes, scores of answers, and errors."""
 
 import copy
 import dataclasses
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-import zlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support.models import fine_tuned, save_with_tokenizer, tiny_pair, tokens
+from support.models import fine_tuned, tokens
+from support.profiles import COSTS, LAYERS, alike, examples, in_order, interrupted_after
 
 import droidspeak_ops as ds
 from droidspeak_ops.hf.passes import Pass
@@ -24,43 +15,13 @@ from droidspeak_ops.profiling import run as profiling
 from droidspeak_ops.profiling.frontier import WORST_KL
 from droidspeak_ops.profiling.run import EVAL_TOKENS
 
-LAYERS = 5
-COSTS = ds.CostModel((0, 1e-4, 0), (0, 1e-5, 0), (0.05, 0, 0), 4000, 1000, "made up", (100, 2000))
 BANDS = LAYERS * (LAYERS + 1) // 2
-
-
-def examples(count: int, answer: int = 12) -> list[ds.Example]:
-    return [ds.Example(tokens(90), tokens(6 + number), tokens(answer)) for number in range(count)]
-
-
-@pytest.fixture(scope="module")
-def pair() -> tuple:
-    return tiny_pair(LAYERS)
-
-
-@pytest.fixture(scope="module")
-def maps(pair) -> ds.Maps:
-    torch.manual_seed(1)
-    cut = [ds.Example.cut(tokens(160), 32) for _ in range(12)]
-    return ds.fit(*pair, cut, bands=[(2, 4)], show_progress=False)
-
-
-@pytest.fixture(scope="module")
-def some() -> list[ds.Example]:
-    torch.manual_seed(2)
-    return examples(6)
 
 
 @pytest.fixture(scope="module")
 def plain(pair, some) -> ds.Frontier:
     """Without maps."""
     return ds.profile(*pair, some, costs=COSTS, show_progress=False)
-
-
-@pytest.fixture(scope="module")
-def frontier(pair, some, maps) -> ds.Frontier:
-    """With maps."""
-    return ds.profile(*pair, some, maps=maps, costs=COSTS, show_progress=False)
 
 
 def by_hand(pair, maps, point, example: ds.Example) -> tuple[float, float]:
@@ -80,14 +41,6 @@ def compared(receiver, cache, example: ds.Example) -> tuple[float, float]:
     got = receiver(ids[:, 90:], past_key_values=cache, logits_to_keep=count).logits[0].double().log_softmax(-1)
     kl = (own.exp() * (own - got)).sum(-1).mean()
     return float(kl), float((own.argmax(-1) == got.argmax(-1)).double().mean())
-
-
-def in_order(some: list[ds.Example], seed: int = 0) -> list[ds.Example]:
-    import random
-
-    groups = [[example] for example in some]
-    random.Random(seed).shuffle(groups)
-    return [group[0] for group in groups]
 
 
 def test_every_plan_is_as_if_tried_alone(pair, maps, some, plain, frontier) -> None:
@@ -197,25 +150,6 @@ def test_the_same_seed_gives_the_same_frontier(pair, some, frontier, maps) -> No
     assert [point.kl for point in other.points] != [point.kl for point in frontier.points]
 
 
-def interrupted_after(count: int, name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Let a function of the profiler be interrupted after so many calls, until its calls, which are returned, are cleared."""
-    calls, original = [], getattr(profiling, name)
-
-    def interrupted(*args):
-        if len(calls) == count:
-            raise KeyboardInterrupt
-        calls.append(args)
-        return original(*args)
-
-    monkeypatch.setattr(profiling, name, interrupted)
-    return calls
-
-
-def alike(given: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The share of wanted tokens that were given in their place."""
-    return float((given[: len(wanted)] == wanted[: len(given)]).double().mean())
-
-
 def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(4)
     asked = [ds.Example(tokens(90), tokens(6), tokens(8)) for _ in range(6)]
@@ -254,71 +188,6 @@ def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypat
     assert ds.profile(*pair, some, **options, journal=tmp_path / "journal") == frontier
 
 
-def test_an_interrupted_run_goes_on(pair, some, frontier, maps, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = tmp_path / "journal"
-    measured = interrupted_after(4, "measure_context", monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        ds.profile(*pair, some, maps=maps, costs=COSTS, journal=journal, show_progress=False)
-    assert len(measured) == 4
-    measured.clear()
-    again = ds.profile(*pair, some, maps=maps, costs=COSTS, journal=journal, show_progress=False)
-    assert len(measured) == 2
-    assert again == frontier
-    with pytest.raises(ValueError, match="expected a journal of this run, got that of another"):
-        ds.profile(*pair, some, costs=COSTS, journal=journal, show_progress=False)
-
-
-def _swapped(lines: list[bytes]) -> list[bytes]:
-    return [lines[0], lines[2], lines[1], *lines[3:]]
-
-
-def _with(index: int, **changes: Any) -> Callable[[list[bytes]], list[bytes]]:
-    """Change fields of a record, under a checksum that fits it."""
-
-    def change(lines: list[bytes]) -> list[bytes]:
-        text = json.dumps({**json.loads(lines[index].partition(b" ")[2]), **changes}).encode()
-        return [*lines[:index], b"%08x %b" % (zlib.crc32(text), text), *lines[index + 1 :]]
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_swapped, "line 2: expected the record of the context [0-9a-f]+, got that of"),
-        (lambda lines: [*lines[:2], *lines[3:]], "line 3: expected the record of the context"),
-        (lambda lines: [*lines[:2], lines[4]], "line 3: expected the field context, got none"),
-        (lambda lines: [*lines, lines[-1]], "line 9: expected the end of the journal"),
-        (_with(3, kl=[0.5], agreement=[0.5]), "line 4: expected 3 measurements, got 1"),
-        (_with(3, kl=[0.5]), "line 4: agreement: expected 1, as many as kl has, got 3"),
-        (_with(3, kl=["much"] * 3), r"line 4: expected float, got str at kl\[0\]"),
-        (_with(3, kl=[-0.5] * 3), "line 4: kl: expected finite divergences of 0 or more"),
-        (_with(3, agreement=[1.5] * 3), "line 4: agreement: expected shares from 0 to 1"),
-        (_with(4, run=None), "line 5: expected array, got null at run"),
-        (_with(5, scores=[0.5]), "line 6: expected [0-9]+ measurements, got 1"),
-        (_with(5, scores=[True] * 3), r"line 6: expected float, got bool at scores\[0\]"),
-    ],
-)
-def test_a_record_that_is_not_of_its_context_is_named(
-    pair, some, whole_journal: bytes, change: Any, message: str, tmp_path
-) -> None:
-    path = tmp_path / "journal"
-    path.write_bytes(b"\n".join(change(whole_journal.splitlines())) + b"\n")
-    with pytest.raises(ValueError, match=rf"{path}, {message}"):
-        ds.profile(*pair, some[:3], granularity=LAYERS, costs=COSTS, score=alike, journal=path, show_progress=False)
-
-
-@pytest.fixture(scope="module")
-def whole_journal(pair, some, tmp_path_factory) -> bytes:
-    """Of a run over three contexts: its first line, the contexts, the costs, and the scores of the contexts."""
-    path = tmp_path_factory.mktemp("whole") / "journal"
-    options = {"granularity": LAYERS, "costs": COSTS, "score": alike, "show_progress": False}
-    frontier = ds.profile(*pair, some[:3], **options, journal=path)
-    assert len(path.read_bytes().splitlines()) == 1 + 3 + 1 + 3
-    assert ds.profile(*pair, some[:3], **options, journal=path) == frontier
-    return path.read_bytes()
-
-
 def test_scores_that_are_no_numbers_are_refused(pair, some) -> None:
     options = {"granularity": LAYERS, "costs": COSTS, "show_progress": False}
     with pytest.raises(ValueError, match="score: expected a finite number, got nan"):
@@ -337,36 +206,6 @@ def test_plans_whose_logits_are_no_numbers_are_the_worst(pair, some, tmp_path) -
     assert frontier.choose(max_quality_loss=1.0) in {point.plan for point in own}
     frontier.save(tmp_path / "frontier.json")
     assert ds.Frontier.load(tmp_path / "frontier.json") == frontier
-
-
-def profile_many(journal: Path | None) -> ds.Frontier:
-    return ds.profile(*tiny_pair(LAYERS), examples(16), costs=COSTS, journal=journal, show_progress=False)
-
-
-SCRIPT = """
-import os
-import sys
-from pathlib import Path
-sys.path[:0] = sys.argv[1].split(os.pathsep)
-import torch
-from test_profile import profile_many
-torch.set_num_threads(1)
-profile_many(Path(sys.argv[2]))
-"""
-
-
-def test_a_run_that_is_killed_goes_on(tmp_path) -> None:
-    """To the same bytes; test_files.py kills the journal itself at every moment."""
-    journal, folders = tmp_path / "journal", os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, folders, str(journal)])
-    while not journal.exists() or len(journal.read_bytes().splitlines()) < 4:
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was killed before its end"
-    profile_many(journal).save(tmp_path / "killed.json")
-    profile_many(None).save(tmp_path / "whole.json")
-    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
 # --- errors and the cost model -------------------------------------------------------------------------------------------
@@ -428,51 +267,3 @@ def test_a_digest_is_of_what_maps_do(maps, tmp_path) -> None:
     maps.save(tmp_path / "maps.safetensors")
     assert ds.Maps.load(tmp_path / "maps.safetensors").digest() == maps.digest()
     assert dataclasses.replace(maps, corrections={}).digest() != maps.digest()
-
-
-# --- the command ---------------------------------------------------------------------------------------------------------
-
-
-def words(count: int) -> str:
-    return " ".join(f"w{number}" for number in tokens(count, vocabulary=100)[0].tolist())
-
-
-@pytest.fixture
-def named(pair, tmp_path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The pair as folders, to be timed as if it had been."""
-    monkeypatch.setattr(profiling, "measure_costs", lambda *args, **options: COSTS)
-    return [save_with_tokenizer(model, tmp_path / str(number)) for number, model in enumerate(pair)]
-
-
-def test_the_command_profiles_with_maps(named, maps, tmp_path, capsys) -> None:
-    from droidspeak_ops.cli import main
-
-    text, out = tmp_path / "text.txt", tmp_path / "out"
-    text.write_text(words(500), encoding="utf-8")
-    maps.save(tmp_path / "maps.safetensors")
-    options = ["--tokens", "100", "--granularity", "2", "--maps", str(tmp_path / "maps.safetensors"), "--out", str(out)]
-    main(["profile", *named, str(text), *options])
-    assert {path.name for path in out.iterdir()} == {
-        "frontier.json", "report.html", "frontier.png", "quality.png", "bands.png", "sensitivity.png",
-    }  # fmt: skip
-    frontier = ds.Frontier.load(out / "frontier.json")
-    assert frontier.contexts == (67,) * 5
-    assert frontier.maps == maps.digest()
-    said = capsys.readouterr().out.replace("\n", "")  # the console wraps long paths
-    assert "faster" in said and "report.html" in said
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 4
-    assert "<td>10%</td>" in page and 'src="http' not in page
-
-
-def test_the_command_scores_answers(named, tmp_path) -> None:
-    from droidspeak_ops.cli import main
-
-    lines = [json.dumps({"context": words(40), "suffix": words(5), "answer": words(4)}) for _ in range(4)]
-    (tmp_path / "some.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    main(
-        ["profile", *named, str(tmp_path / "some.jsonl"), "--metric", "edit similarity", "--out", str(tmp_path / "out")]
-        + ["--granularity", "2"]
-    )
-    frontier = ds.Frontier.load(tmp_path / "out" / "frontier.json")
-    assert len(frontier.scores) == 4 and all(0 <= score <= 1 for score in frontier.scores)
