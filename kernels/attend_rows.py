@@ -17,10 +17,11 @@ from .attention_tile import (
     add_to_lse,
     base_2,
     key_rows,
-    logits_of,
     packed_rows,
     query_ptrs,
+    seen_logits,
     seen_range,
+    split_range,
 )
 from .sizes import cdiv, next_power_of_2
 
@@ -80,9 +81,7 @@ def _attend_rows_kernel(
     m_d = o_d < HEAD_DIM
     q_ptrs = query_ptrs(q_ptr + batch * stride_q_b, o_n, o_g, kv_head * GROUP, stride_q_n, stride_q_h, o_d)
     b_q = tl.load(q_ptrs, mask=m_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
-    begin, end = seen_range(first, last, num_keys)
-    begin = tl.maximum(begin // BLOCK_N * BLOCK_N, split * SPLIT)
-    end = tl.minimum(end, (split + 1) * SPLIT)
+    begin, end = split_range(first, last, num_keys, split, SPLIT, BLOCK_N)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -95,11 +94,8 @@ def _attend_rows_kernel(
         v_ptrs = v_cache_ptr + (block * stride_v_b + row * stride_v_s)[:, None] + o_d[None, :]
         b_k = tl.load(k_ptrs, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
         b_v = tl.load(v_ptrs, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-        b_s = logits_of(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
-        seen = seen_from[None, :] <= last[:, None]  # [BLOCK_M, BLOCK_N]
-        if HAS_WINDOW:
-            seen &= seen_from[None, :] >= first[:, None]
-        largest, total, factor, b_p = add_to_lse(largest, total, tl.where(seen, b_s, float("-inf")))
+        b_s = seen_logits(b_q, b_k, seen_from, first, last, scale, softcap, HAS_WINDOW, HAS_SOFTCAP)
+        largest, total, factor, b_p = add_to_lse(largest, total, b_s)
         acc = tl.dot(b_p.to(DTYPE), b_v, acc * factor[:, None], input_precision="ieee")
     place = (tl.program_id(2).to(tl.int64) * num_packed + o_m) * num_splits + split
     tl.store(lse_ptr + place, largest + tl.log2(total))

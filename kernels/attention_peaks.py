@@ -23,7 +23,9 @@ from .attention_tile import (
     logits_of,
     packed_rows,
     query_ptrs,
+    seen_logits,
     seen_range,
+    split_range,
 )
 from .sizes import cdiv, next_power_of_2
 
@@ -76,9 +78,7 @@ def _attention_lse_kernel(
     m_d = o_d < HEAD_DIM
     q_ptrs = query_ptrs(q_ptr + batch * stride_q_b, o_n, o_g, kv_head * GROUP, stride_q_n, stride_q_h, o_d)
     b_q = tl.load(q_ptrs, mask=m_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
-    begin, end = seen_range(first, last, num_keys)
-    begin = tl.maximum(begin // BLOCK_N * BLOCK_N, split * SPLIT)
-    end = tl.minimum(end, (split + 1) * SPLIT)
+    begin, end = split_range(first, last, num_keys, split, SPLIT, BLOCK_N)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(begin, end, BLOCK_N):
@@ -86,11 +86,8 @@ def _attention_lse_kernel(
         block, row, seen_from = key_rows(key_slots_ptr, o_j, num_keys, num_slots, block_size)
         k_ptrs = k_cache_ptr + (block * stride_k_b + row * stride_k_s)[:, None] + o_d[None, :]
         b_k = tl.load(k_ptrs, mask=(seen_from < end)[:, None] & m_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
-        b_s = logits_of(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
-        seen = seen_from[None, :] <= last[:, None]  # [BLOCK_M, BLOCK_N]
-        if HAS_WINDOW:
-            seen &= seen_from[None, :] >= first[:, None]
-        largest, total, _, _ = add_to_lse(largest, total, tl.where(seen, b_s, float("-inf")))
+        b_s = seen_logits(b_q, b_k, seen_from, first, last, scale, softcap, HAS_WINDOW, HAS_SOFTCAP)
+        largest, total, _, _ = add_to_lse(largest, total, b_s)
     lse_ptrs = lse_ptr + (tl.program_id(2).to(tl.int64) * num_packed + o_m) * num_splits + split
     tl.store(lse_ptrs, largest + tl.log2(total))
 

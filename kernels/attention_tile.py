@@ -47,6 +47,13 @@ def seen_range(first, last, num_keys):
 
 
 @triton.jit
+def split_range(first, last, num_keys, split, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The part of that in one split of the keys, from the start of a block of them."""
+    begin, end = seen_range(first, last, num_keys)
+    return tl.maximum(begin // BLOCK_N * BLOCK_N, split * SPLIT), tl.minimum(end, (split + 1) * SPLIT)
+
+
+@triton.jit
 def query_ptrs(ptr, o_n, o_g, head, stride_n, stride_h, o_d):
     """Pointers to rows of Q, or of what comes of them, [BLOCK_M, BLOCK_D]; `head` is the first of the group."""
     return ptr + (o_n.to(tl.int64) * stride_n + (head + o_g).to(tl.int64) * stride_h)[:, None] + o_d[None, :]
@@ -73,6 +80,16 @@ def logits_of(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     if HAS_SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which saturates at both ends
         x = softcap * (1.0 - 2.0 / (tl.exp2(x) + 1.0))
     return x
+
+
+@triton.jit
+def seen_logits(b_q, b_k, seen_from, first, last, scale, softcap, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """Logits [BLOCK_M, BLOCK_N] of rows and keys; -inf where a row does not see a key."""
+    b_s = logits_of(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
+    seen = seen_from[None, :] <= last[:, None]
+    if HAS_WINDOW:
+        seen &= seen_from[None, :] >= first[:, None]
+    return tl.where(seen, b_s, float("-inf"))
 
 
 @triton.jit
