@@ -173,10 +173,11 @@ def _attend_ref(
             logits = scale * (queries @ k.T)
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            lse = logits.masked_fill(hidden, -torch.inf).logsumexp(-1, keepdim=True)
+            logits.masked_fill_(hidden, -torch.inf)
             if sinks is not None:
-                lse = torch.logaddexp(lse, sinks[heads, None, None].float())
-            probabilities = (logits - lse).exp().masked_fill(hidden, 0.0)
+                logits = torch.cat((logits, sinks[heads, None, None].float().expand(-1, len(places), 1)), dim=-1)
+            # A row that sees nothing, and one that sees NaN, are NaN all over.
+            probabilities = logits.softmax(-1)[..., : len(keys)].masked_fill(hidden, 0.0)
             yield _Attended(sequence, kv_head, heads, keys, block, row, probabilities)
 
 
