@@ -52,9 +52,11 @@ def make_maps() -> ds.Maps:
     def layer_map(columns: int) -> LayerMap:
         return LayerMap(*torch.randn(2, width, columns), *torch.randn(2, width))
 
+    sources: Any = {"fitted": HIDDEN, "fitted_kv": 2 * width}
     return ds.Maps(
         MODEL, OTHER, ("project", "fitted", "reuse"), ("project", "reuse", "fitted_kv"),
         {(1, "fitted"): layer_map(HIDDEN), (2, "fitted_kv"): layer_map(2 * width)},
+        {(layer, source): layer_map(columns) for layer in (1, 2) for source, columns in sources.items()},
         {1: Correction(torch.randn(HIDDEN, HIDDEN), torch.randn(HIDDEN))}, {1: (0.5, 1.0), 2: (0.0, 0.25)},
         Domain(0, torch.randn(2 * width), torch.eye(2 * width), 2.5),
     )  # fmt: skip

@@ -136,19 +136,24 @@ def _maps(
     used: Collection[Source],
     domain: Domain,
 ) -> Maps:
-    """Maps with each layer's shares; layers with negligible shares, and all layers of an unused source, are reused."""
-    layers, choices = {}, {}
+    """Maps with each layer's shares; layers with negligible shares, and all layers of an unused source, are reused.
+
+    Beside them are those at share 1 for plans that repair tokens: what was learnt without a repair is of no account there.
+    """
+    layers, repaired, choices = {}, {}, {}
     kept = {layer: each.tolist() for layer, each in shares.items() if each.abs().max() > _MIN_SHARE}
     for source in FITTED:
         # Layer 0 is projected from the receiver's own embeddings, which is exact.
         chosen: list[Source] = ["project"]
         for layer in pair.layers:
+            key, fit = (layer, source), fits[source][layer]
+            repaired[key] = pair.layer_map(key, fit, torch.ones(2, device=fit.weight.device))
             mapped = source in used and layer in kept
             chosen.append(source if mapped else "reuse")
             if mapped:
-                layers[layer, source] = pair.layer_map((layer, source), fits[source][layer], shares[layer])
+                layers[key] = pair.layer_map(key, fit, shares[layer])
         choices[source] = tuple(chosen)
-    return Maps(*pair.fingerprints, choices["fitted"], choices["fitted_kv"], layers, {}, kept, domain)
+    return Maps(*pair.fingerprints, choices["fitted"], choices["fitted_kv"], layers, repaired, {}, kept, domain)
 
 
 class _Fits(NamedTuple):

@@ -226,10 +226,11 @@ def prefill(
 
     layers = CacheLayers(decoder, context.tokens)
     rerotates = decoder.rope_varies or context.sender.rope != ours.rope
-    fill(schedule, layers, context, maps=maps, norm=norm, rerotates=rerotates)
+    used = None if maps is None else maps.used_by(plan)
+    fill(schedule, layers, context, maps=used, norm=norm, rerotates=rerotates)
     if not runs_suffix or prompt_ids is None:
         return layers.cache
-    return recompute_selected(decoder, layers.cache, plan, prompt_ids, fitted=schedule.uses_maps)
+    return recompute_selected(decoder, layers.cache, schedule, prompt_ids)
 
 
 _read: weakref.WeakKeyDictionary[Any, tuple[Decoder, Reading]] = weakref.WeakKeyDictionary()

@@ -12,22 +12,15 @@ from .. import ops
 from ..context.fingerprint import ReuseError
 from ..context.kv import KV
 from ..prefill.maps import SINKS
-from ..prefill.plan import Plan
+from ..prefill.schedule import Schedule
 from ..prefill.select import around_peaks, budget, highest
 from .cache import MixedCache, MixedLayer, MixedSlidingLayer, rows_held
 from .decoder import Decoder
 from .passes import Pass, check_takes_masks
 
-PROBED = 2 / 3
-"""Share of the layers whose attention is looked at."""
-PROBED_OVER_FITTED = 1 / 3
-"""The same where K and V are fitted to the receiver, in which its attention finds its way sooner."""
-
 
 @torch.no_grad()
-def recompute_selected(
-    decoder: Decoder, cache: MixedCache, plan: Plan, prompt_ids: torch.Tensor, *, fitted: bool
-) -> MixedCache:
+def recompute_selected(decoder: Decoder, cache: MixedCache, schedule: Schedule, prompt_ids: torch.Tensor) -> MixedCache:
     """Recompute a context's selected tokens, and run the suffix behind them, in one pass through all layers.
 
     A row of the pass is a token with its own position. Its K and V are stored in the cache, in place of what is there, before
@@ -37,10 +30,9 @@ def recompute_selected(
 
     Args:
         decoder: the receiver, with SDPA or eager attention.
-        cache: the context as the rest of the plan fills it. It is used up.
-        plan: with its selection.
+        cache: the context as the schedule fills its layers. It is used up.
+        schedule: says which tokens are selected.
         prompt_ids: ``[B, T + N]``, the context and a suffix; each sequence selects by itself.
-        fitted: whether K and V were fitted to the receiver.
 
     Returns:
         A cache of all tokens of the prompt but the last, which a pass over it has to run, and which is known already:
@@ -64,8 +56,7 @@ def recompute_selected(
     logits = []
     for row, ids in enumerate(prompt_ids):
         sequence = _Sequence(decoder, cache, row, ids.unsqueeze(0), tokens)
-        chosen = sequence.choose(plan, PROBED_OVER_FITTED if fitted else PROBED)
-        logits.append(sequence.run(chosen))
+        logits.append(sequence.run(sequence.choose(schedule)))
         for held, layer, window in zip(windows, sequence.layers, decoder.windows, strict=True):
             if window is not None:
                 held.append(layer.last(total - 1, rows_held(total - 1, window)))
@@ -118,26 +109,33 @@ class _Sequence:
         self._decoder, self._cache, self._row, self._ids, self._tokens = decoder, cache, row, ids, tokens
         self.layers: list[_Rows] = []
 
-    def choose(self, plan: Plan, probed: float) -> torch.Tensor:
-        """Return the positions of the tokens to recompute, ascending ``[count]``."""
-        count, (context, suffix) = (
-            budget(plan.select, self._tokens),
-            self._ids.split([self._tokens, self._ids.shape[1] - self._tokens], dim=1),
-        )
-        everything = torch.arange(self._tokens, device=self._ids.device)
-        if count in (0, self._tokens) or plan.selector == "recent":
-            return everything[self._tokens - count :]
-        if plan.selector == "deviation":
+    def choose(self, schedule: Schedule) -> torch.Tensor:
+        """Return the positions of the tokens to recompute, ascending ``[count]``.
+
+        Raises:
+            ValueError: the selector is a function and returns neither scores nor positions, or more of them than it may.
+        """
+        tokens, count = self._tokens, budget(schedule.select, self._tokens)
+        everything = torch.arange(tokens, device=self._ids.device)
+        if count in (0, tokens) or schedule.selector == "recent":
+            return everything[tokens - count :]
+        if schedule.selector == "deviation":
             return highest(self._deviations(), count)
-        if plan.selector == "attention":
-            scores = self._peaks(max(1, round(probed * self._decoder.num_layers)))
-        else:
-            scores = plan.selector(context[0], suffix[0])
-            if scores.shape != (self._tokens,):
-                raise ValueError(
-                    f"selector: expected a score for each of {self._tokens} tokens, got shape {tuple(scores.shape)}"
-                )
-        return around_peaks(scores, count)
+        if schedule.selector == "attention":
+            return around_peaks(self._peaks(schedule.probed), count)
+        found = schedule.selector(self._ids[0, :tokens], self._ids[0, tokens:])
+        if found.is_floating_point() and found.shape == (tokens,):
+            return around_peaks(found, count)
+        if (
+            found.dtype != torch.int64
+            or not torch.isin(found, everything).all()
+            or not 0 < len(found.unique()) <= count
+        ):
+            raise ValueError(
+                f"selector: expected a score for each of {tokens} tokens, or positions of 1 to {count} of them, got "
+                f"{found.dtype} {tuple(found.shape)}"
+            )
+        return found.unique()  # which sorts them
 
     def run(self, chosen: torch.Tensor) -> torch.Tensor:
         """Run the chosen tokens and the suffix, and return the logits that follow the last, float32 ``[1, V]``."""

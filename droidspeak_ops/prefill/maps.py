@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -127,9 +128,11 @@ class Maps:
             with weights fitted to the normalised hidden states (``"fitted"``) or to the sender's K/V (``"fitted_kv"``).
         choices_without_hidden: the same for contexts that hold no hidden states.
         layers: the maps, by layer and source.
+        repaired: the maps for plans that select tokens, of both sources and all layers but 0: they go all the way to the fitted
+            K and V, as what is wrong with those is mended where it matters.
         corrections: the corrections of the hidden states that bands start from, by the band's first layer.
         shares: by layer, one mixing weight for K and one for V: 0 is the sender's own, 1 the fitted. They are part of the maps
-            in `layers` already, and kept for reference.
+            in `layers` already, and kept for reference; in `repaired` all are 1.
         domain: the contexts that the maps are for.
     """
 
@@ -138,9 +141,23 @@ class Maps:
     choices: tuple[Source, ...]
     choices_without_hidden: tuple[Source, ...]
     layers: Mapping[tuple[int, Source], LayerMap]
+    repaired: Mapping[tuple[int, Source], LayerMap]
     corrections: Mapping[int, Correction]
     shares: Mapping[int, Sequence[float]]
     domain: Domain
+
+    def used_by(self, plan: Plan) -> Maps:
+        """Return the maps as a plan uses them: with those in `repaired` in place of the others where it selects tokens."""
+        return self._for_repair if plan.select else self
+
+    @cached_property
+    def _for_repair(self) -> Maps:
+        def every(source: Source) -> tuple[Source, ...]:
+            return ("project", *[source] * (len(self.choices) - 1))
+
+        return replace(
+            self, choices=every("fitted"), choices_without_hidden=every("fitted_kv"), layers=self.repaired, repaired={}
+        )
 
     def hidden_layers(self, plan: Plan) -> tuple[int, ...]:
         """Return the layers whose hidden states `plan` needs with these maps: often fewer than without."""
@@ -203,13 +220,17 @@ class Maps:
             if len(share) != 2 or not all(map(math.isfinite, share)):
                 raise ValueError(f"shares: expected two finite numbers for layer {layer}, got {share}")
         dtype, columns = self.receiver.torch_dtype, {"fitted": hidden_size, "fitted_kv": 2 * width}
-        for (layer, source), layer_map in self.layers.items():
-            if source not in columns or not 0 < layer < num_layers:
-                wanted = f"one of {tuple(columns)} of layers 1 to {num_layers - 1}"
-                raise ValueError(f"layers: expected {wanted}, got {source} of layer {layer}")
-            weight, bias = ((width, columns[source]), dtype), ((width,), dtype)
-            of_map = {"k_weight": weight, "v_weight": weight, "k_bias": bias, "v_bias": bias}
-            _check_tensors(f"layers[{layer}, {source}]", layer_map, of_map)
+        for name, layer_maps in (("layers", self.layers), ("repaired", self.repaired)):
+            for (layer, source), layer_map in layer_maps.items():
+                if source not in columns or not 0 < layer < num_layers:
+                    wanted = f"one of {tuple(columns)} of layers 1 to {num_layers - 1}"
+                    raise ValueError(f"{name}: expected {wanted}, got {source} of layer {layer}")
+                weight, bias = ((width, columns[source]), dtype), ((width,), dtype)
+                of_map = {"k_weight": weight, "v_weight": weight, "k_bias": bias, "v_bias": bias}
+                _check_tensors(f"{name}[{layer}, {source}]", layer_map, of_map)
+        lacking = set(itertools.product(range(1, num_layers), columns)).difference(self.repaired)
+        if lacking:
+            raise ValueError(f"repaired: expected maps of both kinds for every layer, got none for {min(lacking)}")
         for layer, correction in self.corrections.items():
             of_correction = {"weight": ((hidden_size, hidden_size), dtype), "bias": ((hidden_size,), dtype)}
             _check_tensors(f"corrections[{layer}]", correction, of_correction)
@@ -232,8 +253,10 @@ class Maps:
     def _described(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Describe the maps for :meth:`load`: plain values, and tensors by name."""
         tensors = {
-            f"{layer}.{source}.{name}": tensor
-            for (layer, source), layer_map in self.layers.items()
+            f"{layer}.{role}.{name}": tensor
+            for of_role, layer_maps in (("{}", self.layers), ("repaired.{}", self.repaired))
+            for (layer, source), layer_map in layer_maps.items()
+            for role in [of_role.format(source)]
             for name, tensor in vars(layer_map).items()
         }
         for layer, correction in self.corrections.items():
@@ -259,6 +282,7 @@ class Maps:
 
         def make(described: _Described, tensors: tensor_file.Tensors) -> Maps:
             layers: dict[tuple[int, Source], LayerMap] = {}
+            repaired: dict[tuple[int, Source], LayerMap] = {}
             corrections: dict[int, Correction] = {}
 
             def read(kind: type[T], prefix: str) -> T:
@@ -272,10 +296,13 @@ class Maps:
                 if role == "correction":
                     corrections[layer] = read(Correction, f"{layer}.{role}")
                 else:
-                    layers[layer, role] = read(LayerMap, f"{layer}.{role}")
+                    source: Any = role.removeprefix("repaired.")
+                    (layers if source == role else repaired)[layer, source] = read(LayerMap, f"{layer}.{role}")
             domain = Domain(domain_layer, mean, whitening, described.domain.limit)
             choices = described.choices, described.choices_without_hidden
-            maps = cls(described.sender, described.receiver, *choices, layers, corrections, described.shares, domain)
+            maps = cls(
+                described.sender, described.receiver, *choices, layers, repaired, corrections, described.shares, domain
+            )
             maps.check()
             return maps
 
@@ -300,12 +327,12 @@ class _Described:
     domain: _DescribedDomain
 
 
-def _layer_and_role(name: str) -> tuple[int, Literal["correction", "fitted", "fitted_kv"]]:
+def _layer_and_role(name: str) -> tuple[int, str]:
     """Read what a tensor of a file is of off its name."""
-    found = re.fullmatch(r"(0|[1-9][0-9]{0,8})\.(correction|fitted|fitted_kv)\.[a-z_]+", name)
+    found = re.fullmatch(r"(0|[1-9][0-9]{0,8})\.(correction|(?:repaired\.)?(?:fitted|fitted_kv))\.[a-z_]+", name)
     if found is None:
         raise ValueError(f"tensors: expected names such as '3.fitted.k_weight', got {name!r}")
-    return int(found[1]), found[2]  # type: ignore[return-value]
+    return int(found[1]), found[2]
 
 
 def _check_tensors(where: str, part: Any, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:

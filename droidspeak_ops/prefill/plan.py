@@ -63,7 +63,8 @@ class Plan:
         selector: How they are found: ``"attention"``, those that the suffix's attention peaks at with their neighbours;
             ``"recent"``, the last ones; ``"deviation"``, those whose K and V differ most from the sender's after one layer
             (CacheBlend, arXiv 2405.16444); or a function that is given the context's token ids ``[T]`` and the suffix's ``[N]``
-            and returns a score for each of the former ``[T]``, whose peaks are selected with their neighbours.
+            and returns a score for each of the former, floats ``[T]``, whose peaks are selected with their neighbours, or the
+            positions to select, int64, as many as `select` allows or fewer.
         chosen_for: what a profile chose it for, which is checked where it is used; None for any pair.
 
     Raises:

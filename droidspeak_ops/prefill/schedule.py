@@ -6,11 +6,12 @@ The fill, the cost model, the profiler and whoever loads contexts read a :class:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .plan import Plan
+from .select import probed_layers
 
 if TYPE_CHECKING:
     from .maps import Maps
@@ -44,12 +45,18 @@ class Work:
         projected: whose K/V are projected, the last of each band among them.
         hidden: of which the sender's hidden states are loaded.
         kv: of which the sender's K/V are loaded.
+        layers: all of them, through which selected tokens run.
+        select: those tokens, as :class:`Plan` has them: a share or a number.
+        probed: that the suffix runs through once more to select them.
     """
 
     run: int
     projected: int
     hidden: int
     kv: int
+    layers: int = 0
+    select: int | float = 0
+    probed: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,14 @@ class Schedule:
         sources: of every layer.
         bands: in ascending order.
         uses_maps: whether maps have a part in it, be it that they have a layer reused.
+        select, selector: the tokens that are recomputed once all layers are filled, as :class:`Plan` has them.
     """
 
     sources: tuple[Source, ...]
     bands: tuple[Band, ...]
     uses_maps: bool
+    select: int | float
+    selector: Any
 
     @cached_property
     def reads(self) -> tuple[Read, ...]:
@@ -89,13 +99,26 @@ class Schedule:
 
     @property
     def work(self) -> Work:
-        """The cost in layers. A band of n layers runs n - 1: nothing reads the output of its last."""
+        """The cost in layers. A band of n layers runs n - 1: nothing reads the output of its last.
+
+        To see what deviates one layer runs and one is projected. What a function of the user's costs is not known.
+        """
+        compared = int(bool(self.select) and self.selector == "deviation")
+        projected = sum(source in ("project", "fitted", "fitted_kv") for source in self.sources)
         return Work(
-            run=sum(band.end - band.start - 1 for band in self.bands),
-            projected=len(self.bands) + sum(source in ("project", "fitted", "fitted_kv") for source in self.sources),
+            run=sum(band.end - band.start - 1 for band in self.bands) + compared,
+            projected=len(self.bands) + projected + compared,
             hidden=len(self.hidden_layers),
             kv=sum(what == "kv" for what, _ in self.reads),
+            layers=len(self.sources),
+            select=self.select,
+            probed=self.probed if self.select and self.selector == "attention" else 0,
         )
+
+    @property
+    def probed(self) -> int:
+        """Through how many layers the suffix runs to select what its attention peaks at."""
+        return probed_layers(len(self.sources), fitted=self.uses_maps)
 
 
 def resolve(
@@ -123,20 +146,22 @@ def resolve(
     alone = _without_maps(plan, num_layers)
     if maps is None:
         return alone
+    used = maps.used_by(plan)
 
     def chosen(choices: Sequence[Source], corrections: Collection[int] = ()) -> Schedule:
         sources = tuple(
             choice if source == "project" else source for source, choice in zip(alone.sources, choices, strict=True)
         )
         bands = tuple(band._replace(corrected=band.start in corrections) for band in alone.bands)
-        return Schedule(sources, bands, sources != alone.sources or bands != alone.bands)
+        uses_maps = sources != alone.sources or bands != alone.bands
+        return replace(alone, sources=sources, bands=bands, uses_maps=uses_maps)
 
     if not in_domain:
         reused: list[Source] = ["reuse"] * num_layers
         return chosen(["project", *reused[1:]])
-    schedule = chosen(maps.choices, maps.corrections)
+    schedule = chosen(used.choices, used.corrections)
     if held is not None and not set(schedule.hidden_layers) <= set(held):
-        return chosen(maps.choices_without_hidden, maps.corrections)
+        return chosen(used.choices_without_hidden, used.corrections)
     return schedule
 
 
@@ -153,4 +178,5 @@ def _without_maps(plan: Plan, num_layers: int) -> Schedule:
         sources[layer] = "project"
     for start, end in plan.bands:
         sources[start:end] = ["recompute"] * (end - start)
-    return Schedule(tuple(sources), tuple(Band(*band, corrected=False) for band in plan.bands), uses_maps=False)
+    bands = tuple(Band(*band, corrected=False) for band in plan.bands)
+    return Schedule(tuple(sources), bands, uses_maps=False, select=plan.select, selector=plan.selector)

@@ -9,6 +9,16 @@ NEIGHBOURS = 12
 MIN_TOKENS = 48
 """Fewest tokens that a share selects, of contexts that have them: one peak with its neighbours is too little."""
 
+PROBED = 1 / 2
+"""Share of the layers whose attention is looked at."""
+PROBED_OVER_FITTED = 1 / 3
+"""The same where K and V are fitted to the receiver, in which its attention finds its way sooner."""
+
+
+def probed_layers(num_layers: int, *, fitted: bool) -> int:
+    """Return through how many layers the suffix runs to show what it looks at."""
+    return max(1, round((PROBED_OVER_FITTED if fitted else PROBED) * num_layers))
+
 
 def budget(select: float | int, tokens: int) -> int:
     """Return how many of a context's tokens `select` asks for: a share of them, or a number where it is an integer."""

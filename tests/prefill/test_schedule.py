@@ -18,6 +18,7 @@ CHOICES = ("project", "fitted", "reuse", "fitted", "project", "fitted_kv")
 MAPS: Any = SimpleNamespace(
     choices=CHOICES, choices_without_hidden=("project", *["fitted_kv"] * 5), corrections={4: None}
 )
+MAPS.used_by = lambda plan: MAPS
 PLAN = ds.Plan([(4, 6)], project="rest")
 
 
@@ -26,7 +27,7 @@ def test_maps_choose_what_fills_the_layers_that_a_plan_projects() -> None:
     assert schedule.sources == ("project", "fitted", "reuse", "fitted", "recompute", "recompute")
     assert schedule.bands == (Band(4, 6, corrected=True),)
     assert schedule.hidden_layers == (1, 3, 4)
-    assert schedule.work == Work(run=1, projected=4, hidden=3, kv=1)
+    assert schedule.work == Work(run=1, projected=4, hidden=3, kv=1, layers=6)
     assert schedule.uses_maps
 
 
@@ -60,6 +61,7 @@ def test_maps_without_a_part_in_a_plan_change_nothing(plan: ds.Plan) -> None:
     maps: Any = SimpleNamespace(
         choices=("project",) * LAYERS, choices_without_hidden=("project",) * LAYERS, corrections={}
     )
+    maps.used_by = lambda plan: maps
     assert resolve(plan, LAYERS, maps) == resolve(plan, LAYERS)
     assert not resolve(plan, LAYERS, maps).uses_maps
 
