@@ -45,7 +45,7 @@ class Work:
         projected: whose K/V are projected, the last of each band among them.
         hidden: of which the sender's hidden states are loaded.
         kv: of which the sender's K/V are loaded.
-        layers: all of them, through which selected tokens run.
+        layers: that selected tokens run through, all of them; 0 where none are selected.
         select: those tokens, as :class:`Plan` has them: a share or a number.
         probed: that the suffix runs through once more to select them.
     """
@@ -110,7 +110,7 @@ class Schedule:
             projected=len(self.bands) + projected + compared,
             hidden=len(self.hidden_layers),
             kv=sum(what == "kv" for what, _ in self.reads),
-            layers=len(self.sources),
+            layers=len(self.sources) if self.select else 0,
             select=self.select,
             probed=self.probed if self.select and self.selector == "attention" else 0,
         )

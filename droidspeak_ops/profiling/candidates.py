@@ -1,8 +1,8 @@
-"""The plans that a profile measures: every band, and sets of the most sensitive layers."""
+"""The plans that a profile measures: every band, sets of the most sensitive layers, and selected tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..prefill.maps import Maps
@@ -12,23 +12,26 @@ from .frontier import Point, Rest, Sensitivity
 
 SET_SIZES = (2, 3, 4, 6, 8, 12, 16, 24)
 """Sizes of the sets of most sensitive units."""
-
-Measured = tuple[list[float], list[float]]
-"""KL divergence and top-1 agreement on one context, of everything that was measured there."""
+SELECTED = (0.05, 0.1, 0.2)
+"""Shares of the tokens that are selected."""
+SELECTORS = ("recent", "attention", "deviation")
+"""Ways to select them, the cheapest first."""
 
 
 class Candidate(NamedTuple):
-    """A plan, given by its bands and how the layers outside them are filled."""
+    """A plan, given by its bands, how the layers outside them are filled, and what is selected over all that."""
 
     bands: tuple[tuple[int, int], ...]
     rest: Rest
+    select: float = 0
+    selector: str = "attention"
 
     @property
     def plan(self) -> Plan:
-        return Plan(self.bands, project=() if self.rest == "reuse" else "rest")
+        return Plan(self.bands, () if self.rest == "reuse" else "rest", self.select, self.selector)
 
     def sources(self, num_layers: int) -> list[Plan]:
-        """Return for each layer a plan with the same K/V there, from as few plans as possible.
+        """Return for each layer a plan with the same K/V there, from as few plans as possible; nothing is selected.
 
         Outside the bands that is the plan without bands; in a band, the band with the same start that ends at the last layer.
         """
@@ -60,8 +63,20 @@ class Unit(NamedTuple):
         return sources
 
 
+class Quality(NamedTuple):
+    """KL divergence from full prefill and top-1 agreement with it, on one context."""
+
+    kl: float
+    agreement: float
+
+
+Measured = Mapping[Candidate | Unit, Quality]
+"""All that was measured on one context."""
+
+
 class Candidates:
-    """The candidates of a profile: bands on all contexts, units on the pilot contexts, sets of units on the others.
+    """The candidates of a profile: bands on all contexts; units and all selections on the pilot contexts; on the others sets of
+    the units that were the most sensitive there, and those selections that were worth their cost.
 
     Args:
         num_layers: of the receiver.
@@ -86,36 +101,53 @@ class Candidates:
         self.bands.append(full_prefill(num_layers))
 
     @property
-    def bands_and_units(self) -> list[Candidate | Unit]:
-        """Candidates that are measured on the pilot contexts."""
-        return [*self.bands, *self._units]
+    def on_pilots(self) -> list[Candidate | Unit]:
+        """What is measured on the pilot contexts."""
+        selections = [
+            Candidate((), rest, select, selector)
+            for rest in self._rests
+            for select in SELECTED
+            for selector in SELECTORS
+        ]
+        return [*self.bands, *self._units, *selections]
 
-    def bands_and_sets(self, pilot: Sequence[Measured]) -> list[Candidate]:
-        """Return the candidates for the other contexts: bands, and sets of the units most sensitive on the pilot contexts."""
+    def plans(self, pilot: Sequence[Measured]) -> list[Candidate]:
+        """Return the candidates to choose from, which are measured on the other contexts, by what was on the pilot contexts."""
         most_sensitive = sorted(self.sensitivity(pilot), key=lambda unit: -sum(unit.kl))
         units = [(unit.start, unit.end) for unit in most_sensitive]
         sets = dict.fromkeys(_merge(units[:size]) for size in SET_SIZES if size < len(units))
-        scattered = [bands for bands in sets if len(bands) > 1]
-        return self.bands + [Candidate(bands, rest) for rest in self._rests for bands in scattered]
+        scattered = [Candidate(bands, rest) for rest in self._rests for bands in sets if len(bands) > 1]
+        return [*self.bands, *scattered, *self._worthwhile(pilot)]
+
+    def _worthwhile(self, pilot: Sequence[Measured]) -> Iterator[Candidate]:
+        """Yield the selections that diverge less than every cheaper way to select as many tokens over the same."""
+        for rest in self._rests:
+            for select in SELECTED:
+                least = float("inf")
+                for selector in SELECTORS:
+                    candidate = Candidate((), rest, select, selector)
+                    kl = sum(measured[candidate].kl for measured in pilot)
+                    if kl < least:
+                        yield candidate
+                    least = min(least, kl)
 
     def sensitivity(self, pilot: Sequence[Measured]) -> list[Sensitivity]:
         """Return the sensitivity of each unit, measured on the pilot contexts."""
-        of_units = zip(*(kl[len(self.bands) :] for kl, _ in pilot), strict=True)
-        return [Sensitivity(*unit, kl) for unit, kl in zip(self._units, of_units, strict=True)]
+        return [Sensitivity(*unit, tuple(measured[unit].kl for measured in pilot)) for unit in self._units]
 
     def points(self, measured: Sequence[Measured], num_pilots: int) -> Iterator[Point]:
         """Yield each candidate with its measurements on all contexts, of which the first `num_pilots` are pilots."""
-        for index, candidate in enumerate(self.bands_and_sets(measured[:num_pilots])):
-            kl, agreement = (
-                tuple(
-                    None if context < num_pilots and index >= len(self.bands) else values[index]
-                    for context, values in enumerate(per_context)
-                )
-                for per_context in zip(*measured, strict=True)
-            )
+        for candidate in self.plans(measured[:num_pilots]):
+            found = [of_context.get(candidate) for of_context in measured]
             schedule = resolve(candidate.plan, self._num_layers, self._maps)
-            corrected = any(band.corrected for band in schedule.bands)
-            yield Point(candidate.plan, candidate.rest, corrected, schedule.work, kl, agreement)
+            yield Point(
+                candidate.plan,
+                candidate.rest,
+                corrected=any(band.corrected for band in schedule.bands),
+                work=schedule.work,
+                kl=tuple(each and each.kl for each in found),
+                agreement=tuple(each and each.agreement for each in found),
+            )
 
 
 def _merge(units: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

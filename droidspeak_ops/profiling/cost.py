@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..prefill.schedule import Work
+from ..prefill.select import budget
 
 _MOST_TOKENS = 2**63
 
@@ -73,7 +74,8 @@ class CostModel:
     def seconds(self, work: Work, tokens: int, bandwidth: float | None = None) -> float:
         """Predict the seconds from the context's arrival, or the start of loading it, to the first token's logits.
 
-        Loading and compute do not overlap.
+        Loading and compute do not overlap. A selected token costs its share of a pass over all tokens, and the layers that the
+        suffix runs through once more theirs of the suffix's pass.
 
         Args:
             work: the work of a plan.
@@ -82,7 +84,9 @@ class CostModel:
         """
         run, project, rest = (each.evaluate(tokens) for each in (self.run, self.project, self.rest))
         loading = 0.0 if bandwidth is None else self.nbytes(work, tokens) / bandwidth
-        return work.run * run + work.projected * project + rest + loading
+        selected = work.layers * budget(work.select, tokens) / tokens
+        probed = work.probed / work.layers if work.probed else 0.0
+        return (work.run + selected) * run + work.projected * project + (1 + probed) * rest + loading
 
     def nbytes(self, work: Work, tokens: int) -> int:
         """Return the bytes of a context that have to be loaded."""

@@ -178,12 +178,12 @@ class Frontier:
         if not all(self._select(point.kl, held_out) for held_out in (False, True)):
             raise ValueError("kl: expected contexts among those that are held out and among the others, got none")
         work = resolve(point.plan, self.num_layers).work
-        if point.rest == "fitted":  # as the maps choose, so that the layers that run are all that is known
-            chosen = (point.work.projected, point.work.hidden, point.work.kv)
-            fits = point.work.run == work.run and all(0 <= layers <= self.num_layers for layers in chosen)
-        else:
-            fits = point.work == work
-        if not fits:
+        if point.rest == "fitted":  # as the maps choose
+            chosen = {name: getattr(point.work, name) for name in ("projected", "hidden", "kv", "probed")}
+            compared = point.plan.select and point.plan.selector == "deviation"  # for which one layer more is projected
+            if all(0 <= layers <= self.num_layers + bool(compared) for layers in chosen.values()):
+                work = replace(work, **chosen)
+        if point.work != work:
             raise ValueError(f"work: expected that of the plan, {work}, got {point.work}")
 
     def kl(self, point: Point, *, held_out: bool = False) -> Estimate:

@@ -81,12 +81,16 @@ def kl_and_top1(decoder: Decoder, states: torch.Tensor, reference: torch.Tensor)
     Returns:
         For each mixture the mean of either over the tokens. If logits are NaN the divergence is infinite, which is the worst.
     """
-    top1 = reference.argmax(-1)
     kl: list[float] = []
     agreement: list[float] = []
     for chunk in states.split(max(1, _CHUNK_LOGITS // reference.numel())):
-        logits = decoder.logits(chunk)
-        agreement += (logits.argmax(-1) == top1).float().mean(1).tolist()
-        mean = kl_divergence(reference, logits).mean(1).clamp(min=0)
-        kl += mean.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()
+        for found, part in zip((kl, agreement), compare(reference, decoder.logits(chunk)), strict=True):
+            found += part
     return kl, agreement
+
+
+def compare(reference: torch.Tensor, logits: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Return what :func:`kl_and_top1` does, of logits ``[mixtures, N, vocabulary]``."""
+    agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean(1)
+    kl = kl_divergence(reference, logits).mean(1).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return kl.tolist(), agreement.tolist()

@@ -27,7 +27,7 @@ def test_maps_choose_what_fills_the_layers_that_a_plan_projects() -> None:
     assert schedule.sources == ("project", "fitted", "reuse", "fitted", "recompute", "recompute")
     assert schedule.bands == (Band(4, 6, corrected=True),)
     assert schedule.hidden_layers == (1, 3, 4)
-    assert schedule.work == Work(run=1, projected=4, hidden=3, kv=1, layers=6)
+    assert schedule.work == Work(run=1, projected=4, hidden=3, kv=1)
     assert schedule.uses_maps
 
 

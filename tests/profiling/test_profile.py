@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import droidspeak_ops as ds
 from droidspeak_ops.hf.passes import Pass
 from droidspeak_ops.prefill.schedule import Work, resolve
 from droidspeak_ops.profiling import run as profiling
+from droidspeak_ops.profiling.candidates import SELECTED, SELECTORS
 from droidspeak_ops.profiling.frontier import WORST_KL
 from droidspeak_ops.profiling.run import EVAL_TOKENS
 
@@ -28,17 +30,19 @@ def by_hand(pair, maps, point, example: ds.Example) -> tuple[float, float]:
     """Divergence and agreement of one plan on one example."""
     sender, receiver = pair
     context = ds.capture(sender, example.context, layers=range(LAYERS))
-    return compared(receiver, ds.partial_prefill(receiver, context, point.plan, maps=maps), example)
+    cache = ds.partial_prefill(receiver, context, point.plan, prompt_ids=example.prompt, maps=maps)
+    return compared(receiver, cache, example)
 
 
 @torch.no_grad()
 def compared(receiver, cache, example: ds.Example) -> tuple[float, float]:
-    """Divergence and agreement behind a cache of the context, by two ordinary forward passes."""
+    """Divergence and agreement behind a cache of the prompt's head, by two ordinary forward passes."""
     answer = example.answer[:, :EVAL_TOKENS]
     ids = torch.cat((example.prompt, answer[:, :-1]), dim=1)
     count = answer.shape[1]
     own = receiver(ids, logits_to_keep=count).logits[0].double().log_softmax(-1)
-    got = receiver(ids[:, 90:], past_key_values=cache, logits_to_keep=count).logits[0].double().log_softmax(-1)
+    rest = ids[:, cache.get_seq_length() :]
+    got = receiver(rest, past_key_values=cache, logits_to_keep=count).logits[0].double().log_softmax(-1)
     kl = (own.exp() * (own - got)).sum(-1).mean()
     return float(kl), float((own.argmax(-1) == got.argmax(-1)).double().mean())
 
@@ -63,13 +67,22 @@ def test_what_is_tried(maps, plain, frontier) -> None:
     for found, missing_of_rest in zip((plain, frontier), expected, strict=True):
         assert {point.rest for point in found.points} == missing_of_rest.keys()
         for rest, missing in missing_of_rest.items():
-            bands = [point.plan.bands for point in found.points if point.rest == rest]
+            bands = [point.plan.bands for point in found.points if point.rest == rest and not point.plan.select]
             assert bands.count(()) == 1
             of_one = [each for each in bands if len(each) == 1]
             assert len(of_one) == len(set(of_one)) == BANDS - missing
         scattered = [point for point in found.points if len(point.plan.bands) > 1]
         assert scattered
         assert all(point.kl[:2] == (None, None) and None not in point.kl[2:] for point in scattered)
+        for rest, select in itertools.product(missing_of_rest, SELECTED):
+            selected = [each for each in found.points if (each.rest, each.plan.select) == (rest, select)]
+            assert selected
+            assert all(not each.plan.bands and None not in each.kl for each in selected)
+            # In the order of their cost each is better than all before it, where all were measured.
+            order = sorted(selected, key=lambda each: SELECTORS.index(each.plan.selector))
+            pilots = [sum(each.kl[:2]) for each in order]
+            assert order[0].plan.selector == "recent"
+            assert pilots == sorted(pilots, reverse=True)
         whole = found.point(ds.Plan([(0, LAYERS)]))
         assert found.quality_loss(whole) == (0, 0, 0)
         assert max(whole.kl) < 1e-5
@@ -105,6 +118,9 @@ def test_sets_are_of_the_most_sensitive_layers(plain, frontier) -> None:
 def test_the_work_of_a_plan(frontier, maps) -> None:
     assert frontier.point(ds.Plan()).work == Work(0, 0, 0, LAYERS)
     assert frontier.point(ds.Plan([(0, LAYERS)])).work == Work(LAYERS - 1, 1, 0, 0)
+    assert frontier.point(ds.Plan(select=0.1, selector="recent")).work == Work(0, 0, 0, LAYERS, LAYERS, 0.1, 0)
+    assert resolve(ds.Plan(select=0.1), LAYERS).work == Work(0, 0, 0, LAYERS, LAYERS, 0.1, 2)
+    assert resolve(ds.Plan(select=5, selector="deviation"), LAYERS).work == Work(1, 1, 0, LAYERS, LAYERS, 5, 0)
     fitted = frontier.point(ds.Plan([(1, 3)], project="rest"))
     roles = resolve(fitted.plan, LAYERS, maps).sources
     assert fitted.work.run == 1
@@ -122,6 +138,7 @@ def test_one_long_pass_from_each_start(pair, maps, with_maps: bool, monkeypatch:
         return run(self, layer, hidden_states, cache)
 
     monkeypatch.setattr(Pass, "run", counted)
+    monkeypatch.setattr("droidspeak_ops.profiling.candidates.SELECTED", ())  # each of which runs by itself
     few = [ds.Example(tokens(90), tokens(4), tokens(1)) for _ in range(3)]
     ds.profile(*pair, few, maps=maps if with_maps else None, costs=COSTS, show_progress=False)
     assert sum(long) == 3 * (LAYERS - 1 + sum(LAYERS - 1 - start for start in range(LAYERS)))
