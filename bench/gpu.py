@@ -46,7 +46,7 @@ STEPS = {
     "ceilings": Limit("ceilings", 40),
     "tests": Limit("checks", 100),
     "micro": Limit("micro", 90),
-    "ttft": Limit("models", 120),
+    "ttft": Limit("models", 140),
     "graph": Limit("models", 40),
     "trace": Limit("models", 60),
     "tune": Limit("tune", 60),

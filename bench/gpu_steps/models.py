@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -25,9 +25,13 @@ from droidspeak_ops.context.context import SharedContext
 from droidspeak_ops.hf.decoder import Decoder
 from droidspeak_ops.hf.passes import Pass
 from droidspeak_ops.prefill.schedule import resolve
+from droidspeak_ops.prefill.select import budget
+from droidspeak_ops.prefill.weights import Norm
 
 SUFFIX_TOKENS = 32
 DECODED_TOKENS = 32
+SELECTED = ds.Plan(select=0.05)
+RECENT = replace(SELECTED, selector="recent")
 TRACED_KERNELS = 15
 LLAMA = {
     "vocab_size": 128256,
@@ -86,7 +90,7 @@ def ttft(step: Step) -> None:
     step.add(
         "model", parameters=sum(each.numel() for each in model.parameters()), layers=model.config.num_hidden_layers
     )
-    for tokens in (64, 32) if step.dry else (32768, 8192, 16384):
+    for tokens in (128, 64) if step.dry else (32768, 8192, 16384):  # of which dry selects some, and not all
         with step.guarded("plan", tokens=tokens):
             _first_tokens(step, model, receiver, tokens)
         if not step.dry:
@@ -96,61 +100,84 @@ def ttft(step: Step) -> None:
 def _first_tokens(step: Step, model: Any, receiver: ds.Receiver, tokens: int) -> None:
     depth, rounds = model.config.num_hidden_layers, 3
     context, ids = captured(model, tokens)
-    suffix = ids[:, tokens:]
 
     def full() -> None:
         model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
 
     def over(cache: Any) -> None:
-        model(suffix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids[:, cache.get_seq_length() :], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def suffix_of(count: int) -> float:
+        """Milliseconds of the last tokens over transformers' own cache, which moves K/V once to append, as ours does."""
+        head = tokens + SUFFIX_TOKENS - count
+        _, *times = (milliseconds(partial(over, _dynamic(model, context, head))) for _ in range(1 + rounds))
+        return statistics.median(times)
+
+    def fill(plan: ds.Plan, norm: Norm = "hf", receiver: Any = receiver) -> Any:
+        prompt_ids = ids if plan.select else None  # whose check waits for the GPU
+        return ds.partial_prefill(receiver, context, plan, prompt_ids=prompt_ids, norm=norm)
+
+    def first_token(plan: ds.Plan, norm: Norm = "hf") -> None:
+        cache = fill(plan, norm)
+        if cache.next_logits is None:
+            over(cache)
 
     full()
-    # The suffix over transformers' own cache, which moves the context's K/V once to append to them, as ours does.
-    over(_dynamic(model, context))
-    suffix_ms = statistics.median(milliseconds(partial(over, _dynamic(model, context))) for _ in range(rounds))
+    suffix_ms = suffix_of(SUFFIX_TOKENS)
+    # As many tokens as a plan that selects runs, though all at the end: its parts but for choosing, which is a row of its own.
+    selected_ms = suffix_of(budget(SELECTED.select, tokens) + SUFFIX_TOKENS)
     layer_ms = _one_layer(model, context, rounds)
     projection_ms = {norm: _one_projection(model, context, norm, rounds) for norm in ("hf", "folded")}
     step.add(
-        "parts", tokens=tokens, suffix_ms=suffix_ms, layer_ms=layer_ms, projection_hf_ms=projection_ms["hf"],
-        projection_folded_ms=projection_ms["folded"],
+        "parts", tokens=tokens, suffix_ms=suffix_ms, selected_and_suffix_ms=selected_ms, layer_ms=layer_ms,
+        projection_hf_ms=projection_ms["hf"], projection_folded_ms=projection_ms["folded"],
     )  # fmt: skip
 
-    plans = (
+    plans: tuple[tuple[str, ds.Plan, Norm], ...] = (
         ("all reused", ds.Plan(), "hf"),
         ("all projected", ds.Plan(project="rest"), "hf"),
         ("all projected, folded", ds.Plan(project="rest"), "folded"),
         ("band of 5", band(depth, 5), "hf"),
         ("band of 10", band(depth, 10), "hf"),
+        ("selected 5 %", SELECTED, "hf"),
+        ("recent 5 %", RECENT, "hf"),
     )
     for name, plan, norm in plans:
         with step.guarded("plan", tokens=tokens, plan=name):
-            fill = partial(ds.partial_prefill, receiver, context, plan, norm=norm)
-            unread = partial(ds.partial_prefill, model, context, plan, norm=norm)
-
-            def first_token(fill: Callable[[], Any] = fill) -> None:
-                over(fill())
-
-            first_token()
+            first, filling = partial(first_token, plan, norm), partial(fill, plan, norm)
+            first()
             held = _allocated(reset=True)
-            first_token()
+            first()
             peak = _allocated()
-            pairs = [(milliseconds(full), milliseconds(first_token)) for _ in range(rounds)]
+            pairs = [(milliseconds(full), milliseconds(first)) for _ in range(rounds)]
             full_ms, plan_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
-            fill_ms = median(fill, rounds)
-            host_ms, unread_ms = (host_microseconds(each, calls=1) / 1e3 for each in (fill, unread))
+            fill_ms = median(filling, rounds)
+            # Of a plan that selects this is until its call returns, which waits for the GPU where it chooses.
+            host_ms, unread_ms = (
+                host_microseconds(each, calls=1) / 1e3 for each in (filling, partial(filling, receiver=model))
+            )
             work = resolve(plan, depth).work
-            parts = suffix_ms + work.run * layer_ms + work.projected * projection_ms[norm]
+            parts = selected_ms if plan.select else suffix_ms
+            parts += work.run * layer_ms + work.projected * projection_ms[norm]
             step.add(
                 "plan", tokens=tokens, plan=name, layers_run=work.run, full_ms=full_ms, plan_ms=plan_ms,
                 speedup=statistics.median(one / other for one, other in pairs), parts_ms=parts, of_parts=plan_ms / parts,
                 fill_ms=fill_ms, fill_host_ms=host_ms, fill_host_unread_ms=unread_ms, peak_gib=peak, held_gib=held,
             )  # fmt: skip
+    with step.guarded("choosing", tokens=tokens):
+        runs = [partial(first_token, plan) for plan in (RECENT, SELECTED)]
+        pairs = [(milliseconds(runs[0]), milliseconds(runs[1])) for _ in range(3 * rounds)]
+        step.add(
+            "choosing", tokens=tokens, ms=statistics.median(chosen - recent for recent, chosen in pairs),
+            percent_of_plan=statistics.median(100 * (chosen - recent) / chosen for recent, chosen in pairs),
+        )  # fmt: skip
 
 
-def _dynamic(model: Any, context: SharedContext) -> DynamicCache:
+def _dynamic(model: Any, context: SharedContext, tokens: int) -> DynamicCache:
+    """Return transformers' own cache of the first tokens of a context."""
     cache = DynamicCache(config=model.config)
     for layer in range(model.config.num_hidden_layers):
-        cache.update(*context.kv(layer)[:2], layer)
+        cache.update(*(half[:, :, :tokens] for half in context.kv(layer)[:2]), layer)
     return cache
 
 

@@ -121,7 +121,14 @@ def _ttft(result: Result) -> list[str]:
         return f"{times} {row['of_parts']:.2f} {row['fill_host_ms']:.1f}"
 
     heading = "FIRST TOKEN, ms: full/plan, speed-up, of its parts, host of the filling"
-    return _grid_by_tokens(heading, rows_of(result, "ttft", "plan"), "plan", cell)
+    lines = _grid_by_tokens(heading, rows_of(result, "ttft", "plan"), "plan", cell)
+    chosen = [
+        f"{row['ms']:.1f} ms ({row['percent_of_plan']:.0f} %) of {row['tokens']}"
+        for row in rows_of(result, "ttft", "choosing")
+    ]
+    return lines + (
+        ["CHOOSING what is selected, ms (share of the first token): " + ", ".join(chosen)] if chosen else []
+    )
 
 
 def _graph(result: Result) -> list[str]:

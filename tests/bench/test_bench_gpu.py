@@ -34,7 +34,9 @@ def test_all_steps_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     attended = [row["check"] for row in rows["micro"] if row["what"] == "attention"]
     assert len(attended) == 4 and all(check.startswith("max ") for check in attended)
     plans = [row for row in rows["ttft"] if row["what"] == "plan"]
-    assert len(plans) == 2 * 5 and all(row["speedup"] > 0 and row["of_parts"] > 0 for row in plans)
+    assert len(plans) == 2 * 7 and all(row["speedup"] > 0 and row["of_parts"] > 0 for row in plans)
+    choosing = [row["tokens"] for row in rows["ttft"] if row["what"] == "choosing"]
+    assert choosing == [128, 64]
     decoded = [row for row in rows["graph"] if row["what"] == "decode"]
     assert len(decoded) == 3 and all(row["same_tokens"] for row in decoded)
     assert {"not_run": "needs a GPU", "what": "ncu"} in rows["trace"]
@@ -43,7 +45,8 @@ def test_all_steps_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "trace.json.gz").stat().st_size > 0
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.csv", "gpu.png", "gpu.log", "trace.json.gz"}
-    assert "FIRST TOKEN" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(heading in shown for heading in ("FIRST TOKEN", "\n  selected 5 %", "\n  recent 5 %", "CHOOSING"))
 
 
 def test_a_step_out_of_time_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +129,10 @@ def wide_result() -> dict[str, Any]:
             {"what": "streaming", "kernel": "row_norm", "tokens": 8192, "tb_per_s": 2.9, "percent_of_copy": 95.0,
              "percent_of_same_copy": 97.0},
         ],
-        "ttft": [{**plan, "plan": f"plan {index}", "tokens": 8192} for index in range(6)],
+        "ttft": [
+            *({**plan, "plan": f"plan {index}", "tokens": 8192} for index in range(7)),
+            *({"what": "choosing", "tokens": tokens, "ms": 7.25, "percent_of_plan": 12.0} for tokens in (32768, 8192)),
+        ],
         "graph": [{"what": "graph", "plan": "all", "bitwise": True, "eager_ms": 3.0, "replay_ms": 2.0},
                   {"what": "graph", "plan": "band", "error": "RuntimeError:\n capture"}],
         "tune": [{"what": "choice", "model": "Qwen3-8B", "ms": 0.2, "default_ms": 0.3, "config": "block_m=64"}],
@@ -142,7 +148,8 @@ def test_what_is_shown_is_short(tmp_path: Path) -> None:
     lines = report.table(result)
     assert len(lines) <= 60 and sum(map(len, lines)) < 10_000
     text = "\n".join(lines)
-    for part in ("with changes", "and 35 more", "300/250 80 70", "2.90 95", "1900/60.0 31.7x 1.04 5.5", "bitwise True",
+    for part in ("with changes", "and 35 more", "300/250 80 70", "2.90 95", "1900/60.0 31.7x 1.04 5.5",
+                 "7.2 ms (12 %) of 32768, 7.2 ms (12 %) of 8192", "bitwise True",
                  "failed: out of memory", "ERROR  graph graph band: RuntimeError: capture"):  # fmt: skip
         assert part in text
     report.plot(result, tmp_path / "gpu.png")
