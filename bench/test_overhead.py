@@ -7,7 +7,7 @@ On a GPU the launcher takes the reference's place: what it does on the host up t
 timed by itself, with the check of memory that comes before.
 
 Of partial prefill: a model of 30 layers with next to no work in them, given as it is or read once (`ds.Receiver`). The
-operators do nothing there, as on a GPU the host only launches them.
+operators do nothing there, as on a GPU the host only launches them. A plan that selects tokens runs its suffix as well, twice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 import droidspeak_ops as ds
 from droidspeak_ops.kernels.arguments import Projection, to_operator
-from droidspeak_ops.ops import functions, library, projection, reference, tuning
+from droidspeak_ops.ops import attention, functions, library, projection, reference, tuning
 from droidspeak_ops.proof.shapes import Shape, projections
 
 OPS = torch.ops.droidspeak_ops
@@ -84,7 +84,7 @@ def _layers(count: int) -> list[Projection]:
     return projections(Shape(16, 1, 1, 8, 8), 1, dtype=torch.float32, device="cpu", layers=count)
 
 
-PLANS = [ds.Plan(), ds.Plan(project="rest"), ds.Plan([(15, 25)])]
+PLANS = [ds.Plan(), ds.Plan(project="rest"), ds.Plan([(15, 25)]), ds.Plan(select=2)]
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +130,14 @@ def test_overhead(benchmark: Any, case: str, level: str) -> None:
 def test_partial_prefill(
     benchmark: Any, model: Any, plan: ds.Plan, norm: str, read: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = ds.capture(model, torch.zeros((1, 4), dtype=torch.int64), layers=range(30))
+    ids = torch.zeros((1, 6), dtype=torch.int64)
+    context = ds.capture(model, ids[:, :4], layers=range(30))
     receiver = ds.Receiver(model) if read == "once" else model
-    for module in (functions, projection):
+    for module in (attention, functions, projection):
         monkeypatch.setattr(module, "ops", Launched())
     benchmark.group = f"partial_prefill {plan}, {norm}"
-    benchmark(partial(ds.partial_prefill, receiver, context, plan, norm=norm))
+    prompt_ids = ids if plan.select else None
+    benchmark(partial(ds.partial_prefill, receiver, context, plan, prompt_ids=prompt_ids, norm=norm))
 
 
 class Launched:
