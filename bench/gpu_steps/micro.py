@@ -75,8 +75,7 @@ class Case:
         self.step, self.model, self.tokens, self.layers = step, model, tokens, layers
         self.cublas = cublas
         first = Problem(_shape(model, step.dry), tokens, step.dtype, step.device, layers)
-        sets = min(max(round(ROTATED_BYTES / first.bytes_moved + 0.5), 2), 8)
-        self.problems = [first, *(replace(first) for _ in range(0 if step.dry else sets - 1))]
+        self.problems = [first, *(replace(first) for _ in range(0 if step.dry else input_sets(first.bytes_moved) - 1))]
         self.wanted = [output.float() for output in expected(first)]  # rounding to float32 is far below the tolerances
 
     def measure(self, name: str, provider: Callable[[Problem], Run]) -> None:
@@ -122,6 +121,11 @@ def _shape(model: str, dry: bool) -> Shape:
     return replace(SHAPES[model], hidden_size=64, num_kv_heads=2) if dry else SHAPES[model]
 
 
+def input_sets(bytes_moved: int) -> int:
+    """Return how many sets of inputs take turns, so that none is in the L2 cache when its turn comes."""
+    return max(round(ROTATED_BYTES / bytes_moved + 0.5), 2)
+
+
 def _floor_ms(step: Step, flops: float, bytes_moved: float) -> float | None:
     """Return the time floor by the ceilings that were measured, or by the vendor's peaks where that step did not get so far."""
     tflops = written(step.folder, "ceilings", "matmul").get("tflops")
@@ -146,7 +150,7 @@ def streaming(step: Step) -> None:
                 cold, warm = projection.cold_milliseconds(run, step.device, rounds=3), None
                 of_same: float | None = None
                 if not step.dry:
-                    sets = min(max(round(ROTATED_BYTES / moved + 0.5), 2), 16)
+                    sets = input_sets(moved)
                     others = [make(shape, tokens, step.dtype, step.device)[0] for _ in range(sets - 1)]
                     copies = Replay.of([_copy(moved // 2) for _ in range(sets)])
                     warm, of_same = Replay.of([run, *others]).against(copies)
@@ -209,28 +213,34 @@ def attention(step: Step) -> None:
     """Measure what a suffix of 32 tokens looks at, and its attention together with 5 % of the context's tokens.
 
     Beside each is what torch makes of the same cache with a mask; nothing is timed that does not agree with that in float32.
+    Torch repeats K and V for the query heads of each kv head, as transformers does where there is a mask.
     """
     shape = _shape("Llama-3-8B", step.dry)
     for keys in (64,) if step.dry else (8192, 1024, 32768):
         for name, make in ATTENTION.items():
-            with step.guarded("attention", operator=name, keys=keys):
+            with step.guarded("attention", kernel=name, tokens=keys):
                 torch.manual_seed(0)
                 made = make(shape, keys, step.dtype, step.device)
                 found = projection.errors([made.ours()], [made.wanted])
                 check = f"max {found[0]:.1e}, RMS {found[1]:.1e}"
                 if not projection.within(found, step.dtype):
-                    step.add("attention", operator=name, keys=keys, check=f"refused: {check}")
+                    step.add("attention", kernel=name, tokens=keys, check=f"refused: {check}")
                     continue
+                cold, of_torch = (projection.cold_milliseconds(run, step.device, rounds=3) for run in made.runs)
+                warm, speedup = None, of_torch / cold
+                if not step.dry:
+                    count = input_sets(made.bytes_moved)
+                    sets = [made, *(make(shape, keys, step.dtype, step.device) for _ in range(count - 1))]
+                    ours, theirs = (Replay.of(runs) for runs in zip(*(each.runs for each in sets), strict=True))
+                    warm, speedup = ours.against(theirs)
+                ms = warm or cold
                 floor = _floor_ms(step, made.flops, made.bytes_moved)
-                for provider, run in (("ours", made.ours), ("torch", made.torch)):
-                    cold = projection.cold_milliseconds(run, step.device, rounds=3)
-                    warm = None if step.dry else Replay.of([run]).median()
-                    ms = warm or cold
-                    step.add(
-                        "attention", operator=name, keys=keys, provider=provider, cold_ms=cold, replay_ms=warm,
-                        host_us=host_microseconds(run, 3 if step.dry else 50), tflops=made.flops / ms / 1e9,
-                        percent_of_floor=None if floor is None else 100 * floor / ms, check=check,
-                    )  # fmt: skip
+                step.add(
+                    "attention", kernel=name, tokens=keys, cold_ms=cold, replay_ms=warm, torch_cold_ms=of_torch,
+                    speedup=speedup, host_us=host_microseconds(made.ours, 3 if step.dry else 50),
+                    tflops=made.flops / ms / 1e9, tb_per_s=made.bytes_moved / ms / 1e9,
+                    percent_of_floor=None if floor is None else 100 * floor / ms, check=check,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -242,6 +252,11 @@ class Attended:
     wanted: torch.Tensor
     flops: float
     bytes_moved: int
+
+    @property
+    def runs(self) -> tuple[Run, Run]:
+        """Ours and torch's."""
+        return self.ours, self.torch
 
 
 def _attention_peaks(shape: Shape, keys: int, dtype: torch.dtype, device: str) -> Attended:
@@ -256,8 +271,7 @@ def _attention_peaks(shape: Shape, keys: int, dtype: torch.dtype, device: str) -
         return peaks
 
     def plain(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        each = k.repeat_interleave(shape.num_q_heads // shape.num_kv_heads, dim=1)
-        logits = (scale * (q.transpose(1, 2) @ each.mT).float()).masked_fill(unseen, -torch.inf)
+        logits = (scale * (q.transpose(1, 2) @ _repeated(k, shape).mT).float()).masked_fill(unseen, -torch.inf)
         return logits.softmax(-1).amax((1, 2))
 
     moved = q.nbytes + k.nbytes + slots.nbytes + 8 * keys
@@ -276,13 +290,17 @@ def _attend_rows(shape: Shape, keys: int, dtype: torch.dtype, device: str) -> At
         ds.ops.attend_rows(q, k, v, slots, positions, out, scale=scale)
         return out
 
-    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(q.transpose(1, 2), k, v, attn_mask=seen, scale=scale, enable_gqa=True).transpose(1, 2)
+        k, v = (_repeated(each, shape) for each in (k, v))
+        return attend(q.transpose(1, 2), k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
     flops = 4.0 * shape.num_q_heads * shape.head_dim * float(seen.sum())
     moved = 2 * q.nbytes + k.nbytes + v.nbytes + slots.nbytes
-    return Attended(ours, partial(plain, q, k, v), plain(q.float(), k.float(), v.float()), flops, moved)
+    # What a model makes once for all its layers.
+    added = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)
+    wanted = attended(q.float(), k.float(), v.float(), seen)
+    return Attended(ours, partial(attended, q, k, v, added), wanted, flops, moved)
 
 
 def _attended(
@@ -293,6 +311,10 @@ def _attended(
     k, v = (torch.randn(1, shape.num_kv_heads, keys, shape.head_dim, dtype=dtype, device=device) for _ in "kv")
     places = torch.arange(keys, device=device)[None]
     return q, k, v, places, places[:, :rows].clone(), shape.head_dim**-0.5
+
+
+def _repeated(rows: torch.Tensor, shape: Shape) -> torch.Tensor:
+    return rows.repeat_interleave(shape.num_q_heads // shape.num_kv_heads, dim=1)
 
 
 ATTENTION: dict[str, Callable[[Shape, int, torch.dtype, str], Attended]] = {

@@ -50,7 +50,7 @@ def table(result: Result) -> list[str]:
     lines = [title(result)]
     lines += [f"{name}: {state['status']}, {state['seconds']} s" for name, state in result["steps"].items()]
     lines += _ceilings(result) + _tests(result) + _wrong(result) + _micro(result) + _streaming(result)
-    lines += _ttft(result) + _graph(result) + _tune(result) + _trace(result)
+    lines += _attention(result) + _ttft(result) + _graph(result) + _tune(result) + _trace(result)
     return [line[:160] for line in lines[:60]]
 
 
@@ -101,18 +101,33 @@ def _micro(result: Result) -> list[str]:
 def _micro_cell(row: Row | None) -> str:
     if row is None:
         return "-"
-    warm, of_cublas, of_floor = row["replay_ms"], row["percent_of_cublas"], row["percent_of_floor"]
-    times = "/".join("-" if ms is None else f"{1e3 * ms:.0f}" for ms in (row["cold_ms"], warm))
-    return times + "".join(" -" if percent is None else f" {percent:.0f}" for percent in (of_cublas, of_floor))
+    return _microseconds(row) + _percents(row["percent_of_cublas"], row["percent_of_floor"])
+
+
+def _microseconds(row: Row) -> str:
+    return "/".join("-" if ms is None else f"{1e3 * ms:.0f}" for ms in (row["cold_ms"], row["replay_ms"]))
+
+
+def _percents(*percents: float | None) -> str:
+    return "".join(" -" if percent is None else f" {percent:.0f}" for percent in percents)
 
 
 def _streaming(result: Result) -> list[str]:
     def cell(row: Row) -> str:
-        shares = (row["percent_of_copy"], row["percent_of_same_copy"])
-        return f"{row['tb_per_s']:.2f}" + "".join(" -" if percent is None else f" {percent:.0f}" for percent in shares)
+        return f"{row['tb_per_s']:.2f}" + _percents(row["percent_of_copy"], row["percent_of_same_copy"])
 
     heading = "STREAMING, TB/s, % of a copy of gigabytes, % of one of as many bytes"
     return _grid_by_tokens(heading, rows_of(result, "micro", "streaming"), "kernel", cell)
+
+
+def _attention(result: Result) -> list[str]:
+    def cell(row: Row) -> str:
+        if "cold_ms" not in row:
+            return row["check"].partition(",")[0]  # it was refused
+        return f"{_microseconds(row)} {row['speedup']:.1f}x{_percents(row['percent_of_floor'])} {row['host_us']:.0f}"
+
+    heading = "ATTENTION, us: cold/graph, speed-up over torch with a mask, % of floor, host"
+    return _grid_by_tokens(heading, rows_of(result, "micro", "attention"), "kernel", cell)
 
 
 def _ttft(result: Result) -> list[str]:
@@ -126,9 +141,7 @@ def _ttft(result: Result) -> list[str]:
         f"{row['ms']:.1f} ms ({row['percent_of_plan']:.0f} %) of {row['tokens']}"
         for row in rows_of(result, "ttft", "choosing")
     ]
-    return lines + (
-        ["CHOOSING what is selected, ms (share of the first token): " + ", ".join(chosen)] if chosen else []
-    )
+    return lines + (["CHOOSING tokens, ms (share of the first token): " + ", ".join(chosen)] if chosen else [])
 
 
 def _graph(result: Result) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from bench import gpu
 from bench.common import read_csv, write_csv
-from bench.gpu_steps import ceilings, checks, child, report
+from bench.gpu_steps import ceilings, checks, child, micro, report
 from bench.gpu_steps.step import Step, read_rows
 
 
@@ -31,8 +31,9 @@ def test_all_steps_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert counts["passed"] > 0 and counts["failed"] == 0
     checks = [row["check"] for row in rows["micro"] if row["what"] == "provider"]
     assert len(checks) == 2 * 10 + 2 and all(check.startswith(("max ", "product", "skipped: ")) for check in checks)
-    attended = [row["check"] for row in rows["micro"] if row["what"] == "attention"]
-    assert len(attended) == 4 and all(check.startswith("max ") for check in attended)
+    attended = [row for row in rows["micro"] if row["what"] == "attention"]
+    assert [row["kernel"] for row in attended] == ["attention_peaks", "attend_rows"]
+    assert all(row["check"].startswith("max ") and row["speedup"] > 0 for row in attended)
     plans = [row for row in rows["ttft"] if row["what"] == "plan"]
     assert len(plans) == 2 * 7 and all(row["speedup"] > 0 and row["of_parts"] > 0 for row in plans)
     choosing = [row["tokens"] for row in rows["ttft"] if row["what"] == "choosing"]
@@ -46,7 +47,10 @@ def test_all_steps_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "trace.json.gz").stat().st_size > 0
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.csv", "gpu.png", "gpu.log", "trace.json.gz"}
     shown = capsys.readouterr().out
-    assert all(heading in shown for heading in ("FIRST TOKEN", "\n  selected 5 %", "\n  recent 5 %", "CHOOSING"))
+    assert all(
+        heading in shown for heading in ("ATTENTION", "FIRST TOKEN", "\n  selected 5 %", "\n  recent 5 %", "CHOOSING")
+    )
+    assert not [line for line in shown.splitlines() if len(line) > 160] and "\n  attend_rows" in shown
 
 
 def test_a_step_out_of_time_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +80,12 @@ def test_without_a_gpu_nothing_is_timed(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_its_tests_are_there() -> None:
     assert all((gpu.ROOT / path).is_file() for path in (*checks.TESTS, *checks.DRY_TESTS))
+
+
+@pytest.mark.parametrize("bytes_moved", [2_400_000, 8_500_000, 28_000_000, 10**9])
+def test_inputs_that_take_turns_exceed_the_cache(bytes_moved: int) -> None:
+    sets = micro.input_sets(bytes_moved)
+    assert sets >= 2 and micro.ROTATED_BYTES <= sets * bytes_moved < micro.ROTATED_BYTES + 2 * bytes_moved
 
 
 def dry_step(folder: Path) -> Step:
@@ -128,6 +138,9 @@ def wide_result() -> dict[str, Any]:
             {"what": "provider", "provider": "liger", "model": "Qwen3-8B", "tokens": 8192, "check": "failed: out of memory"},
             {"what": "streaming", "kernel": "row_norm", "tokens": 8192, "tb_per_s": 2.9, "percent_of_copy": 95.0,
              "percent_of_same_copy": 97.0},
+            {"what": "attention", "kernel": "attend_rows", "tokens": 8192, "cold_ms": 0.125, "replay_ms": 0.095,
+             "speedup": 2.6, "percent_of_floor": 44.0, "host_us": 21.0, "check": "max 2.0e-03, RMS 1.0e-03"},
+            {"what": "attention", "kernel": "attention_peaks", "tokens": 8192, "check": "refused: max 2.0e-01, RMS 1.0e-02"},
         ],
         "ttft": [
             *({**plan, "plan": f"plan {index}", "tokens": 8192} for index in range(7)),
@@ -148,7 +161,8 @@ def test_what_is_shown_is_short(tmp_path: Path) -> None:
     lines = report.table(result)
     assert len(lines) <= 60 and sum(map(len, lines)) < 10_000
     text = "\n".join(lines)
-    for part in ("with changes", "and 35 more", "300/250 80 70", "2.90 95", "1900/60.0 31.7x 1.04 5.5",
+    for part in ("with changes", "and 35 more", "300/250 80 70", "2.90 95 97", "125/95 2.6x 44 21",
+                 "refused: max 2.0e-01", "1900/60.0 31.7x 1.04 5.5",
                  "7.2 ms (12 %) of 32768, 7.2 ms (12 %) of 8192", "bitwise True",
                  "failed: out of memory", "ERROR  graph graph band: RuntimeError: capture"):  # fmt: skip
         assert part in text
