@@ -22,15 +22,13 @@ from ..prefill.schedule import Work, resolve
 from . import bootstrap
 from .bootstrap import Estimate
 from .cost import CostModel
+from .loss import LossCurve, mean, typical_kl
 
 Rest = Literal["reuse", "project", "fitted"]
 """Source of the layers outside a plan's bands; ``"fitted"`` is as the maps choose."""
 
 WORST_KL = sys.float_info.max
 """The divergence of a plan whose logits are no numbers, or diverge infinitely: the largest that JSON can hold."""
-
-_NEGLIGIBLE = 1e-4  # nats; logarithms are of (kl + this), so that divergences that are mere rounding are alike
-_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -219,11 +217,11 @@ class Frontier:
         """Quality loss predicted from the typical divergence. Plans are chosen by it.
 
         A few contexts suffice to tell plans apart by their divergence, but not by the number of tokens or answers that happen
-        to change. Twice as large a change of the logits changes twice as many top-1 predictions and makes four times the
-        divergence, so the loss is modelled as proportional to its square root. The factor is fitted to all plans.
+        to change. So the loss of a plan is that of all plans of about its divergence: what was measured of them, pooled until
+        it rises with the divergence (:class:`~droidspeak_ops.profiling.loss.LossCurve`). It is infinite where the divergence
+        is, or if no plan's loss is known, as where the receiver's own answers score nothing; and 0 where nothing diverges.
         """
-        kl = self._typical_kl[point]
-        return self._loss_by_root_kl * math.sqrt(kl) if math.isfinite(kl) else math.inf
+        return self._loss_curve.evaluate(self._typical_kl[point])
 
     def point(self, plan: Plan) -> Point:
         """Return the point of a plan.
@@ -363,37 +361,20 @@ class Frontier:
 
     @cached_property
     def _typical_kl(self) -> dict[Point, float]:
-        logarithms = {point: [_logarithm(kl) for kl in self._select(point.kl, False)] for point in self.points}
-        everywhere = [
-            each
-            for each in logarithms.values()
-            if len(each) == self._num_choosing and any(each) and all(map(math.isfinite, each))
-        ]
-        difficulty = [_mean(of_context) for of_context in zip(*everywhere, strict=True)]
-
-        def typical(point: Point) -> float:
-            if math.inf in logarithms[point]:
-                return math.inf
-            measured = [each for each, kl in zip(difficulty, point.kl, strict=False) if kl is not None]
-            adjustment = _mean(difficulty) - _mean(measured) if measured != difficulty else 0.0
-            exponent = _mean(logarithms[point]) + adjustment
-            return _NEGLIGIBLE * max(0.0, math.expm1(exponent)) if exponent < _LARGEST_EXPONENT else math.inf
-
-        return {point: typical(point) for point in self.points}
+        kl = typical_kl([point.kl[: self._num_choosing] for point in self.points])
+        return dict(zip(self.points, kl, strict=True))
 
     @cached_property
-    def _loss_by_root_kl(self) -> float:
-        """Sum of the losses of all plans over the sum of the square roots of their divergences, at least 0."""
-        full = 1.0 if self.scores is None else _mean(self._select(self.scores, False))
-        if full <= 0:
-            return 0.0
-        losses = roots = 0.0
-        for point in self.points:
+    def _loss_curve(self) -> LossCurve:
+        full = 1.0 if self.scores is None else mean(self._select(self.scores, False))
+        kl: list[float] = []
+        losses: list[float] = []
+        for point in self.points if full > 0 else ():  # relative to nothing there is no loss
             measured = point.agreement if self.scores is None else point.scores
-            if measured is not None and None not in measured and math.isfinite(self._typical_kl[point]):
-                losses += 1 - _mean(self._select(measured, False)) / full
-                roots += math.sqrt(self._typical_kl[point])
-        return max(0.0, losses / roots) if roots else 0.0
+            if measured is not None and None not in measured:
+                kl.append(self._typical_kl[point])
+                losses.append(1 - mean(self._select(measured, False)) / full)
+        return LossCurve.fit(kl, losses)
 
 
 def check_kl(values: Sequence[float | None]) -> None:
@@ -411,12 +392,3 @@ def check_agreement(values: Sequence[float | None]) -> None:
 def _check_scores(scores: Sequence[float] | None) -> None:
     if scores is not None and not all(map(math.isfinite, scores)):
         raise ValueError(f"scores: expected finite numbers, got {scores}")
-
-
-def _logarithm(kl: float) -> float:
-    """Logarithm of a divergence; infinite for :data:`WORST_KL`, so that such a plan is the worst."""
-    return math.log1p(kl / _NEGLIGIBLE)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
