@@ -217,9 +217,9 @@ class Frontier:
         """Quality loss predicted from the typical divergence. Plans are chosen by it.
 
         A few contexts suffice to tell plans apart by their divergence, but not by the number of tokens or answers that happen
-        to change. So the loss of a plan is that of all plans of about its divergence: what was measured of them, pooled until
-        it rises with the divergence (:class:`~droidspeak_ops.profiling.loss.LossCurve`). It is infinite where the divergence
-        is, or if no plan's loss is known, as where the receiver's own answers score nothing; and 0 where nothing diverges.
+        to change. So what is expected of a plan is the loss of all plans of about its divergence, pooled until it rises with
+        the divergence. It is 0 where nothing diverges, infinite where the divergence is, and 1 if no plan's loss is known, as
+        where the receiver's own answers score nothing.
         """
         return self._loss_curve.evaluate(self._typical_kl[point])
 

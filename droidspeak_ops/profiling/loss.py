@@ -90,11 +90,11 @@ class LossCurve:
         return cls(tuple(each.roots / each.plans for each in pools), tuple(max(0.0, each.mean_loss) for each in pools))
 
     def evaluate(self, kl: float) -> float:
-        """Return the loss at a typical divergence; infinite if that is, or if nothing is known."""
-        if kl == 0:
-            return 0.0
-        if not self.roots or not math.isfinite(kl):
-            return math.inf
+        """Return the loss at a typical divergence: infinite where that is, and 1, all, where nothing is known."""
+        if kl in (0, math.inf):
+            return kl
+        if not self.roots:
+            return 1.0
         root = math.sqrt(kl)
         if root > self.roots[-1]:
             return self.losses[-1] * (root / self.roots[-1])

@@ -245,14 +245,14 @@ def test_neighbours_are_pooled_until_more_divergence_loses_more() -> None:
     assert [curve.evaluate(kl) for kl in (0.0, 0.36, 1.44, math.inf)] == pytest.approx([0.0, 0.6, 1.2, math.inf])
 
 
-def test_of_what_nobody_knows_the_worst_is_expected() -> None:
+def test_where_no_loss_is_known_all_is_expected_to_be_lost() -> None:
     """The only plan that was tried on all contexts recomputes all; or full prefill itself scores nothing."""
     some = dataclasses.replace(BAND, kl=(None, None, *BAND.kl[2:]), agreement=(None, None, *BAND.agreement[2:]))
     scored = dataclasses.replace(BAND, scores=(0.0,) * 6)
     for each, scores in ((some, None), (scored, (0.0,) * 6)):
         frontier = dataclasses.replace(FRONTIER, points=(each, ALL), scores=scores)
-        assert [frontier.expected_loss(point) for point in frontier.points] == [math.inf, 0.0]
-        assert frontier.choose(max_quality_loss=1.0) == ALL.plan
+        assert [frontier.expected_loss(point) for point in frontier.points] == [1.0, 0.0]
+        assert frontier.choose(max_quality_loss=0.99) == ALL.plan
 
 
 def test_a_plan_is_not_chosen_for_its_luck() -> None:
