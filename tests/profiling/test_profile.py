@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import droidspeak_ops as ds
 from droidspeak_ops.hf.passes import Pass
 from droidspeak_ops.prefill.schedule import Work, resolve
 from droidspeak_ops.profiling import run as profiling
-from droidspeak_ops.profiling.candidates import SELECTED, SELECTORS
+from droidspeak_ops.profiling.candidates import SELECTORS
 from droidspeak_ops.profiling.frontier import WORST_KL
 from droidspeak_ops.profiling.run import EVAL_TOKENS
 
@@ -74,8 +73,8 @@ def test_what_is_tried(maps, plain, frontier) -> None:
         scattered = [point for point in found.points if len(point.plan.bands) > 1]
         assert scattered
         assert all(point.kl[:2] == (None, None) and None not in point.kl[2:] for point in scattered)
-        for rest, select in itertools.product(missing_of_rest, SELECTED):
-            selected = [each for each in found.points if (each.rest, each.plan.select) == (rest, select)]
+        for rest in missing_of_rest:
+            selected = [each for each in found.points if each.rest == rest and each.plan.select]
             assert selected
             assert all(not each.plan.bands and None not in each.kl for each in selected)
             # In the order of their cost each is better than all before it, where all were measured.
@@ -156,8 +155,10 @@ def test_several_examples_of_a_context_count_as_one(pair) -> None:
     more = [ds.Example(each.context, tokens(5), tokens(4)) for each in some]
     both = ds.profile(*pair, [*some, *more], costs=COSTS, show_progress=False)
     one, other = (ds.profile(*pair, each, costs=COSTS, show_progress=False) for each in (some, more))
-    for ours, first, second in zip(both.points, one.points, other.points, strict=False):
-        if len(ours.plan.bands) < 2:
+    for ours in both.points:
+        # What is selected otherwise than by recency, and sets of layers, are not the same in all three.
+        if len(ours.plan.bands) < 2 and (not ours.plan.select or ours.plan.selector == "recent"):
+            first, second = (each.point(ours.plan) for each in (one, other))
             assert ours.kl[1] == pytest.approx((first.kl[1] + second.kl[1]) / 2, abs=1e-6)
 
 
@@ -181,7 +182,7 @@ def test_answers_are_scored_where_it_is_worth_it(pair, maps, tmp_path, monkeypat
     point = best[len(best) // 2]
     for number, example in enumerate(in_order(some)):
         context = ds.capture(pair[0], example.context, layers=range(LAYERS))
-        cache = ds.partial_prefill(pair[1], context, point.plan, maps=maps)
+        cache = ds.partial_prefill(pair[1], context, point.plan, prompt_ids=example.prompt, maps=maps)
         out = pair[1].generate(example.prompt, past_key_values=cache, max_new_tokens=16, do_sample=False)
         assert point.scores[number] == alike(out[0, 96:], example.answer[0])
     lost = {floor: frontier.point(frontier.choose(max_quality_loss=floor)) for floor in (0.0, 0.3, 1.0)}

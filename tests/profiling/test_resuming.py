@@ -16,6 +16,7 @@ from support.models import tiny_pair
 from support.profiles import COSTS, LAYERS, alike, examples, interrupted_after
 
 import droidspeak_ops as ds
+from droidspeak_ops.profiling import candidates
 
 
 def test_an_interrupted_run_goes_on(pair, some, frontier, maps, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,8 +54,8 @@ def _with(index: int, **changes: Any) -> Callable[[list[bytes]], list[bytes]]:
         (lambda lines: [*lines[:2], *lines[3:]], "line 3: expected the record of the context"),
         (lambda lines: [*lines[:2], lines[4]], "line 3: expected the field context, got none"),
         (lambda lines: [*lines, lines[-1]], "line 9: expected the end of the journal"),
-        (_with(3, kl=[0.5], agreement=[0.5]), "line 4: expected 3 measurements, got 1"),
-        (_with(3, kl=[0.5]), "line 4: agreement: expected 1, as many as kl has, got 3"),
+        (_with(3, kl=[0.5], agreement=[0.5]), "line 4: expected [0-9]+ measurements, got 1"),
+        (_with(3, kl=[0.5]), "line 4: agreement: expected 1, as many as kl has, got [0-9]+"),
         (_with(3, kl=["much"] * 3), r"line 4: expected float, got str at kl\[0\]"),
         (_with(3, kl=[-0.5] * 3), "line 4: kl: expected finite divergences of 0 or more"),
         (_with(3, agreement=[1.5] * 3), "line 4: agreement: expected shares from 0 to 1"),
@@ -84,7 +85,10 @@ def whole_journal(pair, some, tmp_path_factory) -> bytes:
 
 
 def profile_many(journal: Path | None) -> ds.Frontier:
-    return ds.profile(*tiny_pair(LAYERS), examples(16), costs=COSTS, journal=journal, show_progress=False)
+    """Of bands alone, in this process and in another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidates, "SELECTED", ())
+        return ds.profile(*tiny_pair(LAYERS), examples(16), costs=COSTS, journal=journal, show_progress=False)
 
 
 SCRIPT = """
