@@ -148,7 +148,7 @@ class Comparison:
             own = answer_logits(receiver, example)
             accuracy["full prefill"].append(_share(own.argmax(-1) == answer))
             for plan, way in plans.items():
-                found = answer_logits(receiver, example, way.fill(receiver, self.maps, context))
+                found = answer_logits(receiver, example, way.fill(receiver, self.maps, context, example.prompt))
                 kl[plan].append(divergence(own, found))
                 agreement[plan].append(_share(own.argmax(-1) == found.argmax(-1)))
                 accuracy[plan].append(_share(found.argmax(-1) == answer))
@@ -187,7 +187,7 @@ class Comparison:
         for text, example in zip(track(texts, f"{self.name}: answers"), examples, strict=True):
             context = pair.capture(example.context)
             for way, found in zip(ways, scores, strict=True):
-                cache = None if way is None else way.fill(pair.receiver, self.maps, context)
+                cache = None if way is None else way.fill(pair.receiver, self.maps, context, example.prompt)
                 found.append(task.score(pair.answer(example, cache), text.answer))
         return [
             {
@@ -207,11 +207,12 @@ class Comparison:
         """Time full prefill and every way in turn."""
         receiver, costs = self.pair.receiver, frontiers_of(self.folder)[1]
         prompt = self.pair.text(TIMED_TOKENS + SUFFIX_TOKENS)
-        context, suffix = self.pair.capture(prompt[:, :TIMED_TOKENS]), prompt[:, TIMED_TOKENS:]
+        context = self.pair.capture(prompt[:, :TIMED_TOKENS])
 
         def start(way: Way) -> None:
-            cache = way.fill(receiver, self.maps, context)
-            receiver(suffix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = way.fill(receiver, self.maps, context, prompt)
+            if getattr(cache, "next_logits", None) is None:
+                receiver(prompt[:, TIMED_TOKENS:], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
         ways = {way.plan: way for way in self.ways if way.name not in AT_THE_BANDS_TIME}
         full = "full prefill"

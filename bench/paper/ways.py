@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 import droidspeak_ops as ds
 from bench.paper.choice import best_within
 from bench.paper.token_selective import token_selective_prefill
@@ -34,11 +36,12 @@ class Way:
     band: int = 0
     with_maps: bool = False
 
-    def fill(self, receiver: Any, maps: ds.Maps, context: ds.SharedContext) -> Any:
-        """Return the receiver's cache of a context."""
+    def fill(self, receiver: Any, maps: ds.Maps, context: ds.SharedContext, prompt_ids: torch.Tensor) -> Any:
+        """Return the receiver's cache of a context, or where the plan selects tokens of the prompt but its last token."""
         if self.point is None:
             return token_selective_prefill(receiver, context, self.layers_run)
-        return ds.partial_prefill(receiver, context, self.point.plan, maps=maps if self.with_maps else None)
+        used = maps if self.with_maps else None
+        return ds.partial_prefill(receiver, context, self.point.plan, prompt_ids=prompt_ids, maps=used)
 
     @property
     def layers_run(self) -> int:
