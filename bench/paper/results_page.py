@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.common import Row, error_bars, interval, read_csv
@@ -28,9 +29,14 @@ def write(folder: Path, page: Path) -> None:
     plot(judged, speedups, folder / "results.png")
     of_pairs = (_table(name, rows, answers.get(name, []), speedups[name]) for name, rows in judged.items())
     tables = "\n\n".join((_losses(judged, answers, speedups), _choices(choices), *of_pairs))
-    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    page.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}", encoding="utf-8")
+    put_between(page, MARKS, tables)
+
+
+def put_between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Put text into a page between two marks, in place of what is there."""
+    before, rest = page.read_text(encoding="utf-8").split(marks[0])
+    after = rest.split(marks[1])[1]
+    page.write_text(f"{before}{marks[0]}\n\n{text}\n\n{marks[1]}{after}", encoding="utf-8")
 
 
 def plot(judged: dict[str, list[Row]], speedups: dict[str, dict[str, str]], path: Path) -> None:
@@ -55,21 +61,32 @@ def plot(judged: dict[str, list[Row]], speedups: dict[str, dict[str, str]], path
             if some:
                 at = [float(timed[row["plan"]]) for row in some]
                 axes.errorbar(at, *error_bars(some, "kl"), fmt=marker, color="black", label=way)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        ticks = [1.5, 2, 3, 5, 10, 20]
-        axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
-        limits = axes.get_ylim()
-        marks = [mark for mark in KL_MARKS if limits[0] <= mark <= limits[1]]
-        axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
-        axes.set_ylim(limits)
-        axes.minorticks_off()
+        speed_axis(axes)
+        kl_axis(axes)
         axes.set_title(f"pair '{name}'", fontsize=10)
-        axes.set_xlabel("faster to the first token")
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("KL from full prefill, nats")
     panels[-1].legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def speed_axis(axes: Axes) -> None:
+    """Have the horizontal axis of a drawn plot say how many times faster than full prefill the first token is."""
+    axes.set_xscale("log")
+    ticks = [1.5, 2, 3, 5, 10, 20]
+    axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("faster to the first token")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def kl_axis(axes: Axes) -> None:
+    """Have the vertical axis of a drawn plot be of divergences, on a logarithmic scale."""
+    axes.set_yscale("log")
+    limits = axes.get_ylim()
+    marks = [mark for mark in KL_MARKS if limits[0] <= mark <= limits[1]]
+    axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
+    axes.set_ylim(limits)
+    axes.minorticks_off()
 
 
 def _losses(judged: dict[str, list[Row]], answers: dict[str, list[Row]], speedups: dict[str, dict[str, str]]) -> str:
