@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import droidspeak_ops as ds
-from bench.variants import stdlib
+from bench.variants import glossary, stdlib
 from droidspeak_ops.demo.measure import MAX_ANSWER_TOKENS, glossary_examples
 from droidspeak_ops.demo.run import load_glossary_variant
 from droidspeak_ops.example import TextExample, by_context
@@ -40,34 +40,50 @@ LONG = 2_000
 
 @dataclass(frozen=True)
 class Task:
-    """The task that a receiver was trained for.
+    """What a receiver is asked to do.
 
     Args:
-        metric: one of :data:`droidspeak_ops.metrics.METRICS`, by which answers are scored.
+        metric: one of :data:`droidspeak_ops.metrics.METRICS`, by which answers are scored; None where none is generated, since
+            no receiver gives a good one by itself: next tokens are looked at along the example's answer.
         draw: makes the examples of one context, given the split, about how many characters of context, how many questions, and
-            a generator; None where the examples are the shipped ones.
+            a generator; None where the contexts are the shipped ones.
+        ask: makes an example of a shipped context, given it and a generator; None for the shipped questions.
+        first_turn: whether no more of a suffix than its first turn is known when the cache is filled.
     """
 
-    metric: str
+    metric: str | None
     draw: Callable[[str, int, int, random.Random], list[TextExample]] | None = None
+    ask: Callable[[str, random.Random], TextExample] | None = None
+    first_turn: bool = False
 
     def examples(self, split: str, contexts: int) -> list[TextExample]:
         """Return examples of so many contexts of a split: one question each to test on, several to calibrate on."""
+        rng = random.Random(zlib.crc32(split.encode()))
         if self.draw is None:
             texts = glossary_examples(split)  # type: ignore[arg-type]
             kept = list(dict.fromkeys(example.context for example in texts))[:contexts]
+            if self.ask is not None:
+                return [self.ask(context, rng) for context in kept]
             return [example for example in texts if example.context in kept]
-        rng = random.Random(zlib.crc32(split.encode()))
         questions = 1 if split == "test" else CALIBRATION_QUESTIONS
         drawn = (self.draw(split, LENGTHS[number % len(LENGTHS)], questions, rng) for number in range(contexts))
         return [example for examples in drawn for example in examples]
 
     def score(self, given: str, expected: str) -> float:
-        """Return the score of an answer, from 0 to 1."""
+        """Return the score of an answer, from 0 to 1.
+
+        Raises:
+            ValueError: answers are not scored.
+        """
+        if self.metric is None:
+            raise ValueError("metric: expected a task whose answers are scored, got None")
         return METRICS[self.metric](given, expected)
 
 
 GLOSSARY = Task("F1")
+LINKED = Task("F1", ask=glossary.link)
+FOLLOW_UP = Task("F1", ask=glossary.link, first_turn=True)
+SPREAD_OUT = Task(None, ask=glossary.spread_out)
 CODE = Task("edit similarity", stdlib.draw_code_examples)
 DOCS = Task("ROUGE-L", stdlib.draw_docs_examples)
 
@@ -97,6 +113,25 @@ PAIRS = {
         NamedPair("far", "glossary", "docs", DOCS, "two that have drifted far from their base, each its way"),
     )
 }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair, and a task that selected tokens are judged on; maps are fitted on the pair's own."""
+
+    pair: NamedPair
+    task: Task
+    description: str
+
+
+CASES = {name: Case(pair, pair.task, pair.description) for name, pair in PAIRS.items()} | {
+    "linked": Case(PAIRS["lora"], LINKED, "an entry refers to another far away, and both are asked for in turn"),
+    "follow-up": Case(PAIRS["lora"], FOLLOW_UP, "the same, with a cache that was filled for the first question"),
+    "spread-out": Case(
+        PAIRS["lora"], SPREAD_OUT, "entries of all quarters of the context, which the suffix does not name"
+    ),
+}
+"""Pairs with their tasks, and tasks that are hard to select for: of several places, or such as the suffix does not name."""
 
 
 def load_variant(name: str) -> tuple[Any, Any]:
@@ -133,6 +168,14 @@ class LoadedPair:
     def examples(self, split: str, contexts: int) -> list[ds.Example]:
         """Return the task's examples of so many contexts of a split."""
         return [each.encode(self.tokenizer, self.receiver.device) for each in self.named.task.examples(split, contexts)]
+
+    def known(self, text: TextExample) -> int:
+        """Return how many tokens of an example's suffix are known when the cache is filled."""
+        suffix = text.suffix
+        if self.named.task.first_turn:
+            first, start, _ = suffix.partition(glossary.ANSWERS)
+            suffix = first + start
+        return len(self.tokenizer(suffix, add_special_tokens=False).input_ids)
 
     def text(self, tokens: int) -> torch.Tensor:
         """Return ids ``[1, tokens]`` of the longest test example, repeated if need be: maps are not used for random ones."""

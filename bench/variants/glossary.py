@@ -1,11 +1,13 @@
 """Reading comprehension over a made-up glossary: real WordNet definitions under invented words.
 
 The words are invented, so the answers are in the context alone; the definitions are real text. A context lists
-entries, a question asks either for the definition of a word or for the word that a definition belongs to.
+entries, a question asks either for the definition of a word or for the word that a definition belongs to. Two other kinds of
+examples, which nothing was trained on, need several entries that lie far apart.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import zlib
@@ -17,6 +19,8 @@ from droidspeak_ops.example import TextExample
 _ONSETS = "b br d dr f fl g gl j k kr l m n p pl r s sk st t tr v z".split()
 _VOWELS = "a e i o u ai ou".split()
 _CODAS = ["", *"b d g k l m n nd p r rk s sh t x".split()]
+ANSWERS = "<|im_start|>assistant\n"
+"""What a suffix ends with: here the answer starts."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,11 @@ def context_text(entries: list[Entry]) -> str:
 def ask(entry: Entry, reverse: bool) -> tuple[str, str]:
     """Return a question as a chat turn that ends where the answer starts, and the answer."""
     question = f'Which word means "{entry.definition}"?' if reverse else f'What does "{entry.word}" mean?'
-    answer = entry.word if reverse else entry.definition
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", answer
+    return _turn(question), entry.word if reverse else entry.definition
+
+
+def _turn(question: str) -> str:
+    return f"<|im_start|>user\n{question}<|im_end|>\n{ANSWERS}"
 
 
 def draw_examples(definitions: list[str], entries: int, questions: int, rng: random.Random) -> list[TextExample]:
@@ -69,3 +76,32 @@ def draw_examples(definitions: list[str], entries: int, questions: int, rng: ran
     context = context_text(drawn)
     asked = (rng.choice(drawn) for _ in range(questions))
     return [TextExample(context, *ask(entry, reverse=rng.random() < 0.5)) for entry in asked]
+
+
+def read_entries(context: str) -> list[Entry]:
+    """Return the entries of what :func:`context_text` wrote."""
+    lines = context.removesuffix("<|im_end|>\n").split("\n\n", 1)[1].split("\n")
+    return [Entry(*line.split(": ", 1)) for line in lines]
+
+
+def link(context: str, rng: random.Random) -> TextExample:
+    """Draw an entry of the first quarter that is to refer to one of the second half, and ask what it means in two turns.
+
+    The suffix holds the first question, the reference as its answer, and the question what that word means.
+    """
+    entries = read_entries(context)
+    half = len(entries) // 2
+    place, target = rng.randrange(half // 2), rng.choice(entries[half:])
+    entries[place] = Entry(entries[place].word, f'another word for "{target.word}"')
+    (first, reference), (second, answer) = (ask(entry, reverse=False) for entry in (entries[place], target))
+    return TextExample(context_text(entries), f"{first}{reference}<|im_end|>\n{second}", answer)
+
+
+def spread_out(context: str, rng: random.Random) -> TextExample:
+    """Ask for entries without naming them; the answer is one of each quarter of the context, in any order."""
+    entries = read_entries(context)
+    ends = [len(entries) * quarter // 4 for quarter in range(5)]
+    drawn = [rng.choice(entries[start:end]) for start, end in itertools.pairwise(ends)]
+    rng.shuffle(drawn)
+    listed = "\n".join(f"{entry.word}: {entry.definition}" for entry in drawn)
+    return TextExample(context, _turn("Read out some entries of the glossary."), listed)
