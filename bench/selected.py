@@ -1,124 +1,184 @@
-"""Selected tokens on a real pair: answers and next tokens, and time to first token, beside full prefill, reuse and bands.
+"""Selected tokens on real pairs and tasks: answers, next tokens and time to first token, beside other ways to reuse a cache.
 
-    python -m bench.selected --pair lora --csv FILE --plot FILE
-    python -m bench.selected --pair lora --only time --csv FILE    # alone on the machine
+    python -m bench.selected --folder FOLDER --pairs lora linked spread-out
+    python -m bench.selected --folder FOLDER --pairs lora --only time    # alone on the machine
+    python -m bench.selected --folder FOLDER --only page --page docs/selected.md
 
-Judged are test contexts, none of which maps were fitted to, with one question each. `score` is the task's metric, `lost` and
-`won` count answers that score less or more than full prefill's by a tenth; `same` is how often the likeliest next token is full
-prefill's along the answer that full prefill gives, and `kl` the divergence from its distributions there, the mean and the
-median over contexts. Intervals are of 10,000 bootstrap samples of contexts. Times are medians of ratios, each of full prefill
-and of a way right after it.
+Ways are plans that select tokens, ours and those of other work, and single bands, among them the best of each length on the
+contexts that ``bench.paper.paper`` profiled. Steps:
+
+- `judge`: on test contexts, none of which maps were fitted to, with one question each; `PAIR/judged.csv` has a row for each
+  context and way, and a later run adds those that are missing. `score` is that of the answer by the task's metric, `exact` its
+  exact match; `same` is how often the likeliest next token is full prefill's along the answer that full prefill gives, and `kl`
+  the mean divergence from its distributions there, in nats. In tasks without a metric nothing is generated: `same` and `kl` are
+  along the example's answer, and `score` is the share of its tokens that are predicted.
+- `time`: `PAIR/times.csv`, medians of ratios, each of full prefill and of a way right after it.
+- `page`: tables in a page of text and `selected.png`, of all that is in the folder. `lost` and `won` count answers that score
+  less or more than full prefill's by a tenth. Intervals are of 10,000 bootstrap samples of contexts; with one question to a
+  context these are all the clusters there are.
+
+The page also says what time single bands need for the divergence of a way, on the same contexts: the logarithm of the bands'
+divergences is interpolated against their measured times, along the bands that no other beats in both. Where none of them
+diverges as little, that time is at least the best one's.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import statistics
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.progress import track
 
 import droidspeak_ops as ds
-from bench.common import (
-    Row,
-    answer_logits,
-    checkout,
-    divergence,
-    error_bars,
-    mean_and_interval,
-    parser,
-    ratio_and_interval,
-    setting,
-    show,
-    write_csv,
-)
-from bench.pairs import PAIRS, TEST_CONTEXTS, LoadedPair, fitted_maps
+from bench import selected_page
+from bench.common import Row, answer_logits, checkout, divergence, parser, read_csv, setting, show, write_csv
+from bench.pairs import CASES, TEST_CONTEXTS, LoadedPair, fitted_maps
+from bench.selectors import Selector, mean_attention, random_windows
 from droidspeak_ops.demo.measure import MAX_ANSWER_TOKENS
+from droidspeak_ops.example import TextExample, examples_digest
+from droidspeak_ops.files import replacing
+from droidspeak_ops.hf.decoder import Decoder
+from droidspeak_ops.metrics import exact_match
+from droidspeak_ops.profiling.frontier import Frontier
 from droidspeak_ops.profiling.timing import first_token, timed
 
-ANSWER_MARGIN = 0.1
 TIMED_TOKENS = (900, 2048)
 TIMED_SUFFIX = 24
+BANDS = ((15, 20), (12, 24), (6, 24), (3, 27))
+"""Single bands that are judged beside those of a profile."""
+PROFILED_BANDS = (6, 12, 18, 24, 27)
+"""Layers of the bands of which the profile's best one is judged."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to fill the receiver's cache."""
+    """A way to fill the receiver's cache.
+
+    Args:
+        selector: makes the plan's selector, given the receiver, the context and what the plan selects; None for the plan's own.
+    """
 
     name: str
     plan: ds.Plan
     with_maps: bool = False
+    selector: Callable[[Any, ds.SharedContext, int | float], Selector] | None = None
 
-    def fill(self, receiver: Any, maps: ds.Maps, context: ds.SharedContext, prompt_ids: torch.Tensor) -> ds.MixedCache:
+    def fill(
+        self, receiver: ds.Receiver, maps: ds.Maps, context: ds.SharedContext, prompt_ids: torch.Tensor
+    ) -> ds.MixedCache:
         """Return the receiver's cache of a context."""
+        plan = self.plan
+        if self.selector is not None:
+            plan = replace(plan, selector=self.selector(receiver.decoder().model, context, plan.select))
         used = maps if self.with_maps else None
-        return ds.partial_prefill(receiver, context, self.plan, prompt_ids=prompt_ids, maps=used)
+        return ds.partial_prefill(receiver, context, plan, prompt_ids=prompt_ids, maps=used)
 
 
-REST = ds.Plan(project="rest")
 WAYS = (
-    Way("all reused", ds.Plan()),
-    Way("band [15, 20)", ds.Plan([(15, 20)])),
+    Way(selected_page.REUSED, ds.Plan()),
     Way("selected 5 %", ds.Plan(select=0.05)),
     Way("selected 10 %", ds.Plan(select=0.1)),
     Way("recent 10 %", ds.Plan(select=0.1, selector="recent")),
     Way("deviation 10 %", ds.Plan(select=0.1, selector="deviation")),
-    Way("all fitted", REST, with_maps=True),
+    Way("random windows 10 %", ds.Plan(select=0.1, selector=random_windows)),
+    Way("mean attention 5 %", ds.Plan(select=0.05), selector=mean_attention),
+    Way("mean attention 10 %", ds.Plan(select=0.1), selector=mean_attention),
+    Way("all fitted", ds.Plan(project="rest"), with_maps=True),
     Way("selected 5 % over fitted", ds.Plan(project="rest", select=0.05), with_maps=True),
+    Way("selected 5 % over fitted, undamped", ds.Plan(project="rest", select=0.05, shares="full"), with_maps=True),
 )
 
 
-@torch.no_grad()
-def judge(pair: LoadedPair, maps: ds.Maps, contexts: int) -> list[Row]:
-    """Judge the ways on so many test contexts."""
-    receiver, task = pair.receiver, pair.named.task
-    texts, examples = task.examples("test", contexts), pair.examples("test", contexts)
-    scores: dict[str, list[float]] = {name: [] for name in ("full prefill", *(way.name for way in WAYS))}
-    same: dict[str, list[float]] = {way.name: [] for way in WAYS}
-    kl: dict[str, list[float]] = {way.name: [] for way in WAYS}
-    for text, example in zip(track(texts, f"{pair.named.name}: judging"), examples, strict=True):
-        context = pair.capture(example.context)
-        ids = receiver.generate(example.prompt, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
-        given = example._replace(answer=ids[:, example.prompt.shape[1] :])
-        decoded = pair.tokenizer.decode(given.answer[0], skip_special_tokens=True).strip()
-        scores["full prefill"].append(task.score(decoded, text.answer))
-        own = answer_logits(receiver, given)
-        for way in WAYS:
-            cache = way.fill(receiver, maps, context, example.prompt)
-            scores[way.name].append(task.score(pair.answer(example, deepcopy(cache)), text.answer))
-            found = answer_logits(receiver, given, cache)
-            same[way.name].append((own.argmax(-1) == found.argmax(-1)).double().mean().item())
-            kl[way.name].append(divergence(own, found))
+def bands_of(frontier: Frontier) -> list[Way]:
+    """Return single bands with the rest reused: of some lengths the best of a profile without maps, and some others."""
+    plans = {ds.Plan([band]) for band in BANDS}
+    for layers in PROFILED_BANDS:
+        points = [point for point in frontier.points if len(point.plan.bands) == 1 and _layers(point.plan) == layers]
+        if points:
+            plans.add(min(points, key=frontier.typical_kl).plan)
+    return [Way(str(plan), plan) for plan in sorted(plans, key=lambda plan: (_layers(plan), plan.bands))]
 
-    def row(way: Way) -> Row:
-        mine, full = scores[way.name], scores["full prefill"]
-        return {
-            "pair": pair.named.name,
-            "way": way.name,
-            **mean_and_interval("score", mine),
-            **ratio_and_interval("of_full_prefill", mine, full),
-            "lost": sum(a < b - ANSWER_MARGIN for a, b in zip(mine, full, strict=True)),
-            "won": sum(a > b + ANSWER_MARGIN for a, b in zip(mine, full, strict=True)),
-            **mean_and_interval("same", same[way.name]),
-            **mean_and_interval("kl", kl[way.name]),
-            "kl_median": f"{statistics.median(kl[way.name]):.3g}",
-            **ratio_and_interval("of_reuse", kl[way.name], kl["all reused"]),
-            "metric": task.metric,
-            "full_prefill": f"{statistics.fmean(full):.3f}",
-            "contexts": len(full),
-        }
 
-    return [row(way) for way in WAYS]
+def _layers(plan: ds.Plan) -> int:
+    return sum(end - start for start, end in plan.bands)
 
 
 @torch.no_grad()
-def time(pair: LoadedPair, maps: ds.Maps, rounds: int) -> list[Row]:
+def judge(pair: LoadedPair, maps: ds.Maps, ways: Sequence[Way], contexts: int, path: Path) -> list[Row]:
+    """Add to a file the rows that it lacks of so many test contexts and the ways, and return all of it.
+
+    Raises:
+        ValueError: it has rows of other models, maps or examples.
+    """
+    rows = read_csv(path) if path.exists() else []
+    measured_with = _digest(pair, maps)
+    receiver, measured_on = ds.Receiver(pair.receiver), {"setting": f"float32, {setting()}", **checkout()}
+    texts, examples = pair.named.task.examples("test", contexts), pair.examples("test", contexts)
+    for number, (text, example) in enumerate(zip(track(texts, f"{path.parent.name}: judging"), examples, strict=True)):
+        of = hashlib.sha256((measured_with + examples_digest([example])).encode()).hexdigest()[:16]
+        about = {"context": str(number), "tokens": example.context.shape[1], "of": of}
+        there = [row for row in rows if row["context"] == about["context"]]
+        if any(row["of"] != about["of"] for row in there):
+            raise ValueError(f"{path}: expected rows of these models, maps and examples, got others; remove it")
+        missing = [way for way in ways if way.name not in {row["way"] for row in there}]
+        if not missing:
+            continue
+        asked = example.prompt[:, : example.context.shape[1] + pair.known(text)]
+        context, judged = pair.capture(example.context), Judged(pair, text, example)
+        if not there:
+            rows.append({"way": selected_page.FULL, **about, **judged.row(), **measured_on})
+        for way in missing:
+            cache = way.fill(receiver, maps, context, asked)
+            rows.append({"way": way.name, **about, **judged.row(cache), **measured_on})
+        with replacing(path) as scratch:
+            write_csv(scratch, rows)
+    return rows
+
+
+class Judged:
+    """An example that is judged, and what full prefill makes of it."""
+
+    def __init__(self, pair: LoadedPair, text: TextExample, example: ds.Example) -> None:
+        self._pair, self._text, self._example, self._given = pair, text, example, example
+        if pair.named.task.metric is not None:
+            ids = pair.receiver.generate(example.prompt, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+            self._given = example._replace(answer=ids[:, example.prompt.shape[1] :])
+        self._own = answer_logits(pair.receiver, self._given)
+
+    def row(self, cache: ds.MixedCache | None = None) -> Row:
+        """Return what a cache, which is used up, makes of it; without one, full prefill."""
+        found, task = self._own, self._pair.named.task
+        row: Row = {}
+        if task.metric is not None:
+            answer = self._pair.answer(self._example, deepcopy(cache))
+            row = {"score": task.score(answer, self._text.answer), "exact": exact_match(answer, self._text.answer)}
+        if cache is not None:
+            found = answer_logits(self._pair.receiver, self._given, cache)
+        top = found.argmax(-1)
+        if task.metric is None:
+            row = {"score": _share(top == self._given.answer[0]), "exact": ""}
+        return {**row, "same": _share(top == self._own.argmax(-1)), "kl": divergence(self._own, found)}
+
+
+def _share(held: torch.Tensor) -> float:
+    return held.double().mean().item()
+
+
+def _digest(pair: LoadedPair, maps: ds.Maps) -> str:
+    weights = (Decoder(model).fingerprint(weights=True).weights for model in (pair.sender, pair.receiver))
+    return f"{[*weights, maps.digest()]}"
+
+
+@torch.no_grad()
+def time(pair: LoadedPair, maps: ds.Maps, ways: Sequence[Way], rounds: int) -> list[Row]:
     """Time full prefill and the ways in turn."""
     receiver, rows = pair.receiver, []
     serving = ds.Receiver(receiver)
@@ -133,16 +193,15 @@ def time(pair: LoadedPair, maps: ds.Maps, rounds: int) -> list[Row]:
                 receiver(suffix, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
         full: Callable[[], Any] = partial(first_token, receiver, context, prompt, None)
-        seconds: dict[str, list[tuple[float, float]]] = {way.name: [] for way in WAYS}
+        seconds: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways}
         full()
-        for way in WAYS:
+        for way in ways:
             start(way)  # warm-up
         for _ in track(range(rounds), f"{pair.named.name}: {tokens} tokens"):
-            for way in WAYS:
+            for way in ways:
                 seconds[way.name].append((timed(full)[1], timed(partial(start, way))[1]))
         rows += [
             {
-                "pair": pair.named.name,
                 "way": way.name,
                 "tokens": tokens,
                 "suffix": TIMED_SUFFIX,
@@ -153,50 +212,66 @@ def time(pair: LoadedPair, maps: ds.Maps, rounds: int) -> list[Row]:
                 "highest": f"{max(of / own for of, own in seconds[way.name]):.2f}",
                 "rounds": rounds,
             }
-            for way in WAYS
+            for way in ways
         ]
     return rows
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Plot how often next tokens are the same and what answers score, for each way."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    labels = (
-        ("of_full_prefill", f"{rows[0]['metric']} of answers, of full prefill's"),
-        ("same", "next tokens that are full prefill's"),
-    )
-    for axes, (name, label) in zip(panels, labels, strict=True):
-        values, (below, above) = error_bars(rows, name)
-        places = list(range(len(rows)))[::-1]
-        axes.barh(places, values, xerr=(below, above), color=[f"C{place}" for place in range(len(rows))], capsize=3)
-        axes.set_yticks(places, [row["way"] for row in rows])
-        axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set_xlabel(label)
-        axes.grid(axis="x", alpha=0.3)
-    figure.suptitle(f"{rows[0]['pair']}, {rows[0]['contexts']} test contexts")
-    figure.savefig(path, dpi=130)
+STEPS = ("judge", "time", "page")
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    """Run the command."""
+    """Run the command; the rows are those of the tables that it shows."""
     options = parser("selected", __doc__)
-    options.add_argument("--pair", choices=PAIRS, default="lora")
-    options.add_argument("--only", choices=("judge", "time"), default="judge")
+    options.add_argument("--folder", type=Path, required=True, help="where all is written")
+    options.add_argument("--only", choices=STEPS, default="judge")
+    options.add_argument(
+        "--pairs", nargs="+", choices=CASES, default=list(CASES), metavar="PAIR", help=", ".join(CASES)
+    )
+    options.add_argument(
+        "--ways", nargs="+", metavar="WAY", help="some of them, by name; all reused is always among them"
+    )
     options.add_argument("--contexts", type=int, default=TEST_CONTEXTS, help="to judge on")
     options.add_argument("--rounds", type=int, default=5, help="of timing")
-    options.add_argument("--csv", type=Path, help="also write the table to this file")
-    options.add_argument("--plot", type=Path, help="PNG file of what was judged")
+    options.add_argument(
+        "--results", type=Path, default=Path("docs/results"), help="what bench.paper.paper has profiled"
+    )
+    options.add_argument("--page", type=Path, help="a page of text with marks between which tables are put")
     args = options.parse_args(argv)
-    pair = PAIRS[args.pair].load()
-    maps = fitted_maps(pair).maps
-    rows = time(pair, maps, args.rounds) if args.only == "time" else judge(pair, maps, args.contexts)
-    show(rows, f"{args.pair}: {PAIRS[args.pair].description}, float32, {setting()}")
-    if args.csv is not None:
-        write_csv(args.csv, rows, setting=f"float32, {setting()}", **checkout())
-    if args.plot is not None and args.only == "judge":
-        plot(rows, args.plot)
-    return rows
+    if args.only == "page":
+        if args.page is None:
+            options.error("--page: expected a page of text, got none")
+        selected_page.write(args.folder, args.page)
+        return []
+    written: list[Row] = []
+    for name in args.pairs if args.only == "judge" else dict.fromkeys(CASES[name].pair.name for name in args.pairs):
+        case = CASES[name]
+        ways = _chosen(args.ways, [*WAYS, *bands_of(_profile(args.results / case.pair.name))], options)
+        pair = case.pair.load()
+        maps, folder = fitted_maps(pair).maps, args.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.only == "judge":
+            pair = replace(pair, named=replace(pair.named, task=case.task))
+            rows = selected_page.summary(judge(pair, maps, ways, args.contexts, folder / "judged.csv"))
+        else:
+            rows = time(pair, maps, ways, args.rounds)
+            with replacing(folder / "times.csv") as scratch:
+                write_csv(scratch, rows, setting=f"float32, {setting()}", **checkout())
+        show(rows, f"{name}: {case.description}, float32, {setting()}")
+        written += [{"pair": name, **row} for row in rows]
+    return written
+
+
+def _profile(folder: Path) -> Frontier:
+    return Frontier.load(folder / "without_maps" / "frontier.json")
+
+
+def _chosen(names: Sequence[str] | None, ways: Sequence[Way], options: argparse.ArgumentParser) -> list[Way]:
+    known = [way.name for way in ways]
+    for name in names or ():
+        if name not in known:
+            options.error(f"--ways: expected some of {', '.join(map(repr, known))}, got {name!r}")
+    return [way for way in ways if names is None or way.name in (selected_page.REUSED, *names)]
 
 
 if __name__ == "__main__":
