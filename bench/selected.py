@@ -93,7 +93,6 @@ WAYS = (
     Way("mean attention 10 %", ds.Plan(select=0.1), selector=mean_attention),
     Way("all fitted", ds.Plan(project="rest"), with_maps=True),
     Way("selected 5 % over fitted", ds.Plan(project="rest", select=0.05), with_maps=True),
-    Way("selected 5 % over fitted, undamped", ds.Plan(project="rest", select=0.05, shares="full"), with_maps=True),
 )
 
 
@@ -147,25 +146,31 @@ class Judged:
     """An example that is judged, and what full prefill makes of it."""
 
     def __init__(self, pair: LoadedPair, text: TextExample, example: ds.Example) -> None:
-        self._pair, self._text, self._example, self._given = pair, text, example, example
-        if pair.named.task.metric is not None:
-            ids = pair.receiver.generate(example.prompt, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
-            self._given = example._replace(answer=ids[:, example.prompt.shape[1] :])
+        self._pair, self._text, self._example = pair, text, example
+        self._is_answered = pair.named.task.metric is not None
+        self._given = example._replace(answer=self._answer(None)) if self._is_answered else example
         self._own = answer_logits(pair.receiver, self._given)
+
+    def _answer(self, cache: ds.MixedCache | None) -> torch.Tensor:
+        prompt, receiver = self._example.prompt, self._pair.receiver
+        ids = receiver.generate(prompt, past_key_values=cache, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+        return ids[:, prompt.shape[1] :]
 
     def row(self, cache: ds.MixedCache | None = None) -> Row:
         """Return what a cache, which is used up, makes of it; without one, full prefill."""
-        found, task = self._own, self._pair.named.task
-        row: Row = {}
-        if task.metric is not None:
-            answer = self._pair.answer(self._example, deepcopy(cache))
-            row = {"score": task.score(answer, self._text.answer), "exact": exact_match(answer, self._text.answer)}
+        answer, found = self._given.answer, self._own
         if cache is not None:
+            answer = self._answer(deepcopy(cache)) if self._is_answered else answer
             found = answer_logits(self._pair.receiver, self._given, cache)
         top = found.argmax(-1)
-        if task.metric is None:
-            row = {"score": _share(top == self._given.answer[0]), "exact": ""}
-        return {**row, "same": _share(top == self._own.argmax(-1)), "kl": divergence(self._own, found)}
+        scores: Row = {"score": _share(top == self._given.answer[0]), "exact": ""}
+        if self._is_answered:
+            text = self._pair.tokenizer.decode(answer[0], skip_special_tokens=True).strip()
+            scores = {
+                "score": self._pair.named.task.score(text, self._text.answer),
+                "exact": exact_match(text, self._text.answer),
+            }
+        return {**scores, "same": _share(top == self._own.argmax(-1)), "kl": divergence(self._own, found)}
 
 
 def _share(held: torch.Tensor) -> float:

@@ -15,6 +15,8 @@ from bench.common import Row, read_csv, write_csv
 from bench.selectors import mean_attention, random_windows
 from bench.variants import glossary
 from droidspeak_ops.example import TextExample
+from droidspeak_ops.prefill.schedule import resolve
+from droidspeak_ops.profiling.frontier import Point
 
 LAYERS = 6
 
@@ -179,9 +181,7 @@ def test_the_whole_bench(cases: Path) -> None:
     assert [line for line in text.splitlines() if line.startswith("### ")] == [
         f"### `{case}`" for case in selected.CASES
     ]
-    assert text.count("| selected 5 % over fitted, undamped |") == 3 * 3, (
-        "its quality, and beside bands at both lengths"
-    )
+    assert text.count("| selected 5 % over fitted |") == 3 * 3, "its quality, and beside bands at both lengths"
     assert (cases / "selected.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -227,17 +227,22 @@ def test_a_way_that_is_none_is_named(cases: Path, capsys: pytest.CaptureFixture[
     assert "--page: expected" in capsys.readouterr().err
 
 
-def test_the_bands_of_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = ds.Frontier.load(Path(__file__).parents[2] / "docs/results/lora/without_maps/frontier.json")
-    ways = selected.bands_of(plain)
-    lengths = [sum(end - start for start, end in way.plan.bands) for way in ways]
-    assert set(selected.PROFILED_BANDS) <= set(lengths) and lengths == sorted(lengths)
-    assert {ds.Plan([band]) for band in selected.BANDS} <= {way.plan for way in ways}
-    assert len({way.name for way in ways}) == len(ways)
-    for way in ways:
-        if way.plan.bands[0] not in selected.BANDS:
-            alike = [each for each in plain.points if [e - s for s, e in each.plan.bands] == [lengths[ways.index(way)]]]
-            assert plain.typical_kl(plain.point(way.plan)) == min(map(plain.typical_kl, alike))
+def test_the_bands_of_a_profile() -> None:
+    def point(kl: float, *bands: tuple[int, int]) -> Point:
+        plan = ds.Plan(bands)
+        return Point(plan, "reuse", False, resolve(plan, 30).work, (kl,) * 3, (0.5,) * 3)
+
+    model = ds.Fingerprint({"num_hidden_layers": 30}, {}, "float32", "0" * 64)
+    costs = ds.CostModel((0, 1e-4, 0), (0, 1e-5, 0), (0.05, 0, 0), 4000, 1000, "made up", (100, 2000))
+    points = [
+        point(0.0, (0, 30)), point(0.4, (9, 15)), point(0.3, (18, 24)), point(0.1, (9, 12), (18, 21)),
+        point(0.2, (3, 15)), point(0.1, (12, 24)), point(0.05, (0, 27)), point(0.2, (12, 21)),
+    ]  # fmt: skip
+    ways = selected.bands_of(ds.Frontier(model, model, None, tuple(points), (), costs, (1000,) * 3, 1, 3, 0))
+    assert [way.name for way in ways] == [
+        "band [15, 20)", "band [18, 24)", "band [12, 24)", "band [6, 24)", "band [3, 27)", "band [0, 27)",
+    ]  # fmt: skip
+    assert all(way.name == str(way.plan) for way in ways)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------------
