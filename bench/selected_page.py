@@ -94,10 +94,11 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def against_bands(rows: Sequence[Row], times: Sequence[Row]) -> list[Row]:
-    """Return for each timed way the time that single bands need for its divergence, over its own time; see the module.
+    """Return for each timed way the time that single bands need for its divergence, over its own time.
 
     `times_longer` is that ratio; it is `at_least` so much where no band diverges as little as the way in the mean. Its interval
-    is of the divergences; times are taken as they were measured. All reused is the shortest band.
+    is of the divergences, and ends at the best band's time; times are taken as they were measured. All reused is the shortest
+    band.
     """
     judged, found = by_way(rows), []
     for tokens in dict.fromkeys(row["tokens"] for row in times):
@@ -109,7 +110,8 @@ def against_bands(rows: Sequence[Row], times: Sequence[Row]) -> list[Row]:
             if way not in relative or _is_band(way):
                 continue
             contexts = [context for context in judged[way] if all(context in judged[band] for band in bands)]
-            kl = torch.tensor([[float(judged[each][context]["kl"]) for each in (*bands, way)] for context in contexts])
+            by_context = [[float(judged[each][context]["kl"]) for each in (*bands, way)] for context in contexts]
+            kl = torch.tensor(by_context, dtype=torch.float64)
             seconds = torch.tensor([relative[band] for band in bands], dtype=torch.float64)
             estimate = bootstrap.of_means(
                 kl,
@@ -117,7 +119,7 @@ def against_bands(rows: Sequence[Row], times: Sequence[Row]) -> list[Row]:
                     time_for(means[..., -1], means[..., :-1], seconds) / own
                 ),
             )
-            means = kl.double().mean(0)
+            means = kl.mean(0)
             names = ("times_longer", "times_longer_low", "times_longer_high")
             found.append(
                 {
@@ -224,7 +226,7 @@ def _bands_table(rows: Sequence[Row]) -> list[str]:
     """Return the table of :func:`against_bands`, or nothing where nothing was timed."""
     if not rows:
         return []
-    columns = "way | tokens timed | faster | bands of its kl, faster | times longer"
+    columns = "way | tokens timed | faster | bands of the same kl, faster | times longer"
     lines = [f"| {columns} |", "|---" * len(columns.split("|")) + "|"]
     for row in rows:
         least = "at least " if row["at_least"] else ""

@@ -24,7 +24,8 @@ def mean_attention(receiver: Any, context: ds.SharedContext, select: int | float
     """Return a selector of single tokens by the suffix's attention, averaged (ProphetKV, arXiv 2602.02579).
 
     The suffix runs over the reused cache, through all layers. Selected are the positions with the largest mean, over layers,
-    heads and the suffix's tokens, of the attention probability; their neighbours are not.
+    heads and the suffix's tokens, of the attention probability; their neighbours are not. What this takes is no measure of
+    ProphetKV's time: eager attention holds all probabilities.
 
     Args:
         receiver: a model that has eager attention.
