@@ -99,10 +99,11 @@ WAYS = (
 def bands_of(frontier: Frontier) -> list[Way]:
     """Return single bands with the rest reused: of some lengths the best of a profile without maps, and some others."""
     plans = {ds.Plan([band]) for band in BANDS}
+    single = [each for each in frontier.points if len(each.plan.bands) == 1 and each.plan == ds.Plan(each.plan.bands)]
     for layers in PROFILED_BANDS:
-        points = [point for point in frontier.points if len(point.plan.bands) == 1 and _layers(point.plan) == layers]
-        if points:
-            plans.add(min(points, key=frontier.typical_kl).plan)
+        of_length = [point for point in single if _layers(point.plan) == layers]
+        if of_length:
+            plans.add(min(of_length, key=frontier.typical_kl).plan)
     return [Way(str(plan), plan) for plan in sorted(plans, key=lambda plan: (_layers(plan), plan.bands))]
 
 

@@ -228,15 +228,17 @@ def test_a_way_that_is_none_is_named(cases: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_bands_of_a_profile() -> None:
-    def point(kl: float, *bands: tuple[int, int]) -> Point:
-        plan = ds.Plan(bands)
-        return Point(plan, "reuse", False, resolve(plan, 30).work, (kl,) * 3, (0.5,) * 3)
+    def point(kl: float, *bands: tuple[int, int], **others: object) -> Point:
+        plan = ds.Plan(bands, **others)
+        rest = "project" if plan.project else "reuse"
+        return Point(plan, rest, False, resolve(plan, 30).work, (kl,) * 3, (0.5,) * 3)
 
     model = ds.Fingerprint({"num_hidden_layers": 30}, {}, "float32", "0" * 64)
     costs = ds.CostModel((0, 1e-4, 0), (0, 1e-5, 0), (0.05, 0, 0), 4000, 1000, "made up", (100, 2000))
     points = [
         point(0.0, (0, 30)), point(0.4, (9, 15)), point(0.3, (18, 24)), point(0.1, (9, 12), (18, 21)),
         point(0.2, (3, 15)), point(0.1, (12, 24)), point(0.05, (0, 27)), point(0.2, (12, 21)),
+        point(0.1, (9, 15), project="rest"), point(0.1, (9, 15), select=0.1),
     ]  # fmt: skip
     ways = selected.bands_of(ds.Frontier(model, model, None, tuple(points), (), costs, (1000,) * 3, 1, 3, 0))
     assert [way.name for way in ways] == [
