@@ -4,8 +4,8 @@
     python -m bench.selected --folder FOLDER --pairs lora --only time    # alone on the machine
     python -m bench.selected --folder FOLDER --only page --page docs/selected.md
 
-Ways are plans that select tokens, ours and those of other work, and single bands, among them the best of each length on the
-contexts that ``bench.paper.paper`` profiled. Steps:
+Ways are plans that select tokens, ours and those of other work, and what ``bench.paper.paper`` found when it profiled the pair:
+of some lengths the best single band, and the best plan of bands and maps that is five times faster. Steps:
 
 - `judge`: on test contexts, none of which maps were fitted to, with one question each; `PAIR/judged.csv` has a row for each
   context and way, and a later run adds those that are missing. `score` is that of the answer by the task's metric, `exact` its
@@ -41,6 +41,8 @@ import droidspeak_ops as ds
 from bench import selected_page
 from bench.common import Row, answer_logits, checkout, divergence, parser, read_csv, setting, show, write_csv
 from bench.pairs import CASES, TEST_CONTEXTS, LoadedPair, fitted_maps
+from bench.paper.choice import best_within
+from bench.paper.paper import frontiers_of
 from bench.selectors import Selector, mean_attention, random_windows
 from droidspeak_ops.demo.measure import MAX_ANSWER_TOKENS
 from droidspeak_ops.example import TextExample, examples_digest
@@ -52,10 +54,10 @@ from droidspeak_ops.profiling.timing import first_token, timed
 
 TIMED_TOKENS = (900, 2048)
 TIMED_SUFFIX = 24
-BANDS = ((15, 20), (12, 24), (6, 24), (3, 27))
-"""Single bands that are judged beside those of a profile."""
-PROFILED_BANDS = (6, 12, 18, 24, 27)
+BANDS = (6, 12, 18, 24)
 """Layers of the bands of which the profile's best one is judged."""
+SPEED = 5.0
+"""Times faster than full prefill, at which the best plan of the profile is judged: one of bands and maps."""
 
 
 @dataclass(frozen=True)
@@ -89,26 +91,26 @@ WAYS = (
     Way("recent 10 %", ds.Plan(select=0.1, selector="recent")),
     Way("deviation 10 %", ds.Plan(select=0.1, selector="deviation")),
     Way("random windows 10 %", ds.Plan(select=0.1, selector=random_windows)),
-    Way("mean attention 5 %", ds.Plan(select=0.05), selector=mean_attention),
     Way("mean attention 10 %", ds.Plan(select=0.1), selector=mean_attention),
     Way("all fitted", ds.Plan(project="rest"), with_maps=True),
     Way("selected 5 % over fitted", ds.Plan(project="rest", select=0.05), with_maps=True),
+    Way("selected 10 % over fitted", ds.Plan(project="rest", select=0.1), with_maps=True),
+    Way("recent 10 % over fitted", ds.Plan(project="rest", select=0.1, selector="recent"), with_maps=True),
 )
 
 
-def bands_of(frontier: Frontier) -> list[Way]:
-    """Return single bands with the rest reused: of some lengths the best of a profile without maps, and some others."""
-    plans = {ds.Plan([band]) for band in BANDS}
-    single = [each for each in frontier.points if len(each.plan.bands) == 1 and each.plan == ds.Plan(each.plan.bands)]
-    for layers in PROFILED_BANDS:
-        of_length = [point for point in single if _layers(point.plan) == layers]
+def profiled(plain: Frontier, ours: Frontier) -> list[Way]:
+    """Return what the profiles of a pair found: the best single bands with the rest reused, and the best plan with maps."""
+    single = [each for each in plain.points if len(each.plan.bands) == 1 and each.plan == ds.Plan(each.plan.bands)]
+    ways = []
+    for layers in BANDS:
+        of_length = [point for point in single if point.work.run == layers - 1]
         if of_length:
-            plans.add(min(of_length, key=frontier.typical_kl).plan)
-    return [Way(str(plan), plan) for plan in sorted(plans, key=lambda plan: (_layers(plan), plan.bands))]
-
-
-def _layers(plan: ds.Plan) -> int:
-    return sum(end - start for start, end in plan.bands)
+            plan = min(of_length, key=plain.typical_kl).plan
+            ways.append(Way(str(plan), plan))
+    unselected = replace(ours, points=tuple(point for point in ours.points if not point.plan.select))
+    best = best_within(unselected, ours.full_prefill_seconds(max(TIMED_TOKENS)) / SPEED, max(TIMED_TOKENS))
+    return [*ways, Way(f"best profiled at {SPEED:g} times", best.plan, with_maps=True)]
 
 
 @torch.no_grad()
@@ -252,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     written: list[Row] = []
     for name in args.pairs if args.only == "judge" else dict.fromkeys(CASES[name].pair.name for name in args.pairs):
         case = CASES[name]
-        ways = _chosen(args.ways, [*WAYS, *bands_of(_profile(args.results / case.pair.name))], options)
+        ways = _chosen(args.ways, [*WAYS, *profiled(*frontiers_of(args.results / case.pair.name))], options)
         pair = case.pair.load()
         maps, folder = fitted_maps(pair).maps, args.folder / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -266,10 +268,6 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         show(rows, f"{name}: {case.description}, float32, {setting()}")
         written += [{"pair": name, **row} for row in rows]
     return written
-
-
-def _profile(folder: Path) -> Frontier:
-    return Frontier.load(folder / "without_maps" / "frontier.json")
 
 
 def _chosen(names: Sequence[str] | None, ways: Sequence[Way], options: argparse.ArgumentParser) -> list[Way]:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from ..example import TextExample
+from ..prefill.plan import Plan
 from ..prefill.schedule import resolve
 from .measure import Strategy
 
@@ -19,12 +20,12 @@ def table(strategies: Sequence[Strategy], title: str, num_layers: int) -> Table:
     """Make the table of results, one row per strategy; the first strategy is the baseline."""
     caption = "EM exact match, NLL per answer token, TTFT median time to first token, speed-up median over examples"
     out = Table(title=title, caption=caption)
-    for column in ("strategy", "layers run", "EM", "F1", "NLL", "TTFT, ms", "speed-up"):
+    for column in ("strategy", "recomputed", "EM", "F1", "NLL", "TTFT, ms", "speed-up"):
         out.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=column == "strategy")
     for strategy in strategies:
         out.add_row(
             str(strategy),
-            "all" if strategy.plan is None else str(resolve(strategy.plan, num_layers).work.run),
+            "all" if strategy.plan is None else _recomputed(strategy.plan, num_layers),
             f"{strategy.mean('exact_match'):.2f}",
             f"{strategy.mean('f1'):.2f}",
             f"{strategy.mean('nll'):.3f}",
@@ -32,6 +33,14 @@ def table(strategies: Sequence[Strategy], title: str, num_layers: int) -> Table:
             f"{strategy.speedup_over(strategies[0]):.1f}x",
         )
     return out
+
+
+def _recomputed(plan: Plan, num_layers: int) -> str:
+    """How much of the context runs through the receiver, of its layers or of its tokens."""
+    work = resolve(plan, num_layers).work
+    if not work.select:
+        return f"{work.run} of {num_layers} layers"
+    return f"{work.select:.0%} of tokens" if isinstance(work.select, float) else f"{work.select} tokens"
 
 
 def answers(strategies: Sequence[Strategy], examples: Sequence[TextExample], count: int = 2) -> Table:

@@ -22,10 +22,14 @@ _GLOSSARY = files(__package__).joinpath("glossary")
 _MIN_LAYERS = 6  # of which a sixth is the shortest band
 
 
+SELECTED = 0.05
+"""Share of the tokens that the plan recomputes which the demo is about."""
+
+
 def plans(num_layers: int) -> list[ds.Plan]:
-    """Return the compared plans: reuse, projection, bands of a sixth and a third of the layers, band and projection."""
+    """Return the compared plans: selected tokens, reuse, projection, bands of a sixth and a third of the layers."""
     short, long = ((num_layers // 2, num_layers // 2 + num_layers // part) for part in (6, 3))
-    return [ds.Plan(), ds.Plan(project="rest"), ds.Plan([short]), ds.Plan([long]), ds.Plan([long], project="rest")]
+    return [ds.Plan(select=SELECTED), ds.Plan(), ds.Plan(project="rest"), ds.Plan([short]), ds.Plan([long])]
 
 
 def load_glossary_variant() -> tuple[Any, Any]:

@@ -151,8 +151,8 @@ def cases(pair: pairs.LoadedPair, maps: ds.Maps, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(selected, "TIMED_TOKENS", (60, 90))
     for module in (pairs, selected):
         monkeypatch.setattr(module, "MAX_ANSWER_TOKENS", 3)
-    monkeypatch.setattr(selected, "bands_of", lambda frontier: [selected.Way(str(plan), plan) for plan in bands])
-    monkeypatch.setattr(selected, "_profile", lambda folder: None)
+    monkeypatch.setattr(selected, "profiled", lambda *frontiers: [selected.Way(str(plan), plan) for plan in bands])
+    monkeypatch.setattr(selected, "frontiers_of", lambda folder: ())
     monkeypatch.setattr(selected, "fitted_maps", lambda of: pairs.Fitted(maps, 0.0, 0))
     monkeypatch.setattr(pairs.NamedPair, "load", lambda self: pair)
     return tmp_path
@@ -227,7 +227,7 @@ def test_a_way_that_is_none_is_named(cases: Path, capsys: pytest.CaptureFixture[
     assert "--page: expected" in capsys.readouterr().err
 
 
-def test_the_bands_of_a_profile() -> None:
+def test_what_a_profile_found() -> None:
     def point(kl: float, *bands: tuple[int, int], **others: object) -> Point:
         plan = ds.Plan(bands, **others)
         rest = "project" if plan.project else "reuse"
@@ -240,11 +240,13 @@ def test_the_bands_of_a_profile() -> None:
         point(0.2, (3, 15)), point(0.1, (12, 24)), point(0.05, (0, 27)), point(0.2, (12, 21)),
         point(0.1, (9, 15), project="rest"), point(0.1, (9, 15), select=0.1),
     ]  # fmt: skip
-    ways = selected.bands_of(ds.Frontier(model, model, None, tuple(points), (), costs, (1000,) * 3, 1, 3, 0))
-    assert [way.name for way in ways] == [
-        "band [15, 20)", "band [18, 24)", "band [12, 24)", "band [6, 24)", "band [3, 27)", "band [0, 27)",
-    ]  # fmt: skip
-    assert all(way.name == str(way.plan) for way in ways)
+    plain = ds.Frontier(model, model, None, tuple(points), (), costs, (1000,) * 3, 1, 3, 0)
+    *bands, best = selected.profiled(plain, plain)
+    assert [way.name for way in bands] == ["band [18, 24)", "band [12, 24)"], "of 6 layers and of 12"
+    assert all(way.name == str(way.plan) for way in bands)
+    assert best.name == "best profiled at 5 times"
+    assert plain.speedup(plain.point(best.plan), 2048) >= 5
+    assert not best.plan.select
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------------
