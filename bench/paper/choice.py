@@ -1,8 +1,9 @@
-"""The cost of choosing a plan by a few contexts: the loss beyond that of the best plan for others, found by trying all."""
+"""What a plan that few contexts choose loses on others, beyond the best one and beyond what is expected of it."""
 
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ from bench.common import Row, mean_and_interval
 from droidspeak_ops.profiling.frontier import Frontier, Point
 
 SPLITS = 100
+LIMITS = (0.01, 0.02, 0.05, 0.1, 0.15)
+"""Quality losses up to which plans are chosen."""
 
 
 def measure_choice(frontier: Frontier, speeds: Sequence[float], tokens: int) -> list[Row]:
@@ -45,6 +48,32 @@ def measure_choice(frontier: Frontier, speeds: Sequence[float], tokens: int) -> 
         of_best = kl_of_chosen / kl_of_best
         rows.append({"faster": f"{speed:g}", **points, "of_best_kl": f"{of_best:.3f}", "contexts": len(means)})
     return rows
+
+
+def measure_expectations(frontier: Frontier) -> list[Row]:
+    """Compare for each limit of the quality loss what the chosen plan loses on held-out contexts with what is expected of it.
+
+    `points` of next tokens are lost beyond the expected ones, in the mean over the deals of :func:`measure_choice`.
+    """
+    frontier = replace(frontier, points=tuple(point for point in frontier.points if None not in point.kl))
+    beyond: dict[float, list[float]] = {limit: [] for limit in LIMITS}
+    speedups: dict[float, list[float]] = {limit: [] for limit in LIMITS}
+    for order in _orders(frontier):
+        dealt = _dealt(frontier, order)
+        for limit in LIMITS:
+            chosen = dealt.point(dealt.choose(max_quality_loss=limit))
+            lost = 1 - statistics.fmean(chosen.agreement[-frontier.held_out :])
+            beyond[limit].append(100 * (lost - dealt.expected_loss(chosen)))
+            speedups[limit].append(dealt.speedup(chosen))
+    return [
+        {
+            "limit": f"{limit:g}",
+            "points": f"{statistics.fmean(beyond[limit]):.2f}",
+            "faster": f"{statistics.fmean(speedups[limit]):.2f}",
+            "deals": len(beyond[limit]),
+        }
+        for limit in LIMITS
+    ]
 
 
 def best_within(frontier: Frontier, seconds: float, tokens: int) -> Point:

@@ -10,6 +10,7 @@ contexts. Steps, each of which writes to the folder and is skipped with `--only`
 - `profiler`: what profiling a context costs, every band of all layers. To be run alone on the machine.
 - `profile`: quality against cost of every band, without maps (the paper's ways) and with them (ours), with a report of each.
 - `choose`: what plans that few contexts choose lose beyond the best ones, `choice.csv`.
+- `expect`: what they lose beyond what was expected of them, `expected.csv`.
 - `judge`: on contexts that no plan was chosen by, `judged.csv`. `kl` is the divergence of next-token distributions from those
   of the receiver's own full prefill, from the suffix's last token on, with the answer's tokens given; `agreement` is how
   often the likeliest token is the same, `accuracy` how often it is the answer's, and `of_accuracy` that of full prefill's;
@@ -48,7 +49,7 @@ from bench.common import (
 )
 from bench.pairs import CALIBRATION_CONTEXTS, LONG, PAIRS, TEST_CONTEXTS, LoadedPair, fitted_maps
 from bench.paper import results_page
-from bench.paper.choice import measure_choice
+from bench.paper.choice import measure_choice, measure_expectations
 from bench.paper.ways import SPEEDS, Way, best_at, ways_of
 from droidspeak_ops.files import remove_journal
 from droidspeak_ops.hf.decoder import Decoder
@@ -134,6 +135,14 @@ class Comparison:
         """Measure what choosing by few contexts costs."""
         _, ours = frontiers_of(self.folder)
         return [{"pair": self.name, **row} for row in measure_choice(ours, CHOSEN_AT, TIMED_TOKENS)]
+
+    def expect(self) -> list[Row]:
+        """Measure what chosen plans lose beyond what is expected of them, without maps and with them."""
+        return [
+            {"pair": self.name, "maps": which, **row}
+            for which, frontier in zip(PROFILES, frontiers_of(self.folder), strict=True)
+            for row in measure_expectations(frontier)
+        ]
 
     @torch.no_grad()
     def judge(self) -> list[Row]:
@@ -278,6 +287,7 @@ def _share(held: torch.Tensor) -> float:
 
 TABLES: dict[str, tuple[str, Callable[[Comparison], list[Row]]]] = {
     "choose": ("choice", Comparison.choose),
+    "expect": ("expected", Comparison.expect),
     "judge": ("judged", Comparison.judge),
     "answer": ("answers", Comparison.answer),
     "time": ("times", Comparison.time),

@@ -10,10 +10,10 @@ from support.compare import assert_close
 from support.models import tiny_pair, tokens
 
 import droidspeak_ops as ds
-from bench.common import read_csv
+from bench.common import Row, read_csv
 from bench.pairs import PAIRS, Fitted, LoadedPair, NamedPair
 from bench.paper import paper, results_page, ways
-from bench.paper.choice import measure_choice
+from bench.paper.choice import LIMITS, measure_choice, measure_expectations
 from bench.paper.token_selective import token_selective_prefill
 from droidspeak_ops.profiling.frontier import Point, Work
 
@@ -62,6 +62,7 @@ def test_the_whole_comparison(pair: LoadedPair, maps: ds.Maps, tmp_path: Path, m
     monkeypatch.setattr(LoadedPair, "examples", lambda self, split, contexts: examples)
     monkeypatch.setattr(ways, "CONTIGUOUS", (2, 3))
     monkeypatch.setattr(paper, "TIMED_TOKENS", 80)
+    monkeypatch.setattr("droidspeak_ops.profiling.candidates.SELECTED", (0.1,))
     monkeypatch.setattr(paper, "CHOSEN_AT", (1.2, 1.5, 9.0))  # the last is out of reach
     pair = replace(pair, named=replace(pair.named, task=replace(pair.named.task, draw=lambda *_: [])))
     (tmp_path / "costs.json").write_text(json.dumps(asdict(COSTS)))
@@ -70,7 +71,9 @@ def test_the_whole_comparison(pair: LoadedPair, maps: ds.Maps, tmp_path: Path, m
     steps = [step for step in paper.STEPS if step not in ("costs", "answer")]
     options = ["--profiled", "6", "--judged", "4", "--granularity", "1", "--rounds", "1"]
     found = paper.main(["--only", *steps, "--pairs", "lora", "--folder", str(tmp_path), "--page", str(page), *options])
-    assert list(dict.fromkeys(row["table"] for row in found)) == ["profiler", "choice", "judged", "times"]
+    assert list(dict.fromkeys(row["table"] for row in found)) == [
+        "profiler", "choice", "expected", "judged", "times",
+    ]  # fmt: skip
 
     rows = read_csv(tmp_path / "lora" / "judged.csv")
     names = [row["way"] for row in rows]
@@ -93,6 +96,10 @@ def test_the_whole_comparison(pair: LoadedPair, maps: ds.Maps, tmp_path: Path, m
     choices = read_csv(tmp_path / "lora" / "choice.csv")
     assert [row["faster"] for row in choices] == ["1.2", "1.5"]
     assert all(float(row["of_best_kl"]) >= 1 and row["contexts"] == "6" for row in choices)
+    expected = read_csv(tmp_path / "lora" / "expected.csv")
+    assert [(row["maps"], row["limit"]) for row in expected] == [
+        (which, f"{limit:g}") for which in paper.PROFILES for limit in LIMITS
+    ]
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| contiguous band (2 layers) | band [" in text
@@ -102,6 +109,26 @@ def test_the_whole_comparison(pair: LoadedPair, maps: ds.Maps, tmp_path: Path, m
         assert written == {
             "frontier.json", "report.html", "frontier.png", "quality.png", "bands.png", "sensitivity.png",
         }  # fmt: skip
+
+
+def test_what_is_lost_beyond_what_is_expected() -> None:
+    """Nothing by a plan that always loses the same; by one that loses on one context alone, as much as that is held out."""
+
+    def measured(kl: list[float], lost: list[float]) -> list[Row]:
+        work = Work(1, 1, 1, LAYERS - 2)
+        some = Point(ds.Plan([(2, 4)]), "reuse", False, work, tuple(kl), tuple(1 - each for each in lost))
+        own = Point(ds.Plan([(0, LAYERS)]), "reuse", False, Work(LAYERS - 1, 1, 0, 0), (0.0,) * 6, (1.0,) * 6)
+        model = ds.Fingerprint({"num_hidden_layers": LAYERS}, {}, "float32", "0" * 64)
+        frontier = ds.Frontier(model, model, None, (some, own), (), COSTS, (1000,) * 6, 2, 1, 0)
+        return measure_expectations(frontier)
+
+    same = measured([0.1] * 6, [0.08] * 6)
+    assert [row["limit"] for row in same] == [f"{limit:g}" for limit in LIMITS]
+    assert [float(row["points"]) for row in same] == pytest.approx([0] * 5, abs=0.01)
+    assert float(same[2]["faster"]) < float(same[3]["faster"]), "8 % are lost, which are within a tenth"
+    # Held out, the one that is lost is not expected; where it is expected, more than a tenth is, and nothing is reused.
+    odd = measured([0.1] * 6, [0.0] * 5 + [0.6])
+    assert float(odd[3]["points"]) == pytest.approx(100 * 0.3 / 3, abs=2)
 
 
 def test_what_a_choice_loses() -> None:
