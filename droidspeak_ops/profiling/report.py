@@ -20,6 +20,8 @@ MAX_LOSSES = (0.01, 0.05, 0.1)
 
 COLOURS: dict[Rest, str] = {"reuse": "#7f7f7f", "project": "#31a354", "fitted": "#3182bd"}
 NAMES: dict[Rest, str] = {"reuse": "rest reused", "project": "rest projected", "fitted": "rest fitted"}
+MARKERS = {"": ".", "scattered layers": "x", "tokens by attention": "^", "last tokens": "v", "tokens by deviation": "d"}
+"""Markers of points, by what they recompute."""
 _MIN_KL = 1e-5  # lower end of logarithmic axes; smaller divergences are rounding
 
 _PAGE = """<!doctype html>
@@ -68,11 +70,12 @@ def summary(frontier: Frontier) -> str:
     tokens = frontier.contexts
     return (
         f"{len(frontier.points)} plans measured on {len(tokens)} contexts of {min(tokens)} to {max(tokens)} tokens; bands "
-        f"start and end at multiples of {frontier.granularity} layers. Plans are chosen by their expected loss on "
-        f"{len(tokens) - frontier.held_out} contexts and evaluated on {frontier.held_out} held-out ones. Quality loss is the "
-        f"{_loss(frontier)}. KL is the divergence of next-token distributions from those after full prefill, in nats: the mean "
-        f"over contexts, or the geometric mean where it is called typical. Brackets hold 95 % bootstrap intervals. Times are "
-        f"predicted for {frontier.mean_tokens} tokens, from measurements on {frontier.costs.machine}."
+        f"start and end at multiples of {frontier.granularity} layers. Tokens that are selected run through all of them. Plans "
+        f"are chosen by their expected loss on {len(tokens) - frontier.held_out} contexts and evaluated on {frontier.held_out} "
+        f"held-out ones. Quality loss is the {_loss(frontier)}. KL is the divergence of next-token distributions from those "
+        f"after full prefill, in nats: the mean over contexts, or the geometric mean where it is called typical. Brackets hold "
+        f"95 % bootstrap intervals. Times are predicted for {frontier.mean_tokens} tokens, from measurements on "
+        f"{frontier.costs.machine}."
     )
 
 
@@ -151,9 +154,9 @@ def frontier_plot(frontier: Frontier) -> Figure:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for rest, name in NAMES.items():
-        for scattered, marker in ((False, "."), (True, "x")):
-            some = [each for each in frontier.points if each.rest == rest and (len(each.plan.bands) > 1) == scattered]
-            label = f"{name}, scattered layers" if scattered else name
+        for kind, marker in MARKERS.items():
+            some = [each for each in frontier.points if each.rest == rest and _kind(each) == kind]
+            label = f"{name}, {kind}" if kind else name
             if some:
                 _scatter(axes, frontier, some, marker=marker, color=COLOURS[rest], label=label, alpha=0.6)
     best = _drawable(frontier, frontier.pareto())
@@ -219,6 +222,13 @@ PLOTS: dict[str, tuple[str, Callable[[Frontier], Figure]]] = {
     "bands": ("Every band", bands),
     "sensitivity": ("Sensitivity by layer", sensitivity),
 }
+
+
+def _kind(point: Point) -> str:
+    """What a point recomputes, besides one band or none."""
+    if point.plan.select:
+        return "last tokens" if point.plan.selector == "recent" else f"tokens by {point.plan.selector}"
+    return "scattered layers" if len(point.plan.bands) > 1 else ""
 
 
 def _bands(frontier: Frontier, rest: Rest) -> list[Point]:
