@@ -122,7 +122,7 @@ class _Sequence:
         if schedule.selector == "deviation":
             return highest(self._deviations(), count)
         if schedule.selector == "attention":
-            return around_peaks(self._peaks(schedule.probed), count)
+            return around_peaks(self._peaks(schedule.looked_at), count)
         found = schedule.selector(self._ids[0, :tokens], self._ids[0, tokens:])
         if found.is_floating_point() and found.shape == (tokens,):
             return around_peaks(found, count)
@@ -200,13 +200,15 @@ class _Sequence:
         both.values[:, :, start : start + held] = values
         return _Rows(*both[:2], torch.cat((older, torch.arange(first, total, device=device))))
 
-    def _peaks(self, depth: int) -> torch.Tensor:
-        """For each token of the context the largest probability of it in the suffix's attention, of the first layers."""
+    def _peaks(self, layers: range) -> torch.Tensor:
+        """For each token of the context the largest probability of it in the suffix's attention, of some layers."""
         decoder, device = self._decoder, self._ids.device
         total, suffix = self._ids.shape[1], self._suffix_positions
         peaks = torch.zeros((1, total), device=device)
 
         def look(layer: int, states: torch.Tensor, over: Pass, rows: _Rows) -> None:
+            if layer not in layers:
+                return
             slots = torch.full((1, total), -1, device=device)
             slots[0, rows.positions] = torch.arange(len(rows.positions), device=device)
             ops.attention_peaks(
@@ -214,7 +216,7 @@ class _Sequence:
                 window=decoder.windows[layer], **decoder.attention(layer),
             )  # fmt: skip
 
-        self._pass(suffix, suffix[:0], depth, look)
+        self._pass(suffix, suffix[:0], layers.stop, look)
         peaks[0, :SINKS] = 0  # everything looks at them
         return peaks[0, : self._tokens]
 

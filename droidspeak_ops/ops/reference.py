@@ -129,16 +129,16 @@ def kv_splice_ref(
 
 
 class _Attended(NamedTuple):
-    """What the rows of one sequence give to the n keys that the cache holds for it, by the query heads of one kv head.
+    """What the rows of one sequence give to the n keys that the cache holds for it, by the query heads of some kv heads.
 
     Args:
         keys: positions [n].
         block, row: where the keys are in the cache, [n].
-        probabilities: float32 [heads, N, n], 0 where a row does not see a key.
+        probabilities: float32 [kv_heads, heads of each, N, n], 0 where a row does not see a key.
     """
 
     sequence: int
-    kv_head: int
+    kv_heads: slice
     heads: slice
     keys: torch.Tensor
     block: torch.Tensor
@@ -156,10 +156,11 @@ def _attend_ref(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> Iterator[_Attended]:
-    """Softmax over the keys that each row sees, for one sequence and kv head at a time: never for all heads at once."""
+    """Softmax over the keys that each row sees, for one sequence and as many kv heads at a time as make few probabilities."""
     if not positions.numel():
         return
-    group, block_size = q.shape[2] // k_cache.shape[1], k_cache.shape[2]
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    group = q.shape[2] // num_kv_heads
     every = torch.arange(key_slots.shape[1], device=q.device)
     for sequence, (slots, places) in enumerate(zip(key_slots, positions, strict=True)):
         # Keys behind all rows are not looked at: their slots may be still to be written.
@@ -167,18 +168,25 @@ def _attend_ref(
         block, row = slots[keys] // block_size, slots[keys] % block_size
         distance = places[:, None] - keys
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        for kv_head in range(k_cache.shape[1]):
-            heads = slice(kv_head * group, (kv_head + 1) * group)
-            queries, k = q[sequence, :, heads].transpose(0, 1).float(), k_cache[block, kv_head, row].float()
-            logits = scale * (queries @ k.T)
+        queries = q[sequence].unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3).float()
+        k = k_cache[block, :, row].permute(1, 2, 0).float()
+        at_a_time = max(1, _PROBABILITIES // max(1, group * hidden.numel()))
+        for first in range(0, num_kv_heads, at_a_time):
+            kv_heads = slice(first, min(first + at_a_time, num_kv_heads))
+            heads = slice(kv_heads.start * group, kv_heads.stop * group)
+            logits = scale * (queries[kv_heads].flatten(1, 2) @ k[kv_heads]).unflatten(1, (group, -1))
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             logits.masked_fill_(hidden, -torch.inf)
             if sinks is not None:
-                logits = torch.cat((logits, sinks[heads, None, None].float().expand(-1, len(places), 1)), dim=-1)
+                of_heads = sinks[heads].float().view(-1, group, 1, 1).expand(-1, -1, len(places), 1)
+                logits = torch.cat((logits, of_heads), dim=-1)
             # A row that sees nothing, and one that sees NaN, are NaN all over.
             probabilities = logits.softmax(-1)[..., : len(keys)].masked_fill(hidden, 0.0)
-            yield _Attended(sequence, kv_head, heads, keys, block, row, probabilities)
+            yield _Attended(sequence, kv_heads, heads, keys, block, row, probabilities)
+
+
+_PROBABILITIES = 1 << 20  # at a time, of a CPU's caches
 
 
 def attention_peaks_ref(
@@ -195,7 +203,7 @@ def attention_peaks_ref(
     """Raise `peaks` [B, S] to the largest probability that a row and head of `q` [B, N, H, D] gives to each key."""
     for part in _attend_ref(q, k_cache, key_slots, positions, scale, window, softcap, sinks):
         own = peaks[part.sequence]
-        own[part.keys] = torch.maximum(own[part.keys], part.probabilities.flatten(0, 1).amax(0))
+        own[part.keys] = torch.maximum(own[part.keys], part.probabilities.flatten(0, 2).amax(0))
 
 
 def attend_rows_ref(
@@ -212,8 +220,8 @@ def attend_rows_ref(
 ) -> None:
     """Write to `out` [B, N, H, D] the sum of V over the keys that each row of `q` sees, weighted by their probabilities."""
     for part in _attend_ref(q, k_cache, key_slots, positions, scale, window, softcap, sinks):
-        v = v_cache[part.block, part.kv_head, part.row].float()
-        out[part.sequence, :, part.heads] = (part.probabilities @ v).transpose(0, 1).to(out.dtype)
+        v = v_cache[part.block, part.kv_heads, part.row].transpose(0, 1).unsqueeze(1).float()
+        out[part.sequence, :, part.heads] = (part.probabilities @ v).flatten(0, 1).transpose(0, 1).to(out.dtype)
 
 
 def store_rows_ref(rows: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .plan import Plan
-from .select import probed_layers
+from .select import layers_looked_at
 
 if TYPE_CHECKING:
     from .maps import Maps
@@ -112,13 +112,13 @@ class Schedule:
             kv=sum(what == "kv" for what, _ in self.reads),
             layers=len(self.sources) if self.select else 0,
             select=self.select,
-            probed=self.probed if self.select and self.selector == "attention" else 0,
+            probed=self.looked_at.stop if self.select and self.selector == "attention" else 0,
         )
 
     @property
-    def probed(self) -> int:
-        """Through how many layers the suffix runs to select what its attention peaks at."""
-        return probed_layers(len(self.sources), fitted=self.uses_maps)
+    def looked_at(self) -> range:
+        """The layers at whose attention peaks tokens are selected."""
+        return layers_looked_at(len(self.sources))
 
 
 def resolve(

@@ -9,15 +9,15 @@ NEIGHBOURS = 12
 MIN_TOKENS = 48
 """Fewest tokens that a share selects, of contexts that have them: one peak with its neighbours is too little."""
 
-PROBED = 1 / 2
-"""Share of the layers whose attention is looked at."""
-PROBED_OVER_FITTED = 1 / 3
-"""The same where K and V are fitted to the receiver, in which its attention finds its way sooner."""
+LOOKED_AT = 1 / 6, 1 / 3
+"""From where to where in the depth of a model the suffix's attention is looked at. On the calibration contexts of a pair it
+peaks at what the answer stands in for 95 % of questions; up to a half of the depth for 97, at a time that is a third longer."""
 
 
-def probed_layers(num_layers: int, *, fitted: bool) -> int:
-    """Return through how many layers the suffix runs to show what it looks at."""
-    return max(1, round((PROBED_OVER_FITTED if fitted else PROBED) * num_layers))
+def layers_looked_at(num_layers: int) -> range:
+    """Return the layers whose attention says what a suffix looks at; it runs through all up to the last of them."""
+    start, stop = (round(part * num_layers) for part in LOOKED_AT)
+    return range(min(start, max(1, stop) - 1), max(1, stop))
 
 
 def budget(select: float | int, tokens: int) -> int:

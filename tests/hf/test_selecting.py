@@ -61,6 +61,7 @@ def test_every_token_is_a_full_prefill(family: str, batch: int) -> None:
 @pytest.mark.parametrize("selector", ["attention", "recent", odd], ids=["attention", "recent", "function"])
 def test_some_tokens_equal_a_slow_computation(family: str, selector, monkeypatch: pytest.MonkeyPatch) -> None:
     around(monkeypatch, 1)
+    monkeypatch.setattr("droidspeak_ops.prefill.select.LOOKED_AT", (1 / LAYERS, 4 / LAYERS))
     sender, receiver = pair_of(family)
     prompt = tokens(CONTEXT + SUFFIX)
     plan = ds.Plan([(1, 3)], project=[4], select=6, selector=selector)
@@ -69,7 +70,7 @@ def test_some_tokens_equal_a_slow_computation(family: str, selector, monkeypatch
     context, suffix = prompt[:, :CONTEXT], prompt[:, CONTEXT:]
     mixed, _ = slow_mixed(SlowDecoder(sender), slow, context, suffix, plan.bands, plan.project)
     if selector == "attention":
-        _, scores, _ = slow_selected(slow, mixed, prompt, CONTEXT, [], depth=LAYERS // 2)
+        _, scores, _ = slow_selected(slow, mixed, prompt, CONTEXT, [], looked_at=range(1, 4))
         scores[:4] = 0
     else:
         scores = torch.arange(CONTEXT).float() if selector == "recent" else odd(context[0], suffix[0])

@@ -242,23 +242,24 @@ def slow_selected(
     prompt: Tensor,
     tokens: int,
     chosen: Sequence[int],
-    depth: int | None = None,
+    looked_at: range | None = None,
 ) -> tuple[list[dict[int, tuple[Tensor, Tensor]]], Tensor, Tensor]:
     """Some tokens of a context and then its suffix through the receiver, over K/V that are there already.
 
     Args:
         mixed: K/V of the context, of every layer; those that a window has left behind are not there.
         chosen: of the context.
-        depth: how many layers run.
+        looked_at: layers whose shares count, with no need of any behind them; all layers if None.
 
     Returns:
         K and V ``[kv heads, head_dim]`` of each layer by position; the largest share that any head and any token of the suffix
-        gives each token of the context, over all layers; and what leaves the last layer.
+        gives each token of the context, over these layers; and what leaves the last layer.
     """
     positions = torch.tensor([*chosen, *range(tokens, prompt.shape[1])])
     x = receiver.embed(prompt)[positions]
     tables, peaks = [], torch.zeros(tokens).double()
-    for layer in range(receiver.config.num_hidden_layers if depth is None else depth):
+    looked_at = range(receiver.config.num_hidden_layers) if looked_at is None else looked_at
+    for layer in range(looked_at.stop):
         window = receiver.window(layer)
         first = 0 if window is None else max(tokens - window + 1, 0)
         table = {
@@ -274,7 +275,7 @@ def slow_selected(
         )
         shares = receiver.probabilities(layer, x, positions, keys, there)[:, len(chosen) :].amax((0, 1))
         for at, share in zip(there.tolist(), shares, strict=True):
-            if at < tokens:
+            if at < tokens and layer in looked_at:
                 peaks[at] = max(peaks[at], share)
         x = receiver.layer_over(layer, x, positions, (keys, values), there)
         tables.append(table)
