@@ -22,8 +22,8 @@ _GLOSSARY = files(__package__).joinpath("glossary")
 _MIN_LAYERS = 6  # of which a sixth is the shortest band
 
 
-SELECTED = 0.05
-"""Share of the tokens that the plan recomputes which the demo is about."""
+SELECTED = 40
+"""Tokens that the plan recomputes which the demo is about."""
 
 
 def plans(num_layers: int) -> list[ds.Plan]:

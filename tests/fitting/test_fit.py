@@ -143,6 +143,33 @@ def test_a_fitted_layer_is_its_formula(pair, maps) -> None:
         assert_bitwise_equal(cache.layers[layer].values[:, :, :4], context.kv(layer).values[:, :, :4])
 
 
+def test_plans_that_select_tokens_are_filled_by_maps_at_share_1(pair, maps) -> None:
+    sender, receiver = pair
+    ids = tokens(60)
+    context = ds.capture(sender, ids[:, :50], layers=range(LAYERS))
+    by_hidden, by_kv = (("project", *[source] * (LAYERS - 1)) for source in ("fitted", "fitted_kv"))
+    full = dataclasses.replace(maps, choices=by_hidden, choices_without_hidden=by_kv, layers=maps.repaired)
+    plan = ds.Plan(project="rest", select=4, selector="recent")
+    for of_context in (context, dataclasses.replace(context, hidden_states={})):
+        repaired = ds.partial_prefill(receiver, of_context, plan, prompt_ids=ids, maps=maps)
+        wanted = ds.partial_prefill(receiver, of_context, ALL, maps=full)
+        learnt = ds.partial_prefill(receiver, of_context, ALL, maps=maps)
+        for ours, theirs in zip(repaired.layers, wanted.layers, strict=True):
+            assert_bitwise_equal(ours.keys[:, :, :46], theirs.keys[:, :, :46])
+            assert_bitwise_equal(ours.values[:, :, :46], theirs.values[:, :, :46])
+        assert not torch.equal(repaired.layers[-1].values[:, :, :46], learnt.layers[-1].values[:, :, :46])
+    # From the sender's K/V a map at a share goes as much of the way from these to that at share 1.
+    for (layer, source), part in maps.layers.items():
+        if source == "fitted_kv":
+            own = torch.eye(part.k_weight.shape[1])
+            whole = maps.repaired[layer, source]
+            for learnt, fitted, start, share in (
+                (part.k_weight, whole.k_weight, own[: len(part.k_weight)], maps.shares[layer][0]),
+                (part.v_weight, whole.v_weight, own[len(part.k_weight) :], maps.shares[layer][1]),
+            ):
+                assert_close(learnt, start + share * (fitted - start), torch.float32)
+
+
 def test_a_band_is_left_to_the_plan(pair, maps) -> None:
     context = ds.capture(pair[0], tokens(50), layers=range(LAYERS))
     plan = ds.Plan([(1, 3)], project="rest")
