@@ -10,11 +10,12 @@ import torch
 from support.models import tiny_pair, tokens
 
 import droidspeak_ops as ds
-from bench import pairs, selected, selected_page
+from bench import located, pairs, selected, selected_page
 from bench.common import Row, read_csv, write_csv
 from bench.selectors import mean_attention, random_windows
 from bench.variants import glossary
 from droidspeak_ops.example import TextExample
+from droidspeak_ops.hf import selecting
 from droidspeak_ops.prefill.schedule import resolve
 from droidspeak_ops.profiling.frontier import Point
 
@@ -120,6 +121,27 @@ def test_the_mean_attention_is_that_of_the_suffix_over_the_reused_cache(pair: pa
     mean = torch.stack([each[0, :, 80:, :80].mean((0, 1)) for each in layers]).mean(0)
     chosen = mean_attention(pair.receiver, own, 0.1)(prompt[0, :80], suffix[0])
     assert chosen.tolist() == mean.topk(48).indices.sort().values.tolist()
+
+
+def test_peaks_of_each_layer_are_what_selection_takes_the_largest_of(
+    pair: pairs.LoadedPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = ds.Example(tokens(80), tokens(6), tokens(3))
+    by_layer = located.peaks_by_layer(pair, example, 4)
+    assert by_layer.shape == (4, 80) and by_layer.min() >= 0 and by_layer.max() <= 1
+    assert not by_layer[:, :4].any() and len(by_layer.amax(1).unique()) == 4
+    taken = []
+    monkeypatch.setattr(selecting, "around_peaks", lambda scores, count: taken.append(scores) or torch.arange(count))
+    ds.partial_prefill(pair.receiver, pair.capture(example.context), ds.Plan(select=2), prompt_ids=example.prompt)
+    assert torch.equal(taken[0], by_layer[1:2].amax(0)), "of six layers from a sixth to a third"
+
+
+def test_the_tokens_of_an_answer() -> None:
+    def tokenizer(text: str, return_offsets_mapping: bool) -> dict[str, list[tuple[int, int]]]:
+        return {"offset_mapping": [(start, start + 3) for start in range(0, len(text), 3)]}
+
+    text = TextExample("012345678901abcd", "?", "78901a")
+    assert located.answer_tokens(tokenizer, text) == {2, 3, 4}
 
 
 def test_random_windows_are_the_same_at_every_call() -> None:
