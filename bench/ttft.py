@@ -4,8 +4,8 @@
 
 Full prefill is the strongest a transformers user has: the model's own attention (SDPA), ``logits_to_keep=1``, warm. It is
 timed again right before every plan in every round, and a plan's speed-up is the median of the ratios of such neighbours.
-`of_bound` compares a plan with what it should cost: its share of the layers, the suffix over transformers' own cache of the
-context (prefix caching), and its projections.
+`of_bound` compares a plan with what it should cost: its share of the layers and of the tokens, its projections, and the suffix
+over transformers' own cache of the context (prefix caching), with what it runs of that once more to select.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import droidspeak_ops as ds
 from bench.common import Row, default_device, parser, setting, show, write_csv
 from bench.pairs import PAIRS, LoadedPair
 from droidspeak_ops.prefill.schedule import resolve
+from droidspeak_ops.prefill.select import budget
 from droidspeak_ops.profiling.timing import SUFFIX_TOKENS, first_token, timed
 
 
 def plans(depth: int) -> list[ds.Plan]:
-    """Return the plans that are compared: reuse, projection, bands of 1 to 15 layers, and one of them with projection."""
+    """Return the plans that are compared: reuse, projection, bands of 1 to 15 layers, one with projection, selected tokens."""
     middle = depth // 2
     bands = [(middle, middle + length) for length in (1, 5, 10, 15)]
     return [
@@ -36,6 +37,8 @@ def plans(depth: int) -> list[ds.Plan]:
         ds.Plan(project="rest"),
         *(ds.Plan([band]) for band in bands),
         ds.Plan([bands[2]], project="rest"),
+        ds.Plan(select=40),
+        ds.Plan(select=0.05),
     ]
 
 
@@ -72,13 +75,16 @@ def measure(pair: LoadedPair, tokens: int, rounds: int, norm: Literal["hf", "fol
     rows: list[Row] = []
     for plan in starts:
         work = resolve(plan, depth).work
+        selected = budget(work.select, tokens)
         of_layers = work.run * median["full"] + work.projected * median["projections"]
-        bound = of_layers / depth + median["suffix"]
+        of_tokens = selected / tokens * median["full"]
+        bound = of_layers / depth + of_tokens + (1 + work.probed / depth) * median["suffix"]
         rows.append(
             {
                 "tokens": tokens,
                 "plan": str(plan),
                 "layers_run": work.run,
+                "selected": selected,
                 "full_ms": round(median["full"] * 1e3, 1),
                 "plan_ms": round(median[plan] * 1e3, 1),
                 "speedup": round(statistics.median(ratios[plan]), 2),
