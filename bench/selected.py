@@ -87,6 +87,7 @@ class Way:
 WAYS = (
     Way(selected_page.REUSED, ds.Plan()),
     Way("selected 40 tokens", ds.Plan(select=40)),
+    Way("selected 48 tokens", ds.Plan(select=48)),
     Way("selected 5 %", ds.Plan(select=0.05)),
     Way("selected 10 %", ds.Plan(select=0.1)),
     Way("recent 10 %", ds.Plan(select=0.1, selector="recent")),

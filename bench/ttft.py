@@ -37,7 +37,7 @@ def plans(depth: int) -> list[ds.Plan]:
         ds.Plan(project="rest"),
         *(ds.Plan([band]) for band in bands),
         ds.Plan([bands[2]], project="rest"),
-        ds.Plan(select=40),
+        ds.Plan(select=48),
         ds.Plan(select=0.05),
     ]
 

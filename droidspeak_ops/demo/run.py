@@ -22,7 +22,7 @@ _GLOSSARY = files(__package__).joinpath("glossary")
 _MIN_LAYERS = 6  # of which a sixth is the shortest band
 
 
-SELECTED = 40
+SELECTED = 48
 """Tokens that the plan recomputes which the demo is about."""
 
 
