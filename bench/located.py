@@ -25,8 +25,8 @@ from droidspeak_ops.example import TextExample
 from droidspeak_ops.prefill.maps import SINKS
 from droidspeak_ops.prefill.select import around_peaks
 
-STOPS = (6, 8, 10, 12, 15, 18, 20, 22)
-PARTS = (0, 1 / 3, 1 / 2, 2 / 3)
+STOPS = (8, 10, 12, 15, 18, 20)
+PARTS = (0, 1 / 3, 1 / 2, 2 / 3, 4 / 5)
 """Where the layers start, as parts of their stop."""
 COUNTS = (40, 48)
 QUESTIONS = (1, 3, 5, 7)

@@ -133,7 +133,7 @@ def test_peaks_of_each_layer_are_what_selection_takes_the_largest_of(
     taken = []
     monkeypatch.setattr(selecting, "around_peaks", lambda scores, count: taken.append(scores) or torch.arange(count))
     ds.partial_prefill(pair.receiver, pair.capture(example.context), ds.Plan(select=2), prompt_ids=example.prompt)
-    assert torch.equal(taken[0], by_layer[1:2].amax(0)), "of six layers from a sixth to a third"
+    assert torch.equal(taken[0], by_layer[2:4].amax(0)), "of six layers the two in the middle"
 
 
 def test_the_tokens_of_an_answer() -> None:

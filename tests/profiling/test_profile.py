@@ -118,7 +118,7 @@ def test_the_work_of_a_plan(frontier, maps) -> None:
     assert frontier.point(ds.Plan()).work == Work(0, 0, 0, LAYERS)
     assert frontier.point(ds.Plan([(0, LAYERS)])).work == Work(LAYERS - 1, 1, 0, 0)
     assert frontier.point(ds.Plan(select=0.1, selector="recent")).work == Work(0, 0, 0, LAYERS, LAYERS, 0.1, 0)
-    assert resolve(ds.Plan(select=0.1), LAYERS).work == Work(0, 0, 0, LAYERS, LAYERS, 0.1, 2)
+    assert resolve(ds.Plan(select=0.1), LAYERS).work == Work(0, 0, 0, LAYERS, LAYERS, 0.1, 3)
     assert resolve(ds.Plan(select=5, selector="deviation"), LAYERS).work == Work(1, 1, 0, LAYERS, LAYERS, 5, 0)
     fitted = frontier.point(ds.Plan([(1, 3)], project="rest"))
     roles = resolve(fitted.plan, LAYERS, maps).sources
