@@ -46,7 +46,7 @@ class ChosenFor:
             raise ReuseError(f"plan: expected {expected}, as it was chosen with, got {got}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The work of a receiver at each layer over a context that a sender has read.
 
@@ -76,7 +76,7 @@ class Plan:
     project: Sequence[int] | Literal["rest"] = ()
     select: int | float = 0
     selector: Any = "attention"
-    chosen_for: ChosenFor | None = field(default=None, compare=False, repr=False)
+    chosen_for: ChosenFor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         bands = tuple(sorted(_band(band) for band in _items("bands", self.bands)))
@@ -104,6 +104,18 @@ class Plan:
             )
         object.__setattr__(self, "bands", bands)
         object.__setattr__(self, "project", project)
+
+    @property
+    def _work(self) -> tuple[Any, ...]:
+        """What two equal plans have in common. One token and all of them, 1 and 1.0, are equal to Python alone."""
+        return self.bands, self.project, self.select, self.select == 1 and type(self.select), self.selector
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both ask for the same work, whatever they were chosen for."""
+        return self._work == other._work if isinstance(other, Plan) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._work)
 
     def hidden_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers at which the sender's hidden states are needed: where bands start and at projected layers.

@@ -40,6 +40,16 @@ def test_sources_cover_the_model(plan: Plan) -> None:
     assert set(plan.hidden_layers(LAYERS)) == (projected | {start for start, _ in plan.bands}) - {0}
 
 
+def test_one_token_is_not_all_of_them() -> None:
+    """1 and 1.0 are equal, and what they select is not."""
+    one, every = Plan(select=1), Plan(select=1.0)
+    assert one != every and len({one, every}) == 2
+    for plan in (one, every, one):
+        assert type(resolve(plan, LAYERS).select) is type(plan.select)
+    assert Plan(select=0) == Plan(select=0.0) == Plan() and hash(Plan(select=0.0)) == hash(Plan())
+    assert Plan(select=3) == Plan(select=3) != Plan(select=3, selector="recent")
+
+
 def test_a_chosen_plan_is_for_its_pair_and_maps() -> None:
     chosen = ChosenFor("s", "r", "m")
     plan = Plan([(0, 2)], chosen_for=chosen)

@@ -1,19 +1,18 @@
 """The pair of the profiler's tests, and what is measured of it once for all of them."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support.models import tiny_pair, tokens
-from support.profiles import COSTS, LAYERS, examples
+from support.profiles import COSTS, LAYERS, examples, one_share
 
 import droidspeak_ops as ds
-from droidspeak_ops.profiling import candidates
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_share():
-    """Of the shares of selected tokens that are tried, which each run by themselves, one shows what all would."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidates, "SELECTED", (0.1,))
+@pytest.fixture(autouse=True)
+def _one_share() -> Iterator[None]:
+    with one_share():
         yield
 
 
@@ -38,4 +37,5 @@ def some() -> list[ds.Example]:
 @pytest.fixture(scope="session")
 def frontier(pair, some, maps) -> ds.Frontier:
     """With maps."""
-    return ds.profile(*pair, some, maps=maps, costs=COSTS, show_progress=False)
+    with one_share():
+        return ds.profile(*pair, some, maps=maps, costs=COSTS, show_progress=False)

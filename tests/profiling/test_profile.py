@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from support.models import fine_tuned, tokens
-from support.profiles import COSTS, LAYERS, alike, examples, in_order, interrupted_after
+from support.profiles import COSTS, LAYERS, alike, examples, in_order, interrupted_after, one_share
 
 import droidspeak_ops as ds
 from droidspeak_ops.hf.passes import Pass
@@ -22,7 +22,8 @@ BANDS = LAYERS * (LAYERS + 1) // 2
 @pytest.fixture(scope="module")
 def plain(pair, some) -> ds.Frontier:
     """Without maps."""
-    return ds.profile(*pair, some, costs=COSTS, show_progress=False)
+    with one_share():
+        return ds.profile(*pair, some, costs=COSTS, show_progress=False)
 
 
 def by_hand(pair, maps, point, example: ds.Example) -> tuple[float, float]:

@@ -1,16 +1,27 @@
 """What the tests of the profiler have in common: a pair's size, made-up costs, examples, and runs that are interrupted."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from support.models import tokens
 
 import droidspeak_ops as ds
+from droidspeak_ops.profiling import candidates
 from droidspeak_ops.profiling import run as profiling
 
 LAYERS = 5
 COSTS = ds.CostModel((0, 1e-4, 0), (0, 1e-5, 0), (0.05, 0, 0), 4000, 1000, "made up", (100, 2000))
+
+
+@contextmanager
+def one_share() -> Iterator[None]:
+    """Of the shares of selected tokens, which each run by themselves, one is tried: it shows what all would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidates, "SELECTED", (0.1,))
+        yield
 
 
 def examples(count: int, answer: int = 12) -> list[ds.Example]:
