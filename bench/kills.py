@@ -55,7 +55,7 @@ Run = Callable[[], Any]
 
 
 class Target(NamedTuple):
-    """What is killed.
+    """A writer that is killed.
 
     Args:
         prepare: called in the process, with a folder of the run's; returns the run.

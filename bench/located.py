@@ -1,4 +1,4 @@
-"""Which layers' attention finds the answer: the setting of selected tokens, on calibration questions.
+"""Find the layers whose attention locates the answer: the setting of selected tokens, on calibration questions.
 
     python -m bench.located --csv docs/selected/located.csv
 
@@ -30,7 +30,7 @@ PARTS = (0, 1 / 3, 1 / 2, 2 / 3, 4 / 5)
 """Where the layers start, as parts of their stop."""
 COUNTS = (40, 48)
 QUESTIONS = (1, 3, 5, 7)
-"""Of a context's eight."""
+"""Questions that are asked, of a context's eight."""
 
 
 def peaks_by_layer(pair: LoadedPair, example: ds.Example, layers: int) -> torch.Tensor:

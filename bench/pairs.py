@@ -40,7 +40,7 @@ LONG = 2_000
 
 @dataclass(frozen=True)
 class Task:
-    """What a receiver is asked to do.
+    """A task of a receiver: its examples, and what an answer scores.
 
     Args:
         metric: one of :data:`droidspeak_ops.metrics.METRICS`, by which answers are scored; None where none is generated, since

@@ -125,7 +125,7 @@ def tiny_examples(count: int) -> list[ds.Example]:
 
 
 class Inputs(NamedTuple):
-    """What is made beforehand, in one thread.
+    """Inputs and expected results, made beforehand in one thread.
 
     Args:
         examples: of which the contexts are read.

@@ -1,4 +1,4 @@
-"""What the attention kernels share: which rows a tile has and what they see, where keys are in the cache, and their logits.
+"""Parts that the attention kernels share: the rows of a tile and what they see, where keys are in the cache, and logits.
 
 The query heads of a kv head are packed with the rows, so that a tile has no row to spare however few there are: packed row m is
 head ``m % GROUP`` of row ``m // GROUP``. Logits are in base 2: with log2(e) in the scale, `exp2` serves for `exp`.

@@ -249,7 +249,7 @@ def here(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fails(command: str, capsys: pytest.CaptureFixture) -> str:
-    """What a command that fails says last on stderr."""
+    """Return the last line that a failing command writes to stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main(shlex.split(command))

@@ -1,1 +1,1 @@
-"""What :mod:`bench.fuzz` damages, how, and what reads it."""
+"""Files that :mod:`bench.fuzz` damages, the damages, and the readers."""

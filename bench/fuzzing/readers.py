@@ -77,7 +77,7 @@ class Reader:
 
     @cached_property
     def expected(self) -> list[bytes]:
-        """What the whole files are read as."""
+        """Results of reading the whole files."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "file"
             return [self.identity(self.read(path)) for whole in self.wholes if path.write_bytes(whole)]

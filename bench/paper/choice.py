@@ -1,4 +1,4 @@
-"""What a plan that few contexts choose loses on others, beyond the best one and beyond what is expected of it."""
+"""Losses of plans that few contexts choose: on others, beyond the best plan's and beyond what is expected."""
 
 from __future__ import annotations
 

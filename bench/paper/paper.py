@@ -292,7 +292,7 @@ TABLES: dict[str, tuple[str, Callable[[Comparison], list[Row]]]] = {
     "answer": ("answers", Comparison.answer),
     "time": ("times", Comparison.time),
 }
-"""Of the steps that write a table for every pair: its name, and what gives its rows."""
+"""Steps that write a table for every pair, with the table's name and the method that returns its rows."""
 STEPS = ("costs", "profiler", "profile", *TABLES, "page")
 
 

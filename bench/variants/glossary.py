@@ -20,7 +20,7 @@ _ONSETS = "b br d dr f fl g gl j k kr l m n p pl r s sk st t tr v z".split()
 _VOWELS = "a e i o u ai ou".split()
 _CODAS = ["", *"b d g k l m n nd p r rk s sh t x".split()]
 ANSWERS = "<|im_start|>assistant\n"
-"""What a suffix ends with: here the answer starts."""
+"""End of a suffix, behind which the answer starts."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def table(strategies: Sequence[Strategy], title: str, num_layers: int) -> Table:
 
 
 def _recomputed(plan: Plan, num_layers: int) -> str:
-    """How much of the context runs through the receiver, of its layers or of its tokens."""
+    """Describe how many of the receiver's layers or of the context's tokens are recomputed."""
     work = resolve(plan, num_layers).work
     if not work.select:
         return f"{work.run} of {num_layers} layers"

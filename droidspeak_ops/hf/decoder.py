@@ -141,7 +141,7 @@ class Decoder:
         return queries if rotation is None else torch.stack([rope_ref(each, *rotation) for each in queries])
 
     def attention(self, layer: int) -> dict[str, Any]:
-        """How a layer's attention makes probabilities: `scale`, and `softcap` and `sinks` where it has them."""
+        """Return the arguments of a layer's attention: `scale`, and `softcap` and `sinks` where it has them."""
         attention = self.layers[layer].self_attn
         return {
             "scale": attention.scaling,

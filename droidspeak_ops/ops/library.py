@@ -53,7 +53,7 @@ _SCHEMAS = (
 
 
 _TENSORS: dict[str, list[tuple[int, str, bool]]] = {}
-"""Of each operator's arguments, those with tensors: place, name, and whether they are written."""
+"""Tensor arguments of each operator: place, name, and whether they are written."""
 
 
 def _checked(implementation: Callable[..., None]) -> Callable[..., None]:

@@ -129,7 +129,7 @@ def kv_splice_ref(
 
 
 class _Attended(NamedTuple):
-    """What the rows of one sequence give to the n keys that the cache holds for it, by the query heads of some kv heads.
+    """Attention probabilities of one sequence: its rows over the n keys that the cache holds for it, for some kv heads.
 
     Args:
         keys: positions [n].

@@ -18,7 +18,7 @@ SELECTORS = ("attention", "recent", "deviation")
 
 @dataclass(frozen=True)
 class ChosenFor:
-    """What a plan was measured on when it was chosen: it serves that and nothing else.
+    """The pair and maps that a plan was measured on when it was chosen: it serves these and nothing else.
 
     Args:
         sender, receiver: digests of the weights of the two models.
@@ -107,11 +107,11 @@ class Plan:
 
     @property
     def _work(self) -> tuple[Any, ...]:
-        """What two equal plans have in common. One token and all of them, 1 and 1.0, are equal to Python alone."""
+        """The fields that equal plans have in common, with the type of `select`: 1 is one token and 1.0 all of them."""
         return self.bands, self.project, self.select, self.select == 1 and type(self.select), self.selector
 
     def __eq__(self, other: object) -> bool:
-        """Whether both ask for the same work, whatever they were chosen for."""
+        """Return whether both ask for the same work, whatever they were chosen for."""
         return self._work == other._work if isinstance(other, Plan) else NotImplemented
 
     def __hash__(self) -> int:

@@ -1,4 +1,4 @@
-"""Which tokens of a context the receiver recomputes: those that its suffix looks at, with their neighbours."""
+"""Selection of the tokens of a context that the receiver recomputes: peaks of its suffix's attention, with neighbours."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class Candidates:
 
     @property
     def on_pilots(self) -> list[Candidate | Unit]:
-        """What is measured on the pilot contexts."""
+        """Candidates and units that are measured on the pilot contexts."""
         selections = [
             Candidate((), rest, select, selector)
             for rest in self._rests

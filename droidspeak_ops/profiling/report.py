@@ -225,7 +225,7 @@ PLOTS: dict[str, tuple[str, Callable[[Frontier], Figure]]] = {
 
 
 def _kind(point: Point) -> str:
-    """What a point recomputes, besides one band or none."""
+    """Name what a point recomputes; empty for one band or none."""
     if point.plan.select:
         return "last tokens" if point.plan.selector == "recent" else f"tokens by {point.plan.selector}"
     return "scattered layers" if len(point.plan.bands) > 1 else ""

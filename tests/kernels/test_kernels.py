@@ -190,7 +190,7 @@ def test_project_splice_rows_do_not_depend_on_the_batch(
 def test_project_splice_rows_do_not_depend_on_the_configuration(
     target: str, dtype: torch.dtype, head_dim: int, kv_heads: int, head_norm: str | None, device: torch.device
 ) -> None:
-    """Which tile a number of tokens and of layers gets must not show in the result: it may then depend on them."""
+    """The result does not show which tile was taken, so a tile may depend on the numbers of tokens and of layers."""
     case = projection(tokens=70, hidden=192, dtype=dtype, head_dim=head_dim, kv_heads=kv_heads, head_norm=head_norm,
                       device=device)  # fmt: skip
     size = size_of(case)

@@ -227,7 +227,7 @@ def test_caches_made_in_inference_mode_are_written_outside_of_it() -> None:
 
 
 def test_autograd_knows_that_a_kernel_has_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was saved for backward before is not taken for what is there now."""
+    """A value saved for backward before a write is not taken for what is there now."""
     if torch.cuda.is_available():
         pytest.skip("nothing is interpreted")
     from triton.runtime.interpreter import InterpretedFunction

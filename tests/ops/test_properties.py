@@ -174,7 +174,7 @@ def attentions(draw: st.DrawFn) -> Attention:
 @settings(searched, max_examples=10)
 @given(attentions())
 def test_the_attention_kernels_are_their_references(case: Attention) -> None:
-    """Of any strides, with slots that several positions share."""
+    """Caches have any strides, and slots that several positions share."""
     for of, kernel, expected, fresh in (
         (case.peaks_of, attention_peaks, reference.attention_peaks_ref, case.new_peaks),
         (case.rows_of, attend_rows, reference.attend_rows_ref, case.new_rows),

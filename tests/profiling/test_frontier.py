@@ -238,7 +238,7 @@ def test_more_divergence_is_expected_to_lose_more_and_none_nothing(power: float)
 
 
 def test_neighbours_are_pooled_until_more_divergence_loses_more() -> None:
-    """Those that lose nothing, too, with what comes next; the curve goes on as the root beyond the last of them."""
+    """Plans that lose nothing are pooled with what comes next; beyond the last pool the curve goes on as the root."""
     curve = LossCurve.fit([0.0, 0.01, 0.04, 0.16, 0.36, 0.36, math.inf], [0.5, -0.1, 0.4, 0.1, 0.5, 0.7, 1.0])
     assert curve.roots == pytest.approx(((0.1 + 0.2 + 0.4) / 3, 0.6))
     assert curve.losses == pytest.approx(((-0.1 + 0.4 + 0.1) / 3, 0.6))

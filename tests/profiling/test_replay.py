@@ -83,7 +83,7 @@ def test_divergence_and_agreement() -> None:
 
 @pytest.mark.parametrize("change", [1e-4, 1e-2, 1.0, 10.0])
 def test_kl_divergence(change: float) -> None:
-    """Of logits and of log-probabilities, however small, with its gradient; broadcast as kl_and_top1 needs it."""
+    """The divergence is right for logits and log-probabilities, however small, with its gradient, and broadcasts."""
     reference = 3 * torch.randn(4, 1000)
     logits = (reference + change * torch.randn(2, 4, 1000)).requires_grad_()
     p, q = (each.double().log_softmax(-1) for each in (reference, logits))

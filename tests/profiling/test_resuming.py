@@ -75,7 +75,7 @@ def test_a_record_that_is_not_of_its_context_is_named(
 
 @pytest.fixture(scope="module")
 def whole_journal(pair, some, tmp_path_factory) -> bytes:
-    """Of a run over three contexts: its first line, the contexts, the costs, and the scores of the contexts."""
+    """The journal of a run over three contexts: its first line, the contexts, the costs, and the contexts' scores."""
     path = tmp_path_factory.mktemp("whole") / "journal"
     options = {"granularity": LAYERS, "costs": COSTS, "score": alike, "show_progress": False}
     with one_share():
@@ -86,7 +86,7 @@ def whole_journal(pair, some, tmp_path_factory) -> bytes:
 
 
 def profile_many(journal: Path | None) -> ds.Frontier:
-    """Of bands alone, in this process and in another."""
+    """Profile bands alone, in this process and in another."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(candidates, "SELECTED", ())
         return ds.profile(*tiny_pair(LAYERS), examples(16), costs=COSTS, journal=journal, show_progress=False)

@@ -97,7 +97,7 @@ def test_project_splice_moves_what_its_tiling_implies(target: str, q_heads: int,
 
 @pytest.mark.parametrize("seen", [64, 640])
 def test_attention_moves_what_its_tiling_implies(seen: int) -> None:
-    """Of 640 keys, of which 64 are in the window of all rows: what no row sees is neither read nor combined."""
+    """Keys that no row sees, here 576 of 640, are neither read nor combined."""
     rows, keys, kv_heads, group, head_dim = 33, 640, 2, 3, 32
     case = attention(batch=1, rows=rows, keys=keys, kv_heads=kv_heads, group=group, head_dim=head_dim, dtype=BF16,
                      window=64 if seen < keys else None, missing=False)  # fmt: skip

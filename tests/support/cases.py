@@ -162,7 +162,7 @@ def projection(
 
 
 class Attention(NamedTuple):
-    """What rows attend to, in the order of the operators."""
+    """Arguments of attention over a cache, in the order of the operators."""
 
     q: torch.Tensor
     k_cache: torch.Tensor

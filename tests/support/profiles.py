@@ -1,4 +1,4 @@
-"""What the tests of the profiler have in common: a pair's size, made-up costs, examples, and runs that are interrupted."""
+"""Parts that the profiler's tests share: a pair's size, made-up costs, examples, and runs that are interrupted."""
 
 import random
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ COSTS = ds.CostModel((0, 1e-4, 0), (0, 1e-5, 0), (0.05, 0, 0), 4000, 1000, "made
 
 @contextmanager
 def one_share() -> Iterator[None]:
-    """Of the shares of selected tokens, which each run by themselves, one is tried: it shows what all would."""
+    """Try one share of selected tokens, each of which runs by itself: it shows what all would."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(candidates, "SELECTED", (0.1,))
         yield

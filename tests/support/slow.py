@@ -141,7 +141,7 @@ class SlowDecoder:
     def probabilities(
         self, layer: int, x: Tensor, positions: Tensor, keys: list[Tensor], key_positions: Tensor
     ) -> Tensor:
-        """What each query head gives each key, ``[heads, tokens, keys]``."""
+        """Return the probability that each query head gives each key, ``[heads, tokens, keys]``."""
         p = f"layers.{layer}.self_attn."
         queries = self._rotate(layer, self._heads(layer, x, "q"), positions)
         distance = positions[:, None] - key_positions

@@ -1,4 +1,4 @@
-"""Which features work with which family: the outcomes of the tests, as the table in docs/models.md."""
+"""The features that work with each family: the outcomes of the tests, as the table in docs/models.md."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SupportTable:
             self._outcomes[family, feature].add(report.outcome)
 
     def is_complete(self, families: list[str]) -> bool:
-        """Whether all that the table shows was run."""
+        """Return whether all that the table shows was run."""
         return all((family, feature) in self._outcomes for family in families for feature in FEATURES)
 
     def markdown(self, families: list[str]) -> str:
