@@ -165,6 +165,11 @@ class LoadedPair:
     def num_layers(self) -> int:
         return self.receiver.config.num_hidden_layers
 
+    @property
+    def weights(self) -> list[str]:
+        """Digests of the sender's weights and of the receiver's."""
+        return [str(Decoder(model).fingerprint(weights=True).weights) for model in (self.sender, self.receiver)]
+
     def examples(self, split: str, contexts: int) -> list[ds.Example]:
         """Return the task's examples of so many contexts of a split."""
         return [each.encode(self.tokenizer, self.receiver.device) for each in self.named.task.examples(split, contexts)]
@@ -203,8 +208,7 @@ class Fitted(NamedTuple):
 
 def fitted_maps(pair: LoadedPair, contexts: int = CALIBRATION_CONTEXTS) -> Fitted:
     """Fit maps to a pair, or read them where they were fitted to these weights before."""
-    digests = "".join(str(Decoder(model).fingerprint(weights=True).weights) for model in (pair.sender, pair.receiver))
-    identity = hashlib.sha256(digests.encode()).hexdigest()[:16]
+    identity = hashlib.sha256("".join(pair.weights).encode()).hexdigest()[:16]
     path = cache_folder() / "variants" / f"maps-{pair.named.name}-{contexts}-{identity}.safetensors"
     note = path.with_suffix(".txt")
     if note.exists():

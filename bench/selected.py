@@ -47,10 +47,9 @@ from bench.selectors import Selector, mean_attention, random_windows
 from droidspeak_ops.demo.measure import MAX_ANSWER_TOKENS
 from droidspeak_ops.example import TextExample, examples_digest
 from droidspeak_ops.files import replacing
-from droidspeak_ops.hf.decoder import Decoder
 from droidspeak_ops.metrics import exact_match
 from droidspeak_ops.profiling.frontier import Frontier
-from droidspeak_ops.profiling.timing import first_token, timed
+from droidspeak_ops.profiling.timing import first_token, next_logits, timed
 
 TIMED_TOKENS = (900, 2048)
 TIMED_SUFFIX = 24
@@ -123,7 +122,7 @@ def judge(pair: LoadedPair, maps: ds.Maps, ways: Sequence[Way], contexts: int, p
         ValueError: it has rows of other models, maps or examples.
     """
     rows = read_csv(path) if path.exists() else []
-    measured_with = _digest(pair, maps)
+    measured_with = f"{[*pair.weights, maps.digest()]}"
     receiver, measured_on = ds.Receiver(pair.receiver), {"setting": f"float32, {setting()}", **checkout()}
     texts, examples = pair.named.task.examples("test", contexts), pair.examples("test", contexts)
     for number, (text, example) in enumerate(zip(track(texts, f"{path.parent.name}: judging"), examples, strict=True)):
@@ -182,11 +181,6 @@ def _share(held: torch.Tensor) -> float:
     return held.double().mean().item()
 
 
-def _digest(pair: LoadedPair, maps: ds.Maps) -> str:
-    weights = (Decoder(model).fingerprint(weights=True).weights for model in (pair.sender, pair.receiver))
-    return f"{[*weights, maps.digest()]}"
-
-
 @torch.no_grad()
 def time(pair: LoadedPair, maps: ds.Maps, ways: Sequence[Way], rounds: int) -> list[Row]:
     """Time full prefill and the ways in turn."""
@@ -197,10 +191,7 @@ def time(pair: LoadedPair, maps: ds.Maps, ways: Sequence[Way], rounds: int) -> l
         context = pair.capture(prompt[:, :tokens])
 
         def start(way: Way, context: ds.SharedContext = context, prompt: torch.Tensor = prompt) -> None:
-            cache = way.fill(serving, maps, context, prompt)
-            if cache.next_logits is None:
-                suffix = prompt[:, context.tokens.shape[1] :]
-                receiver(suffix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            next_logits(receiver, prompt, way.fill(serving, maps, context, prompt))
 
         full: Callable[[], Any] = partial(first_token, receiver, context, prompt, None)
         seconds: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways}

@@ -27,6 +27,7 @@ from droidspeak_ops.hf.passes import Pass
 from droidspeak_ops.prefill.schedule import resolve
 from droidspeak_ops.prefill.select import budget
 from droidspeak_ops.prefill.weights import Norm
+from droidspeak_ops.profiling.timing import next_logits
 
 SUFFIX_TOKENS = 32
 DECODED_TOKENS = 32
@@ -104,13 +105,12 @@ def _first_tokens(step: Step, model: Any, receiver: ds.Receiver, tokens: int) ->
     def full() -> None:
         model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
 
-    def over(cache: Any) -> None:
-        model(ids[:, cache.get_seq_length() :], past_key_values=cache, use_cache=True, logits_to_keep=1)
-
     def suffix_of(count: int) -> float:
         """Milliseconds of the last tokens over transformers' own cache, which moves K/V once to append, as ours does."""
         head = tokens + SUFFIX_TOKENS - count
-        _, *times = (milliseconds(partial(over, _dynamic(model, context, head))) for _ in range(1 + rounds))
+        _, *times = (
+            milliseconds(partial(next_logits, model, ids, _dynamic(model, context, head))) for _ in range(1 + rounds)
+        )
         return statistics.median(times)
 
     def fill(plan: ds.Plan, norm: Norm = "hf", receiver: Any = receiver) -> Any:
@@ -118,9 +118,7 @@ def _first_tokens(step: Step, model: Any, receiver: ds.Receiver, tokens: int) ->
         return ds.partial_prefill(receiver, context, plan, prompt_ids=prompt_ids, norm=norm)
 
     def first_token(plan: ds.Plan, norm: Norm = "hf") -> None:
-        cache = fill(plan, norm)
-        if cache.next_logits is None:
-            over(cache)
+        next_logits(model, ids, fill(plan, norm))
 
     full()
     suffix_ms = suffix_of(SUFFIX_TOKENS)

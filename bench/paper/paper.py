@@ -57,7 +57,7 @@ from droidspeak_ops.profiling.candidates import Candidates
 from droidspeak_ops.profiling.frontier import Frontier
 from droidspeak_ops.profiling.report import write_report
 from droidspeak_ops.profiling.run import EVAL_TOKENS, measure_context
-from droidspeak_ops.profiling.timing import SUFFIX_TOKENS, first_token, timed
+from droidspeak_ops.profiling.timing import SUFFIX_TOKENS, first_token, next_logits, timed
 
 PROFILES = ("without_maps", "with_maps")
 CHOSEN_AT = (2.0, 2.6, 3.5, 5.0, 9.0)
@@ -219,9 +219,7 @@ class Comparison:
         context = self.pair.capture(prompt[:, :TIMED_TOKENS])
 
         def start(way: Way) -> None:
-            cache = way.fill(receiver, self.maps, context, prompt)
-            if getattr(cache, "next_logits", None) is None:
-                receiver(prompt[:, TIMED_TOKENS:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            next_logits(receiver, prompt, way.fill(receiver, self.maps, context, prompt))
 
         ways = {way.plan: way for way in self.ways if way.name not in AT_THE_BANDS_TIME}
         full = "full prefill"

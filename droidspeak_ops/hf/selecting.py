@@ -126,16 +126,13 @@ class _Sequence:
         found = schedule.selector(self._ids[0, :tokens], self._ids[0, tokens:])
         if found.is_floating_point() and found.shape == (tokens,):
             return around_peaks(found, count)
-        if (
-            found.dtype != torch.int64
-            or not torch.isin(found, everything).all()
-            or not 0 < len(found.unique()) <= count
-        ):
+        places = found.unique()  # which sorts them
+        if found.dtype != torch.int64 or not torch.isin(places, everything).all() or not 0 < len(places) <= count:
             raise ValueError(
                 f"selector: expected a score for each of {tokens} tokens, or positions of 1 to {count} of them, got "
                 f"{found.dtype} {tuple(found.shape)}"
             )
-        return found.unique()  # which sorts them
+        return places
 
     def run(self, chosen: torch.Tensor) -> torch.Tensor:
         """Run the chosen tokens and the suffix, and return the logits that follow the last, float32 ``[1, V]``."""

@@ -17,7 +17,8 @@ calibration questions; up to a half of the depth to 97 %, up to a third to 95 % 
 def layers_looked_at(num_layers: int) -> range:
     """Return the layers whose attention says what a suffix looks at; it runs through all up to the last of them."""
     start, stop = (round(part * num_layers) for part in LOOKED_AT)
-    return range(min(start, max(1, stop) - 1), max(1, stop))
+    stop = max(1, stop)
+    return range(min(start, stop - 1), stop)
 
 
 def budget(select: float | int, tokens: int) -> int:

@@ -177,7 +177,7 @@ class Frontier:
             raise ValueError("kl: expected contexts among those that are held out and among the others, got none")
         work = resolve(point.plan, self.num_layers).work
         if point.rest == "fitted":  # as the maps choose
-            chosen = {name: getattr(point.work, name) for name in ("projected", "hidden", "kv", "probed")}
+            chosen = {name: getattr(point.work, name) for name in ("projected", "hidden", "kv")}
             compared = point.plan.select and point.plan.selector == "deviation"  # for which one layer more is projected
             if all(0 <= layers <= self.num_layers + bool(compared) for layers in chosen.values()):
                 work = replace(work, **chosen)

@@ -229,9 +229,9 @@ def measure_context(
         states = replay(decoder, context.tokens.shape[1], ids, mixtures, keys_values)[:, example.suffix.shape[1] - 1 :]
         reference = decoder.logits(states[replayed.index(full_prefill(num_layers))])
         found = dict(zip(replayed, zip(*kl_and_top1(decoder, states, reference), strict=True), strict=True))
+        from_last = torch.cat((example.prompt[:, -1:], answer), dim=1)
         for each in selections:
             repaired = partial_prefill(receiver, context, each.plan, prompt_ids=example.prompt, maps=maps)
-            from_last = torch.cat((example.prompt[:, -1:], answer), dim=1)
             logits = receiver(from_last, past_key_values=repaired, use_cache=True).logits.float()
             ((kl,), (agreement,)) = compare(reference, logits)
             found[each] = kl, agreement

@@ -48,11 +48,22 @@ def first_token(
         cache = partial_prefill(
             receiver, context, plan, prompt_ids=prompt_ids, maps=maps, tokenizer=tokenizer, norm=norm
         )
-        if cache.next_logits is not None:
-            return cache.next_logits[:, None], cache
-        suffix_ids = prompt_ids[:, context.tokens.shape[1] :]
-        out = receiver(suffix_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return next_logits(receiver, prompt_ids, cache), cache
     return out.logits, out.past_key_values
+
+
+@torch.no_grad()
+def next_logits(receiver: Any, prompt_ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Return the logits ``[B, 1, vocabulary]`` that follow a prompt, of which `cache` holds the head; the rest is run.
+
+    Nothing is run where selected tokens have: their cache knows the logits.
+    """
+    known: torch.Tensor | None = getattr(cache, "next_logits", None)
+    if known is not None:
+        return known[:, None]
+    rest = prompt_ids[:, cache.get_seq_length() :]
+    logits: torch.Tensor = receiver(rest, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits
 
 
 def timed(function: Callable[[], T]) -> tuple[T, float]:
