@@ -141,12 +141,15 @@ class Decoder:
         return queries if rotation is None else torch.stack([rope_ref(each, *rotation) for each in queries])
 
     def attention(self, layer: int) -> dict[str, Any]:
-        """Return the arguments of a layer's attention: `scale`, and `softcap` and `sinks` where it has them."""
-        attention = self.layers[layer].self_attn
+        """Return the arguments of a layer's attention: `scale`, and `softcap` and `sinks` where it has them.
+
+        SDPA knows of neither: a model that is set to it runs without them.
+        """
+        attention, is_eager = self.layers[layer].self_attn, self.config._attn_implementation == "eager"
         return {
             "scale": attention.scaling,
-            "softcap": getattr(self.config, "attn_logit_softcapping", None),
-            "sinks": getattr(attention, "sinks", None),
+            "softcap": getattr(self.config, "attn_logit_softcapping", None) if is_eager else None,
+            "sinks": getattr(attention, "sinks", None) if is_eager else None,
         }
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from ..context.context import Rotation
 from ..context.kv import KV
 from ..prefill.weights import projection
 from .adapters import UnsupportedModelError
+from .attention import SeenRows, attending_to_rows, has_kernel
 from .cache import CACHE, MixedSlidingLayer, empty_layer, rows_held
 from .decoder import Decoder
 
@@ -71,17 +72,25 @@ class Pass:
             self._halves[kind] = cos[0, :, :columns].contiguous(), sin[0, :, :columns].contiguous()
         return self._halves[kind]
 
-    def run(self, layer: int, hidden_states: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Run one layer of the model as it is, attention and MLP, appending its K/V to `cache`."""
-        if not self._decoder.is_its_weights[layer]:
+    def run(self, layer: int, hidden_states: torch.Tensor, cache: Any, rows: SeenRows | None = None) -> torch.Tensor:
+        """Run one layer of the model as it is, attention and MLP, appending its K/V to `cache`.
+
+        With `rows` its attention is by those, where the model's may be replaced: for numbers of the same meaning in less time.
+        """
+        decoder, module = self._decoder, self._decoder.layers[layer]
+        by_kernel, given = has_kernel(decoder.device), {}
+        if not decoder.is_its_weights[layer]:
             hidden_states = hidden_states.clone()  # which a hook may write to
+        elif rows is not None and (by_kernel or decoder.config._attn_implementation == "sdpa"):
+            module, given = attending_to_rows(module), {"rows": rows}
         # Without position_ids, which attention reads for nothing but to look for packed sequences, on the host.
-        return self._decoder.layers[layer](
+        return module(
             hidden_states,
-            attention_mask=self.mask(self._decoder.windows[layer]),
-            position_embeddings=self._rotary(self._decoder.rotary_types[layer]),
+            attention_mask=None if given and by_kernel else self.mask(decoder.windows[layer]),
+            position_embeddings=self._rotary(decoder.rotary_types[layer]),
             use_cache=True,
             **{CACHE: cache},
+            **given,
         )
 
     def project(self, layer: int, hidden_states: torch.Tensor) -> KV:

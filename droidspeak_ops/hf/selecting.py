@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .. import ops
 from ..context.fingerprint import ReuseError
 from ..context.kv import KV
 from ..prefill.maps import SINKS
 from ..prefill.schedule import Schedule
-from ..prefill.select import around_peaks, budget, highest
+from ..prefill.select import around_peaks, budget, highest, layers_recomputed
 from .cache import MixedCache, MixedLayer, MixedSlidingLayer, rows_held
 from .decoder import Decoder
 from .passes import Pass, check_takes_masks
+from .rows import RowPass, Rows
 
 
 @torch.no_grad()
@@ -71,43 +68,14 @@ def recompute_selected(decoder: Decoder, cache: MixedCache, schedule: Schedule, 
     return cache
 
 
-class _Rows(DynamicLayer):
-    """K and V of one sequence at some positions. A pass writes those of its own tokens before it looks.
-
-    Args:
-        keys, values: ``[1, K, S, D]``, written to.
-        positions: int64 ``[S]``, ascending.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values, self.positions = keys, values, positions
-        self._written = positions
-
-    def write_at(self, positions: torch.Tensor) -> None:
-        """Have the next pass write the rows of tokens at these positions."""
-        self._written = torch.searchsorted(self.positions, positions)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys.index_copy_(2, self._written, key_states)
-        self.values.index_copy_(2, self._written, value_states)
-        return self.keys, self.values
-
-    def last(self, end: int, count: int) -> KV:
-        """Copy the rows at the last `count` positions before `end`, which are all there."""
-        start = int(torch.searchsorted(self.positions, end)) - count
-        return KV(self.keys[:, :, start : start + count].clone(), self.values[:, :, start : start + count].clone())
-
-
 class _Sequence:
     """One sequence of a cache, and the prompt that it is the head of."""
 
     def __init__(self, decoder: Decoder, cache: MixedCache, row: int, ids: torch.Tensor, tokens: int) -> None:
         self._decoder, self._cache, self._row, self._ids, self._tokens = decoder, cache, row, ids, tokens
-        self.layers: list[_Rows] = []
+        self._positions = torch.arange(ids.shape[1], device=ids.device)
+        self.layers: list[Rows] = []
+        """K and V of the prompt, once it has run."""
 
     def choose(self, schedule: Schedule) -> torch.Tensor:
         """Return the positions of the tokens to recompute, ascending ``[count]``.
@@ -116,7 +84,7 @@ class _Sequence:
             ValueError: the selector is a function and returns neither scores nor positions, or more of them than it may.
         """
         tokens, count = self._tokens, budget(schedule.select, self._tokens)
-        everything = torch.arange(tokens, device=self._ids.device)
+        everything = self._positions[:tokens]
         if count in (0, tokens) or schedule.selector == "recent":
             return everything[tokens - count :]
         if schedule.selector == "deviation":
@@ -136,84 +104,53 @@ class _Sequence:
 
     def run(self, chosen: torch.Tensor) -> torch.Tensor:
         """Run the chosen tokens and the suffix, and return the logits that follow the last, float32 ``[1, V]``."""
-        positions = torch.cat((chosen, self._suffix_positions))
-        states = self._pass(positions, chosen, self._decoder.num_layers, lambda *_: None)
-        return self._decoder.logits(states[:, -1])
+        decoder, depth = self._decoder, self._decoder.num_layers
+        stop = depth if len(chosen) == self._tokens else layers_recomputed(depth)
+        both, suffix = self._pass(chosen), self._pass(chosen[:0])
+        states = both.embed()
+        for layer in range(stop):
+            states = both.run(layer, states)
+        states = states[:, len(chosen) :]
+        for layer in range(stop, depth):
+            states = suffix.run(layer, states)
+        self.layers = both.layers[:stop] + suffix.layers[stop:]
+        return decoder.logits(states[:, -1])
 
-    @property
-    def _suffix_positions(self) -> torch.Tensor:
-        return torch.arange(self._tokens, self._ids.shape[1], device=self._ids.device)
+    def _pass(self, chosen: torch.Tensor) -> RowPass:
+        """Start a pass of some tokens of the context and of the suffix."""
+        layers = [self._rows(layer, chosen) for layer in self._cache.layers]
+        return RowPass(self._decoder, self._ids, torch.cat((chosen, self._positions[self._tokens :])), layers)
 
-    def _pass(
-        self,
-        positions: torch.Tensor,
-        chosen: torch.Tensor,
-        depth: int,
-        look: Callable[[int, torch.Tensor, Pass, _Rows], None],
-    ) -> torch.Tensor:
-        """Run tokens of the prompt through the first layers, and return what leaves the last of them.
-
-        Args:
-            positions: ascending, of the tokens.
-            chosen: those of them that are of the context.
-            depth: how many layers.
-            look: called behind each layer with its index, what entered it, the pass, and its K and V.
-        """
-        decoder = self._decoder
-        self.layers = [self._rows(layer, chosen) for layer in self._cache.layers]
-        for rows in self.layers:
-            rows.write_at(positions)
-        keys = {window: rows.positions for window, rows in zip(decoder.windows, self.layers, strict=True)}
-
-        def visible(window: int | None) -> torch.Tensor:
-            apart = positions[:, None] - keys[window]
-            return (apart >= 0) if window is None else (apart >= 0) & (apart < window)
-
-        # All tokens in their order are an ordinary prefill, whose attention needs no mask.
-        is_all = len(positions) == self._ids.shape[1]
-        over = Pass(decoder, (1, len(positions)), positions=positions, visible=None if is_all else visible)
-        cache = Cache(layers=self.layers)
-        states = decoder.embed(self._ids[:, positions])
-        for layer in range(depth):
-            entering = states
-            states = over.run(layer, states, cache)
-            look(layer, entering, over, self.layers[layer])
-        return states
-
-    def _rows(self, layer: MixedLayer | MixedSlidingLayer, chosen: torch.Tensor) -> _Rows:
+    def _rows(self, layer: MixedLayer | MixedSlidingLayer, chosen: torch.Tensor) -> Rows:
         """Writable K and V of a layer, at all positions of the prompt that it holds or that are written."""
         keys, values = layer.keys[self._row, None], layer.values[self._row, None]
-        total, device = self._ids.shape[1], chosen.device
         if isinstance(layer, MixedLayer):  # which has been extended
-            return _Rows(keys, values, torch.arange(total, device=device))
+            return Rows(keys, values, self._positions)
         held = keys.shape[2]
         first = self._tokens - held
         older = chosen[chosen < first]
         start = len(older)
         _, heads, _, head_dim = keys.shape
-        shape = (1, heads, start + held + total - self._tokens, head_dim)
+        shape = (1, heads, start + held + len(self._positions) - self._tokens, head_dim)
         both = KV(keys.new_empty(shape), values.new_empty(shape))
         both.keys[:, :, start : start + held] = keys
         both.values[:, :, start : start + held] = values
-        return _Rows(*both[:2], torch.cat((older, torch.arange(first, total, device=device))))
+        return Rows(*both[:2], torch.cat((older, self._positions[first:])))
 
     def _peaks(self, layers: range) -> torch.Tensor:
         """For each token of the context the largest probability of it in the suffix's attention, of some layers."""
-        decoder, device = self._decoder, self._ids.device
-        total, suffix = self._ids.shape[1], self._suffix_positions
-        peaks = torch.zeros((1, total), device=device)
-
-        def look(layer: int, states: torch.Tensor, over: Pass, rows: _Rows) -> None:
-            if layer not in layers:
-                return
-            slots = torch.full((1, total), -1, device=device)
-            slots[0, rows.positions] = torch.arange(len(rows.positions), device=device)
-            ops.attention_peaks(
-                decoder.queries(layer, states, over.rotation(layer)), rows.keys, slots, suffix[None], peaks,
-                window=decoder.windows[layer], **decoder.attention(layer),
-            )  # fmt: skip
-
-        self._pass(suffix, suffix[:0], layers.stop, look)
+        ids = self._ids
+        peaks = torch.zeros(ids.shape, device=ids.device)
+        probe = self._pass(ids.new_empty(0))
+        states = probe.embed()
+        for layer in range(layers.stop):
+            entering = states
+            if layer + 1 < layers.stop:
+                states = probe.run(layer, entering)
+            else:
+                probe.store(layer, entering)  # nothing reads what would leave it
+            if layer in layers:
+                probe.look(layer, entering, peaks)
         peaks[0, :SINKS] = 0  # everything looks at them
         return peaks[0, : self._tokens]
 

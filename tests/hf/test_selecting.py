@@ -2,6 +2,7 @@
 
 import copy
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ from support.prefills import own_prefill, prefill
 from support.slow import SlowDecoder, slow_mixed, slow_selected
 
 import droidspeak_ops as ds
-from droidspeak_ops.prefill.select import MIN_TOKENS, NEIGHBOURS, around_peaks, budget
+from droidspeak_ops.prefill.select import (
+    MIN_TOKENS,
+    NEIGHBOURS,
+    around_peaks,
+    budget,
+    layers_looked_at,
+    layers_recomputed,
+)
 
 LAYERS = 6
 CONTEXT, SUFFIX = 21, 5
@@ -75,7 +83,7 @@ def test_some_tokens_equal_a_slow_computation(family: str, selector, monkeypatch
     else:
         scores = torch.arange(CONTEXT).float() if selector == "recent" else odd(context[0], suffix[0])
     chosen = list(range(CONTEXT - 6, CONTEXT)) if selector == "recent" else around_peaks(scores, 6).tolist()
-    tables, _, states = slow_selected(slow, mixed, prompt, CONTEXT, chosen)
+    tables, _, states = slow_selected(slow, mixed, prompt, CONTEXT, chosen, recomputed=layers_recomputed(LAYERS))
     for layer, table in zip(cache.layers, tables, strict=True):
         rows = layer.keys.shape[2]
         there = [table[at] for at in range(prompt.shape[1] - 1 - rows, prompt.shape[1] - 1)]
@@ -117,7 +125,8 @@ def test_other_tokens_and_the_context_stay_as_they_are() -> None:
         kept = torch.ones(CONTEXT, dtype=torch.bool).index_fill(0, places, False)
         for mine, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
             assert_bitwise_equal(mine[:, :, :CONTEXT][:, :, kept], other[:, :, kept])
-            assert (mine[:, :, places] != other[:, :, places]).any(-1)[0].any(0).all()
+            changed = (mine[:, :, places] != other[:, :, places]).any(-1)[0].any(0)
+            assert changed.all() if layer < layers_recomputed(LAYERS) else not changed.any()
         assert_bitwise_equal(context.kv(layer).keys, before[layer][0])
         assert_bitwise_equal(context.kv(layer).values, before[layer][1])
 
@@ -134,6 +143,47 @@ def test_the_joint_pass_is_that_of_both_one_after_the_other() -> None:
     assert_close(joint.next_logits, logits, torch.float32, operations=LAYERS)
     for ours, theirs in zip(joint.layers, first.layers, strict=True):
         assert_close(ours.keys, theirs.keys[:, :, :-1], torch.float32, operations=LAYERS)
+
+
+@of_each_family
+@pytest.mark.parametrize("selector", ["attention", odd], ids=["attention", "function"])
+def test_the_operator_attends_as_the_model_does(family: str, selector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where it is a kernel and no mask is made."""
+    around(monkeypatch, 1)
+    sender, receiver = pair_of(family)
+    prompt = tokens(CONTEXT + SUFFIX)
+    plan = ds.Plan([(1, 3)], select=6, selector=selector)
+    usual = selected(sender, receiver, prompt, plan)
+    operator = mock.Mock(wraps=ds.ops.attend_rows)
+    monkeypatch.setattr("droidspeak_ops.hf.passes.has_kernel", lambda device: True)
+    monkeypatch.setattr(ds.ops, "attend_rows", operator)
+    ours = selected(sender, receiver, prompt, plan)
+    layers_run = LAYERS if callable(selector) else LAYERS + layers_looked_at(LAYERS).stop - 1
+    assert operator.call_count == layers_run
+    assert_close(ours.next_logits, usual.next_logits, torch.float32, operations=LAYERS)
+    for mine, other in zip(ours.layers, usual.layers, strict=True):
+        assert_close(mine.keys, other.keys, torch.float32, operations=LAYERS)
+        assert_close(mine.values, other.values, torch.float32, operations=LAYERS)
+
+
+@of_each_family
+def test_grouped_heads_give_the_same_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender, receiver = pair_of(family)
+    prompt = tokens(CONTEXT + SUFFIX)
+    plan = ds.Plan(select=6, selector=odd)
+    ours = selected(sender, receiver, prompt, plan)
+    monkeypatch.setattr("droidspeak_ops.hf.passes.attending_to_rows", lambda layer: _Plain(layer))
+    assert_bitwise_equal(ours.next_logits, selected(sender, receiver, prompt, plan).next_logits)
+
+
+class _Plain:
+    """A layer as it is, which ignores what rows it is told of."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self._layer = layer
+
+    def __call__(self, *args, rows, **options) -> torch.Tensor:
+        return self._layer(*args, **options)
 
 
 def test_none_is_the_plan_without() -> None:
