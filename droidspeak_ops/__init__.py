@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .hf.adapters import UnsupportedModelError
     from .hf.batch import capture_batch, partial_prefill_batch
     from .hf.cache import MixedCache
+    from .hf.gate import Gate
     from .hf.reading import invalidate
     from .hf.receiver import Receiver, partial_prefill
     from .hf.sender import capture
@@ -37,6 +38,7 @@ _MODULES = {
     "Example": "example",
     "Fingerprint": "context.fingerprint",
     "Frontier": "profiling.frontier",
+    "Gate": "hf.gate",
     "Maps": "prefill.maps",
     "MixedCache": "hf.cache",
     "Plan": "prefill.plan",
@@ -59,6 +61,7 @@ __all__ = [
     "Example",
     "Fingerprint",
     "Frontier",
+    "Gate",
     "Maps",
     "MixedCache",
     "Plan",

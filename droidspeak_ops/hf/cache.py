@@ -195,6 +195,9 @@ class MixedCache(Cache):
         """Number of tokens beyond which the model's RoPE is another than that of the cache; None if it always is the same."""
         self.next_logits: torch.Tensor | None = None
         """Where tokens were selected, the logits ``[B, V]``, float32, that follow the last token of the prompt."""
+        self.deviations: torch.Tensor | None = None
+        """Where that was asked for, how far K and V of each sequence's selected tokens were from the receiver's, ``[B]``: their
+        squared distance over the squares of the receiver's, as a mean over the recomputed layers and K and V."""
         self.stands_for: MixedCache | None = None
         """The cache that this one takes the place of, in a pass that has nothing to add to it."""
         self._receiver = weakref.ref(decoder.model)

@@ -185,8 +185,12 @@ def prefill(
     norm: Norm,
     *,
     runs_suffix: bool,
+    compares: bool = False,
 ) -> MixedCache:
-    """:func:`partial_prefill`; with `runs_suffix` the suffix has run behind the context, whether tokens are selected or not."""
+    """:func:`partial_prefill`; with `runs_suffix` the suffix has run behind the context, whether tokens are selected or not.
+
+    With `compares` the cache says how far its selected tokens were from the receiver's.
+    """
     decoder = decoder_of(receiver)
     schedule = resolve(plan, decoder.num_layers)
     if norm not in ("hf", "folded"):
@@ -230,7 +234,7 @@ def prefill(
     fill(schedule, layers, context, maps=used, norm=norm, rerotates=rerotates)
     if not runs_suffix or prompt_ids is None:
         return layers.cache
-    return recompute_selected(decoder, layers.cache, schedule, prompt_ids)
+    return recompute_selected(decoder, layers.cache, schedule, prompt_ids, compares=compares)
 
 
 _read: weakref.WeakKeyDictionary[Any, tuple[Decoder, Reading]] = weakref.WeakKeyDictionary()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -17,7 +19,9 @@ from .rows import RowPass, Rows
 
 
 @torch.no_grad()
-def recompute_selected(decoder: Decoder, cache: MixedCache, schedule: Schedule, prompt_ids: torch.Tensor) -> MixedCache:
+def recompute_selected(
+    decoder: Decoder, cache: MixedCache, schedule: Schedule, prompt_ids: torch.Tensor, *, compares: bool = False
+) -> MixedCache:
     """Recompute a context's selected tokens, and run the suffix behind them, in one pass through all layers.
 
     A row of the pass is a token with its own position. Its K and V are stored in the cache, in place of what is there, before
@@ -30,6 +34,7 @@ def recompute_selected(decoder: Decoder, cache: MixedCache, schedule: Schedule, 
         cache: the context as the schedule fills its layers. It is used up.
         schedule: says which tokens are selected.
         prompt_ids: ``[B, T + N]``, the context and a suffix; each sequence selects by itself.
+        compares: whether :attr:`MixedCache.deviations` are wanted.
 
     Returns:
         A cache of all tokens of the prompt but the last, which a pass over it has to run, and which is known already:
@@ -50,10 +55,14 @@ def recompute_selected(decoder: Decoder, cache: MixedCache, schedule: Schedule, 
         if isinstance(layer, MixedLayer):
             layer.extend(total - tokens)
     windows: list[list[KV]] = [[] for _ in cache.layers]
-    logits = []
+    logits, deviations = [], []
     for row, ids in enumerate(prompt_ids):
         sequence = _Sequence(decoder, cache, row, ids.unsqueeze(0), tokens)
-        logits.append(sequence.run(sequence.choose(schedule)))
+        chosen = sequence.choose(schedule)
+        before = sequence.held_at(chosen) if compares else []
+        logits.append(sequence.run(chosen))
+        if compares:
+            deviations.append(sequence.deviation(before, chosen))
         for held, layer, window in zip(windows, sequence.layers, decoder.windows, strict=True):
             if window is not None:
                 held.append(layer.last(total - 1, rows_held(total - 1, window)))
@@ -65,6 +74,7 @@ def recompute_selected(decoder: Decoder, cache: MixedCache, schedule: Schedule, 
             layer.keys, layer.values, layer.cumulative_length = keys, values, total - 1
     cache.tokens = prompt_ids[:, :-1]
     cache.next_logits = torch.cat(logits)
+    cache.deviations = torch.stack(deviations) if compares else None
     return cache
 
 
@@ -115,6 +125,29 @@ class _Sequence:
             states = suffix.run(layer, states)
         self.layers = both.layers[:stop] + suffix.layers[stop:]
         return decoder.logits(states[:, -1])
+
+    def held_at(self, chosen: torch.Tensor) -> list[KV]:
+        """Copy K and V of the chosen tokens, of those that a layer holds, from the cache as it is."""
+        copies = []
+        for layer, window in zip(self._cache.layers, self._decoder.windows, strict=True):
+            first = self._tokens - rows_held(self._tokens, window)
+            which = chosen[chosen >= first] - first
+            copies.append(KV(*(part[self._row, None].index_select(2, which) for part in (layer.keys, layer.values))))
+        return copies
+
+    def deviation(self, before: Sequence[KV], chosen: torch.Tensor) -> torch.Tensor:
+        """Return how far K and V of the chosen tokens, once they have run, are from those before; see :class:`MixedCache`.
+
+        It is NaN where no layer holds any of them.
+        """
+        parts = [chosen.new_full((), torch.nan, dtype=torch.float32)]
+        for rows, held in zip(self.layers[: layers_recomputed(self._decoder.num_layers)], before, strict=False):
+            which = torch.searchsorted(rows.positions, chosen[len(chosen) - held.keys.shape[2] :])
+            for mine, other in ((rows.keys, held.keys), (rows.values, held.values)):
+                now = mine.index_select(2, which).float()
+                if len(which):
+                    parts.append((now - other.float()).square().sum() / now.square().sum())
+        return torch.stack(parts[1:] or parts).mean()
 
     def _pass(self, chosen: torch.Tensor) -> RowPass:
         """Start a pass of some tokens of the context and of the suffix."""
