@@ -77,7 +77,7 @@ def measure(pair: LoadedPair, tokens: int, rounds: int, norm: Literal["hf", "fol
         work = resolve(plan, depth).work
         selected = budget(work.select, tokens)
         of_layers = work.run * median["full"] + work.projected * median["projections"]
-        of_tokens = selected / tokens * work.recomputed / depth * median["full"]
+        of_tokens = selected / tokens * median["full"]
         bound = of_layers / depth + of_tokens + (1 + work.probed / depth) * median["suffix"]
         rows.append(
             {

@@ -197,7 +197,7 @@ class MixedCache(Cache):
         """Where tokens were selected, the logits ``[B, V]``, float32, that follow the last token of the prompt."""
         self.deviations: torch.Tensor | None = None
         """Where that was asked for, how far K and V of each sequence's selected tokens were from the receiver's, ``[B]``: their
-        squared distance over the squares of the receiver's, as a mean over the recomputed layers and K and V."""
+        squared distance over the squares of the receiver's, as a mean over layers and K and V."""
         self.stands_for: MixedCache | None = None
         """The cache that this one takes the place of, in a pass that has nothing to add to it."""
         self._receiver = weakref.ref(decoder.model)

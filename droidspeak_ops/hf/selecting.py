@@ -11,7 +11,7 @@ from ..context.fingerprint import ReuseError
 from ..context.kv import KV
 from ..prefill.maps import SINKS
 from ..prefill.schedule import Schedule
-from ..prefill.select import around_peaks, budget, highest, layers_recomputed
+from ..prefill.select import around_peaks, budget, highest
 from .cache import MixedCache, MixedLayer, MixedSlidingLayer, rows_held
 from .decoder import Decoder
 from .passes import Pass, check_takes_masks
@@ -114,16 +114,17 @@ class _Sequence:
 
     def run(self, chosen: torch.Tensor) -> torch.Tensor:
         """Run the chosen tokens and the suffix, and return the logits that follow the last, float32 ``[1, V]``."""
-        decoder, depth = self._decoder, self._decoder.num_layers
-        stop = depth if len(chosen) == self._tokens else layers_recomputed(depth)
-        both, suffix = self._pass(chosen), self._pass(chosen[:0])
-        states = both.embed()
-        for layer in range(stop):
-            states = both.run(layer, states)
-        states = states[:, len(chosen) :]
-        for layer in range(stop, depth):
-            states = suffix.run(layer, states)
-        self.layers = both.layers[:stop] + suffix.layers[stop:]
+        decoder, last = self._decoder, self._decoder.num_layers - 1
+        over = self._pass(chosen)
+        self.layers = over.layers
+        states = over.embed()
+        for layer in range(last):
+            states = over.run(layer, states)
+        if len(chosen) == self._tokens:  # an ordinary prefill, to the bit
+            states = over.run(last, states)
+        else:  # nothing reads what leaves the last layer but of the last token
+            over.store(last, states)
+            states = RowPass(decoder, self._ids, self._positions[-1:], self.layers).run(last, states[:, -1:])
         return decoder.logits(states[:, -1])
 
     def held_at(self, chosen: torch.Tensor) -> list[KV]:
@@ -141,7 +142,7 @@ class _Sequence:
         It is NaN where no layer holds any of them.
         """
         parts = [chosen.new_full((), torch.nan, dtype=torch.float32)]
-        for rows, held in zip(self.layers[: layers_recomputed(self._decoder.num_layers)], before, strict=False):
+        for rows, held in zip(self.layers, before, strict=True):
             which = torch.searchsorted(rows.positions, chosen[len(chosen) - held.keys.shape[2] :])
             for mine, other in ((rows.keys, held.keys), (rows.values, held.values)):
                 now = mine.index_select(2, which).float()

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .plan import Plan
-from .select import layers_looked_at, layers_recomputed
+from .select import layers_looked_at
 
 if TYPE_CHECKING:
     from .maps import Maps
@@ -45,9 +45,8 @@ class Work:
         projected: whose K/V are projected, the last of each band among them.
         hidden: of which the sender's hidden states are loaded.
         kv: of which the sender's K/V are loaded.
-        layers: of the model, where tokens are selected; 0 otherwise.
-        recomputed: that these run through.
-        select: how many they are, as :class:`Plan` has it: a share or a number.
+        layers: that selected tokens run through, all of them; 0 where none are selected.
+        select: those tokens, as :class:`Plan` has them: a share or a number.
         probed: that the suffix runs through once more to select them.
     """
 
@@ -56,7 +55,6 @@ class Work:
     hidden: int
     kv: int
     layers: int = 0
-    recomputed: int = 0
     select: int | float = 0
     probed: int = 0
 
@@ -113,7 +111,6 @@ class Schedule:
             hidden=len(self.hidden_layers),
             kv=sum(what == "kv" for what, _ in self.reads),
             layers=len(self.sources) if self.select else 0,
-            recomputed=layers_recomputed(len(self.sources)) if self.select else 0,
             select=self.select,
             probed=self.looked_at.stop if self.select and self.selector == "attention" else 0,
         )

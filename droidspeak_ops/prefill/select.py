@@ -9,12 +9,9 @@ NEIGHBOURS = 12
 MIN_TOKENS = 48
 """Fewest tokens that a share selects, of contexts that have them: one peak with its neighbours is too little."""
 
-LOOKED_AT = 7 / 15, 3 / 5
+LOOKED_AT = 2 / 5, 3 / 5
 """From where to where in the depth of a model the suffix's attention is looked at. There it found the answer to every one of 64
 calibration questions; up to a half of the depth to 97 %, up to a third to 95 % (``python -m bench.located``)."""
-
-RECOMPUTED = 4 / 5
-"""Up to where in the depth of a model selected tokens are recomputed; behind it they stay as the plan's layers fill them."""
 
 
 def layers_looked_at(num_layers: int) -> range:
@@ -22,11 +19,6 @@ def layers_looked_at(num_layers: int) -> range:
     start, stop = (round(part * num_layers) for part in LOOKED_AT)
     stop = max(1, stop)
     return range(min(start, stop - 1), stop)
-
-
-def layers_recomputed(num_layers: int) -> int:
-    """Return how many layers, from the first, recompute the selected tokens, if these are not all."""
-    return max(1, round(RECOMPUTED * num_layers))
 
 
 def budget(select: float | int, tokens: int) -> int:

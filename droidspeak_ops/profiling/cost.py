@@ -84,7 +84,7 @@ class CostModel:
         """
         run, project, rest = (each.evaluate(tokens) for each in (self.run, self.project, self.rest))
         loading = 0.0 if bandwidth is None else self.nbytes(work, tokens) / bandwidth
-        selected = work.recomputed * budget(work.select, tokens) / tokens
+        selected = work.layers * budget(work.select, tokens) / tokens
         probed = work.probed / work.layers if work.probed else 0.0
         return (work.run + selected) * run + work.projected * project + (1 + probed) * rest + loading
 

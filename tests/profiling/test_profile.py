@@ -11,7 +11,6 @@ from support.profiles import COSTS, LAYERS, alike, examples, in_order, interrupt
 import droidspeak_ops as ds
 from droidspeak_ops.hf.passes import Pass
 from droidspeak_ops.prefill.schedule import Work, resolve
-from droidspeak_ops.prefill.select import layers_recomputed
 from droidspeak_ops.profiling import run as profiling
 from droidspeak_ops.profiling.candidates import SELECTORS
 from droidspeak_ops.profiling.frontier import WORST_KL
@@ -117,12 +116,11 @@ def test_sets_are_of_the_most_sensitive_layers(plain, frontier) -> None:
 
 
 def test_the_work_of_a_plan(frontier, maps) -> None:
-    stop = layers_recomputed(LAYERS)
     assert frontier.point(ds.Plan()).work == Work(0, 0, 0, LAYERS)
     assert frontier.point(ds.Plan([(0, LAYERS)])).work == Work(LAYERS - 1, 1, 0, 0)
-    assert frontier.point(ds.Plan(select=0.1, selector="recent")).work == Work(0, 0, 0, LAYERS, LAYERS, stop, 0.1, 0)
-    assert resolve(ds.Plan(select=0.1), LAYERS).work == Work(0, 0, 0, LAYERS, LAYERS, stop, 0.1, 3)
-    assert resolve(ds.Plan(select=5, selector="deviation"), LAYERS).work == Work(1, 1, 0, LAYERS, LAYERS, stop, 5, 0)
+    assert frontier.point(ds.Plan(select=0.1, selector="recent")).work == Work(0, 0, 0, LAYERS, LAYERS, 0.1, 0)
+    assert resolve(ds.Plan(select=0.1), LAYERS).work == Work(0, 0, 0, LAYERS, LAYERS, 0.1, 3)
+    assert resolve(ds.Plan(select=5, selector="deviation"), LAYERS).work == Work(1, 1, 0, LAYERS, LAYERS, 5, 0)
     fitted = frontier.point(ds.Plan([(1, 3)], project="rest"))
     roles = resolve(fitted.plan, LAYERS, maps).sources
     assert fitted.work.run == 1

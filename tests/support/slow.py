@@ -243,7 +243,6 @@ def slow_selected(
     tokens: int,
     chosen: Sequence[int],
     looked_at: range | None = None,
-    recomputed: int | None = None,
 ) -> tuple[list[dict[int, tuple[Tensor, Tensor]]], Tensor, Tensor]:
     """Some tokens of a context and then its suffix through the receiver, over K/V that are there already.
 
@@ -251,7 +250,6 @@ def slow_selected(
         mixed: K/V of the context, of every layer; those that a window has left behind are not there.
         chosen: of the context.
         looked_at: layers whose shares count, with no need of any behind them; all layers if None.
-        recomputed: layers that the chosen run through, of which there are K/V of theirs; all layers if None.
 
     Returns:
         K and V ``[kv heads, head_dim]`` of each layer by position; the largest share that any head and any token of the suffix
@@ -262,8 +260,6 @@ def slow_selected(
     tables, peaks = [], torch.zeros(tokens).double()
     looked_at = range(receiver.config.num_hidden_layers) if looked_at is None else looked_at
     for layer in range(looked_at.stop):
-        if layer == recomputed:
-            positions, x, chosen = positions[len(chosen) :], x[len(chosen) :], []
         window = receiver.window(layer)
         first = 0 if window is None else max(tokens - window + 1, 0)
         table = {
