@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from einops import rearrange
 
 from .. import ops, tensor_file
-from ..ops.checks import FLOATS
+from ..trace import Trace
 from .fingerprint import Fingerprint, ReuseError
-from .kv import KV, check_rows, decode_rows, encode, encode_rows, grouped_shape, splice
+from .kv import KV, decode_rows, encode, encode_rows, splice
+from .parts import Arriving, Parts
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -58,56 +59,25 @@ class SharedContext:
                 raise ValueError(f"{name}: expected an entry for each layer of {num_layers}, got {count}")
         if outside := [layer for layer in self.hidden_states if not 0 <= layer < num_layers]:
             raise ValueError(f"hidden_states: expected layers 0 to {num_layers - 1}, got {outside}")
-        for layer, kv in enumerate(self.keys_values):
-            self._check_kv(layer, kv)
-        for layer, states in self.hidden_states.items():
-            self._check_hidden(layer, states)
+        parts = self._parts(num_layers)
+        if not isinstance(self.keys_values, Arriving):
+            for layer, kv in enumerate(self.keys_values):
+                parts.check_kv(layer, kv)
+        if not isinstance(self.hidden_states, Arriving):
+            for layer, states in self.hidden_states.items():
+                parts.check_hidden(layer, states)
         for rotation in {id(each[0]): each for each in self.rotations if each is not None}.values():
-            self._check_rotation(rotation)
+            parts.check_rotation(rotation)
 
-    def _check_kv(self, layer: int, kv: KV) -> None:
-        """Raise unless K and V of a layer are such as the other parts say."""
-        batch, tokens = self.tokens.shape
-        shape = self.keys_values[0].keys.shape
-        if kv.keys.dim() != 4 or len(shape) != 4:
-            raise ValueError(f"layer {layer}: expected keys [B, K, N, D], got {tuple(kv.keys.shape)}")
-        heads, head_dim = self.sender.size("num_key_value_heads") or shape[1], self.sender.size("head_dim") or shape[3]
-        rows, windows = kv.keys.shape[2], self.sender.architecture.get("sliding_windows")
-        if not 0 < rows <= tokens:
-            raise ValueError(f"layer {layer}: expected keys of 1 to {tokens} tokens, got {rows}")
-        if isinstance(windows, Sequence) and len(windows) == self.num_layers:
-            # One place of a window is the next token's own.
-            held = min(tokens, windows[layer] - 1) if isinstance(windows[layer], int) else tokens
-            if rows != held:
-                raise ValueError(f"layer {layer}: expected keys of {held} tokens by its sliding window, got {rows}")
-        check_rows(f"layer {layer}", kv, (batch, heads, rows, head_dim), self.sender.torch_dtype, self.tokens.device)
-
-    def _check_hidden(self, layer: int, states: torch.Tensor | KV) -> None:
-        """Raise unless hidden states, which may be in 8 bits, are such as the other parts say."""
-        where, columns = f"hidden states of layer {layer}", self.sender.size("hidden_size")
-        if isinstance(states, torch.Tensor):
-            shape = (*self.tokens.shape, states.shape[-1] if states.dim() and columns is None else columns)
-            if states.shape != shape or states.dtype != self.sender.torch_dtype:
-                found = f"{states.dtype} {tuple(states.shape)}"
-                raise ValueError(f"{where}: expected {self.sender.torch_dtype} {shape}, got {found}")
-            if states.device != self.tokens.device:
-                raise ValueError(f"{where}: expected {self.tokens.device}, as the tokens, got {states.device}")
-            return
-        batch, tokens = self.tokens.shape
-        if columns is None:
-            columns = 2 * states.keys.shape[1] * states.keys.shape[-1] if states.keys.dim() == 4 else 0
-        check_rows(where, states, grouped_shape(batch, tokens, columns), None, self.tokens.device)
-
-    def _check_rotation(self, rotation: Rotation) -> None:
-        """Raise unless cos and sin are a row for each token, of no more columns than a head has pairs."""
-        tokens, pairs = self.tokens.shape[1], self.keys_values[0].keys.shape[3] // 2
-        for name, half in zip(("cos", "sin"), rotation, strict=True):
-            fits = half.dim() == 2 and half.shape[0] == tokens and 0 < half.shape[1] <= pairs and half.dtype in FLOATS
-            if not fits or (half.shape, half.dtype) != (rotation[0].shape, rotation[0].dtype):
-                found = f"{half.dtype} {tuple(half.shape)}"
-                raise ValueError(f"rotations: expected {name} to be floating ({tokens}, 1 to {pairs}), got {found}")
-            if half.device != self.tokens.device:
-                raise ValueError(f"rotations: expected {name} on {self.tokens.device}, got {half.device}")
+    def _parts(self, num_layers: int) -> Parts:
+        """What all parts must be like; sizes that the sender does not know are those of the first layer."""
+        sizes = [self.sender.size(name) for name in ("num_key_value_heads", "head_dim")]
+        if None in sizes:
+            shape = self.keys_values[0].keys.shape
+            if len(shape) != 4:
+                raise ValueError(f"layer 0: expected keys [B, K, N, D], got {tuple(shape)}")
+            sizes = [known or found for known, found in zip(sizes, shape[1::2], strict=True)]
+        return Parts(self.tokens, self.sender, num_layers, *sizes)  # type: ignore[arg-type]
 
     def check_finite(self) -> None:
         """Raise unless all values are finite. It reads all of them, and waits for a GPU.
@@ -144,6 +114,21 @@ class SharedContext:
         states = self.hidden_states.values()
         parts = [*self.keys_values, *((each,) if isinstance(each, torch.Tensor) else each for each in states)]
         return sum(tensor.nbytes for part in parts for tensor in part if tensor is not None)
+
+    def prefetch(self, reads: Iterable[tuple[str, int]], trace: Trace | None = None) -> None:
+        """Have parts read ahead, in this order: those of a context in memory are there already.
+
+        Args:
+            reads: of which layers what is read, as :attr:`droidspeak_ops.prefill.schedule.Schedule.reads` has it.
+            trace: takes the spans of reading.
+        """
+
+    def has_arrived(self, reads: Iterable[tuple[str, int]]) -> bool:
+        """Return whether these parts are there, so that nothing waits for them."""
+        return True
+
+    def wait(self, reads: Iterable[tuple[str, int]]) -> None:
+        """Wait until these parts are there, or raise what their reading raised."""
 
     def kv(self, layer: int) -> KV:
         """K (rotated) and V of one layer, each ``[B, K, N, D]``, with the scales of 8-bit rows."""
@@ -213,21 +198,18 @@ class SharedContext:
         Raises:
             ValueError: another dtype, or a context that is in 8 bits already.
         """
-        return replace(
-            self,
+        return SharedContext(
+            tokens=self.tokens,
             keys_values=[encode(kv, dtype) for kv in self.keys_values],
             hidden_states={layer: encode_rows(self.hidden(layer), dtype) for layer in self.hidden_states},
+            rotations=self.rotations,
+            sender=self.sender,
         )
 
     def to(self, device: torch.device | str) -> SharedContext:
         """Move the context to another device; tensors that layers share stay shared."""
-        moved: dict[int, torch.Tensor] = {}
-
-        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else moved.setdefault(id(tensor), tensor.to(device))
-
-        return replace(
-            self,
+        move = mover(device)
+        return SharedContext(
             tokens=self.tokens.to(device),
             keys_values=[KV(*map(move, kv)) for kv in self.keys_values],  # type: ignore[arg-type]
             hidden_states={
@@ -235,6 +217,7 @@ class SharedContext:
                 for layer, states in self.hidden_states.items()
             },
             rotations=[None if each is None else (move(each[0]), move(each[1])) for each in self.rotations],  # type: ignore[misc]
+            sender=self.sender,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -343,6 +326,16 @@ def is_capturing(device: torch.device) -> bool:
 def version_of(tensor: torch.Tensor) -> int | None:
     """Number of writes to a tensor, but for those through ``.data``; None if none are counted (inference mode)."""
     return None if tensor.is_inference() else tensor._version
+
+
+def mover(device: torch.device | str) -> Callable[[torch.Tensor | None], torch.Tensor | None]:
+    """Return a function that moves tensors, or None, to a device, and a tensor that it is given again only once."""
+    moved: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else moved.setdefault(id(tensor), tensor.to(device))
+
+    return move
 
 
 def last(rows: torch.Tensor, count: int) -> torch.Tensor:

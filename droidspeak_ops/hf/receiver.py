@@ -20,6 +20,7 @@ from ..prefill.maps import Maps
 from ..prefill.plan import Plan
 from ..prefill.schedule import resolve
 from ..prefill.weights import Norm
+from ..trace import Trace
 from .adapters import check_not_invoked
 from .cache import MixedCache, rows_held
 from .decoder import Decoder
@@ -125,11 +126,14 @@ def partial_prefill(
     maps: Maps | None = None,
     tokenizer: Any = None,
     norm: Norm = "hf",
+    trace: Trace | None = None,
 ) -> MixedCache:
     """Fill the receiver's KV cache of a context: bands are recomputed, projected layers projected, the rest reused.
 
     The receiver's suffix then runs through all its layers over this cache (paper, section 4), in one ordinary forward
     pass: ``receiver.generate(prompt_ids, past_key_values=cache)`` with the context's tokens at the head of `prompt_ids`.
+
+    Of a context that is still being read nothing is waited for before it is used, and it is read in the order of use.
 
     Args:
         receiver: a model of the sender's architecture, not changed; or a :class:`Receiver` of it, which keeps copies of weights
@@ -144,6 +148,7 @@ def partial_prefill(
         tokenizer: the receiver's tokenizer, compared with the sender's if that was given to :func:`capture`.
         norm: ``"hf"`` for transformers' rounding order, in which recomputing all layers is bitwise the receiver's own
             prefill on the CPU in float32; ``"folded"`` for one rounding fewer (see :func:`droidspeak_ops.ops.kv_project`).
+        trace: takes the spans of reading the context and of filling the cache, to see what overlapped.
 
     On a GPU nothing waits for the device if a :class:`Receiver` is given (reading a model reads its frequencies), unless
     `prompt_ids` or `maps` are given, whose checks read values, the model's RoPE depends on the length (``"dynamic"``,
@@ -171,7 +176,9 @@ def partial_prefill(
         ValueError: the plan names layers that the receiver does not have, it selects tokens and there is no prompt, or `norm`
             is none of the two.
     """
-    return prefill(receiver, context, plan, prompt_ids, maps, tokenizer, norm, runs_suffix=bool(plan.select))
+    return prefill(
+        receiver, context, plan, prompt_ids, maps, tokenizer, norm, runs_suffix=bool(plan.select), trace=trace
+    )
 
 
 @torch.no_grad()
@@ -186,6 +193,7 @@ def prefill(
     *,
     runs_suffix: bool,
     compares: bool = False,
+    trace: Trace | None = None,
 ) -> MixedCache:
     """:func:`partial_prefill`; with `runs_suffix` the suffix has run behind the context, whether tokens are selected or not.
 
@@ -231,7 +239,7 @@ def prefill(
     layers = CacheLayers(decoder, context.tokens)
     rerotates = decoder.rope_varies or context.sender.rope != ours.rope
     used = None if maps is None else maps.used_by(plan)
-    fill(schedule, layers, context, maps=used, norm=norm, rerotates=rerotates)
+    fill(schedule, layers, context, maps=used, norm=norm, rerotates=rerotates, trace=trace)
     if not runs_suffix or prompt_ids is None:
         return layers.cache
     return recompute_selected(decoder, layers.cache, schedule, prompt_ids, compares=compares)

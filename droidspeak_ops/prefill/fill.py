@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -14,8 +13,9 @@ from ..context.context import Rotation, SharedContext, last
 from ..context.kv import KV, splice
 from ..ops.checks import NormOrder
 from ..ops.library import LAYERS_PER_LAUNCH
+from ..trace import Trace, span
 from .maps import Maps, sinks_among
-from .schedule import Schedule
+from .schedule import Band, Read, Schedule
 from .weights import LayerWeights, Norm, Prepared, projection
 
 
@@ -68,11 +68,19 @@ class Layers(Protocol):
 
 @torch.no_grad()
 def fill(
-    schedule: Schedule, layers: Layers, context: SharedContext, *, maps: Maps | None, norm: Norm, rerotates: bool
+    schedule: Schedule,
+    layers: Layers,
+    context: SharedContext,
+    *,
+    maps: Maps | None,
+    norm: Norm,
+    rerotates: bool,
+    trace: Trace | None = None,
 ) -> None:
-    """Fill the cache behind `layers` with a context: bands run, then projections go in groups, and the rest is reused.
+    """Fill the cache behind `layers` with a context: bands run, then layers are reused, or projected in groups, in their order.
 
-    Of contexts in 8 bits no more hidden states are decoded at a time than a group has layers.
+    Of a context that is still being read, each step waits for what it uses alone, and layers whose inputs are there are not
+    kept waiting for a whole group. Of contexts in 8 bits no more hidden states are decoded at a time than a group has layers.
 
     Args:
         schedule: what is done at each layer.
@@ -81,29 +89,23 @@ def fill(
         maps: of the pair, if the schedule uses them.
         norm: of projections.
         rerotates: whether the angles that the receiver applies may differ from those that the sender applied.
+        trace: takes the spans of this.
     """
-    filling = _Filling(layers, context, maps, norm, rerotates)
+    context.prefetch(schedule.reads, trace)
+    filling = _Filling(layers, context, maps, norm, rerotates, trace)
     for band in schedule.bands:
-        hidden_states = filling.hidden(band.start)
-        if band.corrected:
-            hidden_states = filling.maps.corrections[band.start].corrected(hidden_states)
-        for layer in range(band.start, band.end - 1):
-            hidden_states = layers.run(layer, hidden_states)
-        if layers.is_its_weights(band.end - 1):
-            ops.kv_project_layers([filling.band_end(band.end - 1, hidden_states)])
-        else:
-            layers.run(band.end - 1, hidden_states)
-    projections = []
+        filling.run_band(band)
     for layer, source in enumerate(schedule.sources):
+        if source == "recompute":
+            continue
+        filling.wait(schedule.reads_of(layer))
         if source == "reuse":
             filling.reuse(layer)
         elif source == "project" and not layers.is_its_weights(layer):
-            layers.run(layer, filling.hidden(layer))
-        elif source != "recompute":
-            projections.append(filling.planned(layer, source))
-    for group in _groups(projections):
-        ops.kv_project_layers([filling.projection(each) for each in group])
-        filling.reuse_sinks([each for each in group if each.source != "project"])
+            filling.run(layer, filling.hidden(layer))
+        else:
+            filling.plan(layer, source)
+    filling.project_planned()
 
 
 class _Planned(NamedTuple):
@@ -123,44 +125,87 @@ class _Planned(NamedTuple):
         return (self.source == "fitted_kv", self.prepared.kind, pairs, k_cache.shape, k_cache.stride(), id(slots))
 
 
-def _groups(projections: Iterable[_Planned]) -> Iterator[list[_Planned]]:
-    """Projections that are alike in groups of a launch, in the order of their first layers."""
-    alike = defaultdict(list)
-    for each in projections:
-        alike[each.kind].append(each)
-    groups = [
-        of_kind[start : start + LAYERS_PER_LAUNCH]
-        for of_kind in alike.values()
-        for start in range(0, len(of_kind), LAYERS_PER_LAUNCH)
-    ]
-    yield from sorted(groups, key=lambda group: group[0].layer)
-
-
 class _Filling:
     """The ways to fill a layer with a context. Every layer is to be filled once."""
 
-    def __init__(self, layers: Layers, context: SharedContext, maps: Maps | None, norm: Norm, rerotates: bool) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        context: SharedContext,
+        maps: Maps | None,
+        norm: Norm,
+        rerotates: bool,
+        trace: Trace | None,
+    ) -> None:
         self._layers, self._context, self._maps, self._norm, self._rerotates = layers, context, maps, norm, rerotates
+        self._trace = trace
         self._batch, self._tokens = context.tokens.shape
         self._positions: dict[int, torch.Tensor] = {}
+        self._alike: dict[tuple[Any, ...], list[_Planned]] = {}
 
     @property
-    def maps(self) -> Maps:
+    def _used_maps(self) -> Maps:
         assert self._maps is not None
         return self._maps
+
+    def wait(self, reads: Sequence[Read]) -> None:
+        """Wait for parts of the context; until then project what only waits for its group to fill."""
+        if not self._context.has_arrived(reads):
+            self.project_planned()
+            with span(self._trace, "wait", ", ".join(f"{what} {layer}" for what, layer in reads)):
+                self._context.wait(reads)
 
     def hidden(self, layer: int) -> torch.Tensor:
         """Return what enters a layer: the sender's hidden states, or the receiver's own embeddings."""
         return self._layers.embed() if layer == 0 else self._context.hidden(layer)
 
+    def run(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Run a layer, and return what leaves it."""
+        with span(self._trace, "run", f"layer {layer}"):
+            return self._layers.run(layer, hidden_states)
+
+    def run_band(self, band: Band) -> None:
+        """Run a band from the hidden states that enter it; of its last layer, whose output nothing reads, only make K and V."""
+        if band.start > 0:
+            self.wait([Read("hidden", band.start)])
+        hidden_states, last = self.hidden(band.start), band.end - 1
+        if band.corrected:
+            hidden_states = self._used_maps.corrections[band.start].corrected(hidden_states)
+        for layer in range(band.start, last):
+            hidden_states = self.run(layer, hidden_states)
+        if self._layers.is_its_weights(last):
+            with span(self._trace, "project", f"layer {last}"):
+                ops.kv_project_layers([self._projection(self._planned(last, "project"), hidden_states)])
+        else:
+            self.run(last, hidden_states)
+
+    def plan(self, layer: int, source: str) -> None:
+        """Have a layer projected together with those before it that are alike, once they fill a launch."""
+        planned = self._planned(layer, source)
+        alike = self._alike.setdefault(planned.kind, [])
+        alike.append(planned)
+        if len(alike) == LAYERS_PER_LAUNCH:
+            self._project(self._alike.pop(planned.kind))
+
+    def project_planned(self) -> None:
+        """Project all that is planned."""
+        while self._alike:
+            self._project(self._alike.pop(next(iter(self._alike))))
+
+    def _project(self, group: Sequence[_Planned]) -> None:
+        with span(self._trace, "project", "layers " + ", ".join(str(each.layer) for each in group)):
+            ops.kv_project_layers([self._projection_of(each) for each in group])
+            self._reuse_sinks([each for each in group if each.source != "project"])
+
     def reuse(self, layer: int) -> None:
         """Reuse the sender's K and V; in 8 bits, or rotated by another RoPE, they are decoded and rotated further."""
-        kv, further = self._context.kv(layer), self._rerotation(layer)
-        if kv.k_scale is None and not further and self._layers.share(layer, kv):
-            return
-        splice(kv, *self._layers.destination(layer), **further)
+        with span(self._trace, "reuse", f"layer {layer}"):
+            kv, further = self._context.kv(layer), self._rerotation(layer)
+            if kv.k_scale is None and not further and self._layers.share(layer, kv):
+                return
+            splice(kv, *self._layers.destination(layer), **further)
 
-    def reuse_sinks(self, group: Sequence[_Planned]) -> None:
+    def _reuse_sinks(self, group: Sequence[_Planned]) -> None:
         """Reuse the sender's K and V of the first tokens of layers that are filled already, and alike."""
         if not group:
             return
@@ -183,16 +228,12 @@ class _Filling:
                 }
                 splice(kv, k_cache, v_cache, slots, **of_sinks)
 
-    def band_end(self, layer: int, hidden_states: torch.Tensor) -> ops.Projection:
-        """The projection of the last layer of a band from what enters it: nothing reads its output."""
-        return self._projection(self.planned(layer, "project"), hidden_states)
-
-    def planned(self, layer: int, source: str) -> _Planned:
+    def _planned(self, layer: int, source: str) -> _Planned:
         """Find the weights that K and V of a layer are projected with, and where they go; read nothing."""
         if source == "project":
             prepared = self._layers.prepared(layer, self._norm)
         else:
-            fitted = vars(self.maps.layers[layer, source])  # type: ignore[index]
+            fitted = vars(self._used_maps.layers[layer, source])  # type: ignore[index]
             if source == "fitted":  # which have the norm's weight folded in
                 weights = replace(self._layers.plainly_normed(layer), **fitted, k_low_rank=(), v_low_rank=())
             else:
@@ -200,7 +241,7 @@ class _Filling:
             prepared = Prepared(weights, self._norm, weights.k_weight, weights.v_weight)
         return _Planned(layer, source, prepared, self._layers.rotation(layer), self._layers.destination(layer))
 
-    def projection(self, planned: _Planned) -> ops.Projection:
+    def _projection_of(self, planned: _Planned) -> ops.Projection:
         """The projection of a layer from the sender's hidden states, or from its K and V."""
         if planned.source == "fitted_kv":
             return self._projection(planned, self._context.unrotated(planned.layer))

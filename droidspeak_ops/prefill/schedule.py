@@ -82,15 +82,18 @@ class Schedule:
 
         Hidden states that enter layer 0 are never among it: they are embeddings, and the receiver has its own.
         """
-        reads = [Read("hidden", band.start) for band in self.bands if band.start > 0]
-        for layer, source in enumerate(self.sources):
-            if source in ("project", "fitted") and layer > 0:
-                reads.append(Read("hidden", layer))
-            if source in ("reuse", "fitted_kv"):
-                reads.append(Read("kv", layer))
-            elif source == "fitted":
-                reads.append(Read("sinks", layer))
-        return tuple(reads)
+        starts = [Read("hidden", band.start) for band in self.bands if band.start > 0]
+        return (*starts, *(read for layer in range(len(self.sources)) for read in self.reads_of(layer)))
+
+    def reads_of(self, layer: int) -> list[Read]:
+        """The parts of the context that a layer is filled from; none of layers in bands."""
+        source = self.sources[layer]
+        reads = [Read("hidden", layer)] if source in ("project", "fitted") and layer > 0 else []
+        if source in ("reuse", "fitted_kv"):
+            reads.append(Read("kv", layer))
+        elif source == "fitted":
+            reads.append(Read("sinks", layer))
+        return reads
 
     @cached_property
     def hidden_layers(self) -> tuple[int, ...]:

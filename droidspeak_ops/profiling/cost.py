@@ -74,8 +74,9 @@ class CostModel:
     def seconds(self, work: Work, tokens: int, bandwidth: float | None = None) -> float:
         """Predict the seconds from the context's arrival, or the start of loading it, to the first token's logits.
 
-        Loading and compute do not overlap. A selected token costs its share of a pass over all tokens, and the layers that the
-        suffix runs through once more theirs of the suffix's pass.
+        Layers are filled while the context is loaded, from when the hidden states that are read first have arrived. The suffix,
+        and what runs with it, comes after both. A selected token costs its share of a pass over all tokens, and the layers that
+        the suffix runs through once more theirs of the suffix's pass.
 
         Args:
             work: the work of a plan.
@@ -83,10 +84,13 @@ class CostModel:
             bandwidth: bytes per second at which the context is loaded; None if it is in memory.
         """
         run, project, rest = (each.evaluate(tokens) for each in (self.run, self.project, self.rest))
-        loading = 0.0 if bandwidth is None else self.nbytes(work, tokens) / bandwidth
+        filled = work.run * run + work.projected * project
+        if bandwidth is not None:
+            first = tokens * self.hidden_bytes if work.hidden else 0
+            filled = max(self.nbytes(work, tokens) / bandwidth, first / bandwidth + filled)
         selected = work.layers * budget(work.select, tokens) / tokens
         probed = work.probed / work.layers if work.probed else 0.0
-        return (work.run + selected) * run + work.projected * project + (1 + probed) * rest + loading
+        return filled + selected * run + (1 + probed) * rest
 
     def nbytes(self, work: Work, tokens: int) -> int:
         """Return the bytes of a context that have to be loaded."""

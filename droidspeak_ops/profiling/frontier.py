@@ -289,7 +289,7 @@ class Frontier:
             max_quality_loss: largest expected loss (:meth:`expected_loss`), from 0 to 1.
             max_ttft: largest time to first token in seconds, waiting in the queue included.
             tokens: context length; the mean of the profile if None.
-            bandwidth: bytes per second at which contexts are loaded; None if they are in memory.
+            bandwidth: bytes per second at which contexts are loaded while their layers are filled; None if they are in memory.
             queue: requests ahead of this one, each assumed to take as long.
 
         Returns:

@@ -47,7 +47,16 @@ FRONTIER = Frontier(MODEL, MODEL, None, (REUSED, PROJECTED, BAND, LONG, ALL, WOR
 
 def test_seconds_are_those_of_the_work() -> None:
     assert COSTS.seconds(Work(3, 1, 1, 6), 1000) == pytest.approx(3 * 0.1 + 0.01 + 0.05)
-    assert COSTS.seconds(Work(3, 1, 1, 6), 1000, bandwidth=1e7) == pytest.approx(0.36 + (4e6 + 6e6) / 1e7)
+
+
+def test_loading_and_filling_go_on_at_once() -> None:
+    """From when the band's hidden states have arrived, and the suffix comes after both."""
+    of_band = Work(3, 1, 1, 6)  # 0.31 s; 4 MB of hidden states, and 6 of K and V
+    assert COSTS.seconds(of_band, 1000, bandwidth=1e7) == pytest.approx((4e6 + 6e6) / 1e7 + 0.05)
+    assert COSTS.seconds(of_band, 1000, bandwidth=4e7) == pytest.approx(4e6 / 4e7 + 0.31 + 0.05)
+    assert COSTS.seconds(of_band, 1000, bandwidth=1e15) == pytest.approx(COSTS.seconds(of_band, 1000))
+    from_the_start = Work(3, 1, 0, 6)  # of embeddings, which nothing waits for
+    assert COSTS.seconds(from_the_start, 1000, bandwidth=4e7) == pytest.approx(0.31 + 0.05)
 
 
 def test_the_polynomial_goes_through_what_was_measured() -> None:
