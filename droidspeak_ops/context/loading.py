@@ -81,7 +81,7 @@ class LoadingContext(SharedContext):
 
     def wait(self, reads: Iterable[tuple[str, int]]) -> None:
         for part, layer in self._arriving(reads):
-            part.read(layer)
+            part[layer]
 
     def to(self, device: torch.device | str) -> SharedContext:
         """Return the context on another device, to which tensors are moved as they arrive.
@@ -102,7 +102,7 @@ class LoadingContext(SharedContext):
             threads=reader.threads,
         )
 
-    def _arriving(self, reads: Iterable[tuple[str, int]]) -> Iterator[tuple[_Layers, int]]:
+    def _arriving(self, reads: Iterable[tuple[str, int]]) -> Iterator[tuple[Any, int]]:
         """What is read of parts that are not in memory."""
         for what, layer in reads:
             if what == "hidden":
@@ -254,7 +254,7 @@ class _Layers(Arriving):
     def all_names(self) -> list[str]:
         return [name for names in self._names.values() for name in names]
 
-    def read(self, layer: int) -> dict[str, torch.Tensor]:
+    def _read(self, layer: int) -> dict[str, torch.Tensor]:
         """Wait for the tensors of a layer, and return them by part."""
         names = self._names[layer]
         tensors = {
@@ -274,7 +274,7 @@ class _Layers(Arriving):
 class _KVs(_Layers, Sequence[KV]):
     def __getitem__(self, layer: int) -> KV:  # type: ignore[override]  # no slices
         layer = range(len(self))[layer]
-        kv = KV(**self.read(layer))
+        kv = KV(**self._read(layer))
         self._parts.check_kv(layer, kv)
         return kv
 
@@ -284,7 +284,7 @@ class _KVs(_Layers, Sequence[KV]):
 
 class _HiddenStates(_Layers, Mapping[int, "torch.Tensor | KV"]):
     def __getitem__(self, layer: int) -> torch.Tensor | KV:
-        read = self.read(layer)
+        read = self._read(layer)
         states = read["states"] if "states" in read else KV(**read)
         self._parts.check_hidden(layer, states)
         return states
