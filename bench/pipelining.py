@@ -3,10 +3,10 @@
     python -m bench.pipelining --tokens 1024 --out pipelining
 
 The context is in memory, and its tensors arrive at a rate that is set, by sleeping: loading takes no core. Loads of 0.5, 1 and
-2 times the compute of a plan, which is its partial prefill from memory, are compared with the larger of the two: `of_max` is
-the median of the ratios to that of the same round, in which the compute is timed again right before. Then the time to the first
-token, suffix included, is taken at several bandwidths, beside what the cost model predicts. The folder gets both tables as CSV
-files, a plot of them, and a trace of one prefill.
+2 times the compute of a plan, which is its partial prefill from memory and timed again right before each, are compared with the
+larger of the two: `of_max` is the median of these ratios. Then the time to the first token, suffix included, is taken at
+several bandwidths, beside what the cost model predicts. The folder gets both tables as CSV files, a plot of them, and a trace
+of one prefill.
 """
 
 from __future__ import annotations
@@ -85,23 +85,21 @@ def compare(loaded: Loaded, rounds: int) -> list[Row]:
     for plan in plans(loaded.depth):
         in_memory = partial(loaded.prefill, plan, loaded.context)
         in_memory()  # warm-up
-        expected = statistics.median(timed(in_memory)[1] for _ in range(max(3, rounds)))
         for load in LOADS:
-            seconds, rate = load * expected, loaded.nbytes(plan) / (load * expected)
             compute: list[float] = []
             times: dict[str, list[float]] = {way: [] for way in WAYS}
             ratios: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in track(range(rounds), description=f"{plan}, a load of {load} times the compute"):
                 for way in WAYS:
                     compute.append(timed(in_memory)[1])
-                    times[way].append(timed(partial(loaded.prefill, plan, loaded.loading(rate), way))[1])
-                    ratios[way].append(times[way][-1] / max(seconds, compute[-1]))
+                    context = loaded.loading(loaded.nbytes(plan) / (load * compute[-1]))
+                    times[way].append(timed(partial(loaded.prefill, plan, context, way))[1])
+                    ratios[way].append(times[way][-1] / (max(load, 1.0) * compute[-1]))
             rows.append(
                 {
                     "plan": str(plan),
                     "load": load,
                     "mbytes": round(loaded.nbytes(plan) / 1e6, 1),
-                    "load_ms": round(seconds * 1e3, 1),
                     "compute_ms": round(statistics.median(compute) * 1e3, 1),
                     **{f"{way}_ms": round(statistics.median(times[way]) * 1e3, 1) for way in WAYS},
                     **{f"{way}_of_max": round(statistics.median(ratios[way]), 3) for way in WAYS},

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from .files import replacing
@@ -30,7 +30,7 @@ class Span:
     kind: str
     name: str
     thread: str
-    start: float
+    start: float = 0.0
     end: float = 0.0
     nbytes: int = 0
 
@@ -95,13 +95,16 @@ class Trace:
         return list(dict.fromkeys(span.thread for span in sorted(self.spans, key=lambda each: each.start)))
 
 
+def span(trace: Trace | None, kind: str, name: str) -> AbstractContextManager[Span | None]:
+    """Return what times the work within it for a trace; it gives the span, whose bytes the caller may set, if there is one."""
+    return nullcontext() if trace is None else _timed(trace, Span(kind, name, threading.current_thread().name))
+
+
 @contextmanager
-def span(trace: Trace | None, kind: str, name: str) -> Iterator[Span]:
-    """Time what is done within it, for a trace if there is one; yield the span, whose bytes the caller may set."""
-    made = Span(kind, name, threading.current_thread().name, time.perf_counter())
+def _timed(trace: Trace, made: Span) -> Iterator[Span]:
+    made.start = time.perf_counter()
     try:
         yield made
     finally:
         made.end = time.perf_counter()
-        if trace is not None:
-            trace.spans.append(made)
+        trace.spans.append(made)

@@ -176,7 +176,7 @@ class _Reader:
     ) -> list[Future[torch.Tensor]]:
         """Return the tensors to come; those that were not asked for before are read last, or `first`."""
         with self._lock:
-            new = [name for name in names if name not in self._futures]
+            new = [name for name in dict.fromkeys(names) if name not in self._futures]
             for name in reversed(new) if first else new:
                 self._futures[name] = Future()
                 (self._queue.appendleft if first else self._queue.append)((name, trace))
@@ -194,7 +194,7 @@ class _Reader:
         """Fetch a tensor that is not there yet, in the caller's thread."""
         return self.ask([name])[0].result() if self.has([name]) else self._fetch(name)
 
-    def next(self) -> tuple[str, Trace | None] | None:
+    def take(self) -> tuple[str, Trace | None] | None:
         """Take the next name for the calling thread, which ends if there is none."""
         with self._lock:
             if self._queue:
@@ -203,11 +203,12 @@ class _Reader:
             return None
 
     def read(self, name: str, trace: Trace | None) -> None:
-        """Read a tensor that :meth:`next` gave."""
+        """Read a tensor that :meth:`take` gave."""
         try:
             with span(trace, "read", name) as reading:
                 tensor = self._on_device(self._fetch(name))
-                reading.nbytes = tensor.nbytes
+                if reading is not None:
+                    reading.nbytes = tensor.nbytes
         except BaseException as error:
             error.add_note(f"while {name} of a context was read")
             self._fail(name, error)
@@ -235,7 +236,7 @@ class _Reader:
 
 def _read_all(reader_of: weakref.ref[_Reader]) -> None:
     """Read what is asked for until there is no more of it, or nobody to ask."""
-    while (reader := reader_of()) is not None and (asked := reader.next()) is not None:
+    while (reader := reader_of()) is not None and (asked := reader.take()) is not None:
         reader.read(*asked)
         del reader
 

@@ -158,7 +158,7 @@ def test_nothing_is_read_unless_it_is_asked_for_and_then_in_order() -> None:
     arriving = source.loading()
     reads = [("hidden", 1), ("kv", 2), ("kv", 0)]
     assert not arriving.has_arrived(reads) and source.asked == []
-    arriving.prefetch(reads)
+    arriving.prefetch([*reads, *reads])
     arriving.prefetch(reads)
     arriving.wait(reads)
     assert arriving.has_arrived(reads) and not arriving.has_arrived([("kv", 1)])
