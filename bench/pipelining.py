@@ -151,8 +151,9 @@ def plot(compared: Sequence[Row], first_tokens: Sequence[Row], title: str, path:
         places = [place + 0.27 * (number - 1) for place in range(len(compared))]
         bars.bar(places, [row[f"{way}_of_max"] for row in compared], 0.25, label=label, color=f"C{number}")
     bars.axhline(1.15, color="black", linewidth=0.8, linestyle=":", label="1.15")
-    labels = [f"{row['plan']}\nload = {row['load']:g} compute" for row in compared]
+    labels = [f"{row['plan']}\n{row['load']:g}" for row in compared]
     bars.set_xticks(range(len(compared)), labels, fontsize=7)
+    bars.set_xlabel("load / compute")
     bars.set_ylabel("time / max(load, compute)")
     bars.set_title("partial prefill while the context is loaded", fontsize=10)
     bars.legend(fontsize=8)

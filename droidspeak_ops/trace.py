@@ -95,9 +95,20 @@ class Trace:
         return list(dict.fromkeys(span.thread for span in sorted(self.spans, key=lambda each: each.start)))
 
 
-def span(trace: Trace | None, kind: str, name: str) -> AbstractContextManager[Span | None]:
-    """Return what times the work within it for a trace; it gives the span, whose bytes the caller may set, if there is one."""
-    return nullcontext() if trace is None else _timed(trace, Span(kind, name, threading.current_thread().name))
+def span(trace: Trace | None, kind: str, *name: object) -> AbstractContextManager[Span | None]:
+    """Return what times the work within it for a trace, if there is one.
+
+    Args:
+        trace: takes the span.
+        kind: of work.
+        name: words, which are put together for a trace alone: in a prefill without one they would take time.
+
+    Returns:
+        A context manager; within it is the span, whose bytes the caller may set, or None.
+    """
+    if trace is None:
+        return nullcontext()
+    return _timed(trace, Span(kind, " ".join(map(str, name)), threading.current_thread().name))
 
 
 @contextmanager

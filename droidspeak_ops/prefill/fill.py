@@ -98,7 +98,7 @@ def fill(
     for layer, source in enumerate(schedule.sources):
         if source == "recompute":
             continue
-        filling.wait(schedule.reads_of(layer))
+        filling.wait(schedule.reads_of[layer])
         if source == "reuse":
             filling.reuse(layer)
         elif source == "project" and not layers.is_its_weights(layer):
@@ -152,7 +152,7 @@ class _Filling:
         """Wait for parts of the context; until then project what only waits for its group to fill."""
         if not self._context.has_arrived(reads):
             self.project_planned()
-            with span(self._trace, "wait", ", ".join(f"{what} {layer}" for what, layer in reads)):
+            with span(self._trace, "wait", *(word for read in reads for word in read)):
                 self._context.wait(reads)
 
     def hidden(self, layer: int) -> torch.Tensor:
@@ -161,7 +161,7 @@ class _Filling:
 
     def run(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Run a layer, and return what leaves it."""
-        with span(self._trace, "run", f"layer {layer}"):
+        with span(self._trace, "run", "layer", layer):
             return self._layers.run(layer, hidden_states)
 
     def run_band(self, band: Band) -> None:
@@ -174,7 +174,7 @@ class _Filling:
         for layer in range(band.start, last):
             hidden_states = self.run(layer, hidden_states)
         if self._layers.is_its_weights(last):
-            with span(self._trace, "project", f"layer {last}"):
+            with span(self._trace, "project", "layer", last):
                 ops.kv_project_layers([self._projection(self._planned(last, "project"), hidden_states)])
         else:
             self.run(last, hidden_states)
@@ -193,13 +193,13 @@ class _Filling:
             self._project(self._alike.pop(next(iter(self._alike))))
 
     def _project(self, group: Sequence[_Planned]) -> None:
-        with span(self._trace, "project", "layers " + ", ".join(str(each.layer) for each in group)):
+        with span(self._trace, "project", "layers", *(each.layer for each in group)):
             ops.kv_project_layers([self._projection_of(each) for each in group])
             self._reuse_sinks([each for each in group if each.source != "project"])
 
     def reuse(self, layer: int) -> None:
         """Reuse the sender's K and V; in 8 bits, or rotated by another RoPE, they are decoded and rotated further."""
-        with span(self._trace, "reuse", f"layer {layer}"):
+        with span(self._trace, "reuse", "layer", layer):
             kv, further = self._context.kv(layer), self._rerotation(layer)
             if kv.k_scale is None and not further and self._layers.share(layer, kv):
                 return

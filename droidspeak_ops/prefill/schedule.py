@@ -5,6 +5,7 @@ The fill, the cost model, the profiler and whoever loads contexts read a :class:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -83,17 +84,12 @@ class Schedule:
         Hidden states that enter layer 0 are never among it: they are embeddings, and the receiver has its own.
         """
         starts = [Read("hidden", band.start) for band in self.bands if band.start > 0]
-        return (*starts, *(read for layer in range(len(self.sources)) for read in self.reads_of(layer)))
+        return (*starts, *itertools.chain.from_iterable(self.reads_of))
 
-    def reads_of(self, layer: int) -> list[Read]:
-        """The parts of the context that a layer is filled from; none of layers in bands."""
-        source = self.sources[layer]
-        reads = [Read("hidden", layer)] if source in ("project", "fitted") and layer > 0 else []
-        if source in ("reuse", "fitted_kv"):
-            reads.append(Read("kv", layer))
-        elif source == "fitted":
-            reads.append(Read("sinks", layer))
-        return reads
+    @cached_property
+    def reads_of(self) -> tuple[tuple[Read, ...], ...]:
+        """The parts of the context that each layer is filled from; none for layers in bands."""
+        return tuple(itertools.starmap(_reads_of, enumerate(self.sources)))
 
     @cached_property
     def hidden_layers(self) -> tuple[int, ...]:
@@ -122,6 +118,15 @@ class Schedule:
     def looked_at(self) -> range:
         """The layers at whose attention peaks tokens are selected."""
         return layers_looked_at(len(self.sources))
+
+
+def _reads_of(layer: int, source: Source) -> tuple[Read, ...]:
+    hidden = (Read("hidden", layer),) if layer > 0 else ()
+    if source == "recompute":
+        return ()
+    if source == "project":
+        return hidden
+    return (*hidden, Read("sinks", layer)) if source == "fitted" else (Read("kv", layer),)
 
 
 def resolve(
