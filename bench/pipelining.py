@@ -3,8 +3,8 @@
     python -m bench.pipelining --tokens 1024 --out pipelining
 
 The context is in memory, and its tensors arrive at a rate that is set, by sleeping: loading takes no core. Loads of 0.5, 1 and
-2 times the compute of a plan, which is its partial prefill from memory and timed again right before each, are compared with the
-larger of the two: `of_max` is the median of these ratios. Then the time to the first token, suffix included, is taken at
+2 times the compute of a plan, which is its partial prefill from memory and timed right before and after each, are compared with
+the larger of the two: `of_max` is the median of these ratios. Then the time to the first token, suffix included, is taken at
 several bandwidths, beside what the cost model predicts. The folder gets both tables as CSV files, a plot of them, and a trace
 of one prefill.
 """
@@ -89,12 +89,14 @@ def compare(loaded: Loaded, rounds: int) -> list[Row]:
             compute: list[float] = []
             times: dict[str, list[float]] = {way: [] for way in WAYS}
             ratios: dict[str, list[float]] = {way: [] for way in WAYS}
+            compute.append(timed(in_memory)[1])
             for _ in track(range(rounds), description=f"{plan}, a load of {load} times the compute"):
                 for way in WAYS:
-                    compute.append(timed(in_memory)[1])
-                    context = loaded.loading(loaded.nbytes(plan) / (load * compute[-1]))
+                    seconds = load * compute[-1]
+                    context = loaded.loading(loaded.nbytes(plan) / seconds)
                     times[way].append(timed(partial(loaded.prefill, plan, context, way))[1])
-                    ratios[way].append(times[way][-1] / (max(load, 1.0) * compute[-1]))
+                    compute.append(timed(in_memory)[1])
+                    ratios[way].append(times[way][-1] / max(seconds, statistics.mean(compute[-2:])))
             rows.append(
                 {
                     "plan": str(plan),
