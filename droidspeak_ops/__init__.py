@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from . import metrics, ops
     from .context.context import SharedContext
     from .context.fingerprint import Fingerprint, ReuseError
+    from .context.store import ContextStore
     from .example import Example
     from .fitting.run import fit
     from .hf.adapters import UnsupportedModelError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 # Imported when first asked for: torch and transformers take seconds, and the operators need neither a model nor transformers.
 _MODULES = {
+    "ContextStore": "context.store",
     "CostModel": "profiling.cost",
     "Example": "example",
     "Fingerprint": "context.fingerprint",
@@ -57,6 +59,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "ContextStore",
     "CostModel",
     "Example",
     "Fingerprint",

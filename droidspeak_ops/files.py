@@ -23,19 +23,23 @@ T = TypeVar("T")
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]:
     """Yield a scratch file, to be written to, which replaces `path` atomically once it is flushed to disk.
 
     Threads and processes may write to one path at once: each has a scratch file of its own, and the last to finish wins. A
     symbolic link stays a link, and a file keeps its mode. On an error the scratch file is removed, and what writers that were
     killed have left beside `path` is removed by the next one.
+
+    Args:
+        path: the file.
+        mode: of a file that is new, before the umask.
     """
     target = Path(os.path.realpath(path))
-    _remove_abandoned(target)
-    scratch, descriptor = _locked_scratch(target)
+    remove_abandoned(target.parent, target.name)
+    scratch, descriptor = _locked_scratch(target, mode)
     try:
         yield scratch
-        if target.exists():
+        with suppress(FileNotFoundError):  # it is new, or was removed meanwhile
             shutil.copymode(target, scratch)
         _sync(scratch)
         os.replace(scratch, target)
@@ -45,16 +49,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _scratch_name(target: Path, writer: str) -> str:
-    """The name of a writer's scratch file. Its machine is part of it: locks need not reach others that share the folder."""
-    return f".{target.name}.{zlib.crc32(socket.gethostname().encode()):08x}.{writer}"
+def make_private_folder(path: Path) -> None:
+    """Make a folder that its owner alone can enter, and its parents, unless they are there."""
+    try:
+        path.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        return
+    _sync(path.parent)
 
 
-def _locked_scratch(target: Path) -> tuple[Path, int]:
+def _machine() -> str:
+    """A word for this machine, which is part of the names of scratch files: locks need not reach others that share a folder."""
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _locked_scratch(target: Path, mode: int) -> tuple[Path, int]:
     """Make a scratch file that is locked for as long as its descriptor is open: until it is closed or the process ends."""
     while True:
-        scratch = target.with_name(_scratch_name(target, uuid.uuid4().hex))
-        descriptor = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        scratch = target.with_name(f".{target.name}.{_machine()}.{uuid.uuid4().hex}")
+        descriptor = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
         with suppress(OSError):  # where there are no locks, none is found free either, and nothing is removed
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if scratch.exists():  # nobody took it for abandoned before it was locked
@@ -62,13 +75,18 @@ def _locked_scratch(target: Path) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Remove the scratch files of `target` whose writers on this machine were killed: nobody holds their locks."""
-    ours = re.compile(re.escape(_scratch_name(target, "")) + "[0-9a-f]{32}")
+def remove_abandoned(folder: Path, name: str | None = None) -> None:
+    """Remove the scratch files in a folder whose writers on this machine were killed: nobody holds their locks.
+
+    Args:
+        folder: where to look.
+        name: of the file that was to be replaced; None for any.
+    """
+    ours = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.{_machine()}\.[0-9a-f]{{32}}")
     beside: list[str] = []
     with suppress(OSError):  # a folder can be written to that cannot be listed
-        beside = os.listdir(target.parent)
-    for scratch in (target.with_name(name) for name in beside if ours.fullmatch(name)):
+        beside = os.listdir(folder)
+    for scratch in (folder / each for each in beside if ours.fullmatch(each)):
         with suppress(OSError):  # held, gone meanwhile, or somebody else's
             descriptor = os.open(scratch, os.O_RDWR | os.O_NOFOLLOW)
             try:

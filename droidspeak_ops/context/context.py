@@ -252,33 +252,43 @@ class SharedContext:
             ValueError: the file holds something else, is damaged, or is none that :meth:`save` writes.
         """
 
-        def make(described: _Described, tensors: tensor_file.Tensors) -> SharedContext:
-            def kv(prefix: str) -> KV:
-                scales = (tensors.take_if(f"{prefix}.{name}") for name in KV._fields[2:])
-                return KV(*(tensors.take(f"{prefix}.{name}") for name in KV._fields[:2]), *scales)
-
-            def hidden(layer: int) -> torch.Tensor | KV:
-                states = tensors.take_if(f"hidden.{layer}.states")
-                return kv(f"hidden.{layer}") if states is None else states
-
-            rotations: dict[int | None, Rotation | None] = {None: None}
-            for place in described.rotations:
-                if place not in rotations:
-                    cos, sin = (tensors.take(f"rotation.{place}.{name}") for name in ("cos", "sin"))
-                    rotations[place] = cos, sin
-            context = cls(
-                tokens=tensors.take("tokens"),
-                keys_values=[kv(f"kv.{layer}") for layer in range(len(described.rotations))],
-                hidden_states={layer: hidden(layer) for layer in described.hidden_layers},
-                rotations=[rotations[place] for place in described.rotations],
-                sender=described.sender,
-            )
+        def make(described: Described, tensors: tensor_file.Tensors) -> SharedContext:
+            context = cls._from_described(described, tensors)
             (vocabulary,) = context.sender.sizes("vocab_size")
             if not bool(((context.tokens >= 0) & (context.tokens < vocabulary)).all()):
                 raise ValueError(f"tokens: expected ids from 0 to {vocabulary - 1}, got others")
             return context
 
-        return tensor_file.read(path, "context", _Described, make)
+        return tensor_file.read(path, "context", Described, make)
+
+    @classmethod
+    def _from_described(cls, described: Described, tensors: tensor_file.Tensors) -> SharedContext:
+        """Return the context that :meth:`_described` describes.
+
+        Raises:
+            ValueError: a tensor is missing, or the parts do not fit together.
+        """
+
+        def kv(prefix: str) -> KV:
+            scales = (tensors.take_if(f"{prefix}.{name}") for name in KV._fields[2:])
+            return KV(*(tensors.take(f"{prefix}.{name}") for name in KV._fields[:2]), *scales)
+
+        def hidden(layer: int) -> torch.Tensor | KV:
+            states = tensors.take_if(f"hidden.{layer}.states")
+            return kv(f"hidden.{layer}") if states is None else states
+
+        rotations: dict[int | None, Rotation | None] = {None: None}
+        for place in described.rotations:
+            if place not in rotations:
+                cos, sin = (tensors.take(f"rotation.{place}.{name}") for name in ("cos", "sin"))
+                rotations[place] = cos, sin
+        return cls(
+            tokens=tensors.take("tokens"),
+            keys_values=[kv(f"kv.{layer}") for layer in range(len(described.rotations))],
+            hidden_states={layer: hidden(layer) for layer in described.hidden_layers},
+            rotations=[rotations[place] for place in described.rotations],
+            sender=described.sender,
+        )
 
     def check_hidden(self, layers: Sequence[int]) -> None:
         """Raise unless hidden states are held at all of `layers`.
@@ -303,7 +313,7 @@ class SharedContext:
 
 
 @dataclass(frozen=True)
-class _Described:
+class Described:
     """The plain values in a file of a context; of `rotations` the tensors of the layer, or None."""
 
     sender: Fingerprint

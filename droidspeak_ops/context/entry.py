@@ -1,0 +1,247 @@
+"""The file of a stored context: safetensors whose tensors are read one by one, each checked by a digest of its own.
+
+Its header says all that has to fit together, and is checked before anything of the size that it tells is allocated or read. Of
+tensors the hidden states come first, then the layers, in the order in which schedules read them.
+
+Digests are XXH3, of 128 bits, and tell damage: whoever can write to a store can also make digests that fit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import xxhash
+
+from .. import schema, tensor_file
+from .context import Described, SharedContext
+from .fingerprint import ReuseError
+from .keys import BLOCK, Chain
+from .storage import OpenFile
+
+_KIND = "droidspeak_stored_context"
+_DIGEST = "xxh3_128"
+_DTYPES = {
+    "I64": torch.int64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MOST_HEADER = 64 << 20  # of bytes: some hundred are there for each tensor and each block of tokens
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The plain values of a stored context.
+
+    Args:
+        key: of the context; see :mod:`droidspeak_ops.context.keys`.
+        blocks: the hashes of its heads of whole blocks.
+        namespace: of its tenant.
+        context: what :class:`SharedContext` says of itself.
+        digests: of each tensor's bytes.
+    """
+
+    key: str
+    blocks: tuple[str, ...]
+    namespace: str
+    context: Described
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in a file, as safetensors has it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"expected one of {', '.join(_DTYPES)}, got {self.dtype}")
+        nbytes = _DTYPES[self.dtype].itemsize * math.prod(self.shape)
+        first, end = self.data_offsets
+        if not 0 < len(self.shape) <= 4 or min(self.shape) < 1 or first < 0 or end - first != nbytes:
+            raise ValueError(f"expected a shape and its {nbytes} bytes, got {self.shape} from {first} to {end}")
+
+    def empty(self, device: str) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=_DTYPES[self.dtype], device=device)
+
+
+def encode(context: SharedContext, chain: Chain, namespace: str) -> list[memoryview]:
+    """Return the content of the file of a context, in parts that share memory with tensors on the CPU."""
+    described, tensors = context._described()
+    parts = {name: _bytes_of(tensor.detach().cpu().contiguous()) for name, tensor in _in_order(tensors)}
+    ends = [0]
+    for part in parts.values():
+        ends.append(ends[-1] + len(part))
+    table = {
+        name: asdict(_Place(_NAMES[tensors[name].dtype], tuple(tensors[name].shape), place))
+        for name, place in zip(parts, pairwise(ends), strict=True)
+    }
+    digests = {name: xxhash.xxh3_128_hexdigest(part) for name, part in parts.items()}
+    values = {
+        "key": chain.key(chain.num_tokens), "blocks": chain.blocks, "namespace": namespace,
+        "context": described, "digests": digests,
+    }  # fmt: skip
+    return [memoryview(sealed(json.dumps(values, allow_nan=False), table)), *parts.values()]
+
+
+def sealed(text: str, table: dict[str, Any]) -> bytes:
+    """Return the head of a file, up to its tensors, with a digest that fits: `text` has the manifest in JSON."""
+    header = json.dumps({"__metadata__": {_KIND: text, _DIGEST: _digest(text, table)}, **table}).encode()
+    header += b" " * (-len(header) % 8)  # the format has tensors begin at multiples of 8
+    return len(header).to_bytes(8, "little") + header
+
+
+class Entry:
+    """A stored context, of which the header is read.
+
+    Args:
+        path: its name, for errors.
+        file: which is kept open.
+
+    Raises:
+        ValueError: it is none, or is damaged; the message begins with `path`.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: str, file: OpenFile) -> None:
+        self._path, self._file = path, file
+        length = int.from_bytes(self._read(0, 8), "little") if file.nbytes >= 8 else 0
+        self._data = 8 + length
+        if not 0 < length <= min(_MOST_HEADER, file.nbytes - 8):
+            raise ValueError(f"{path}: expected a stored context, got {file.nbytes} bytes with a header of {length}")
+        header = schema.decode(bytes(self._read(8, length)), dict[str, Any], path)
+        metadata = schema.convert(header.pop("__metadata__", {}), dict[str, str], path)
+        if metadata.keys() != {_KIND, _DIGEST}:
+            raise ValueError(f"{path}: expected a stored context, got a safetensors file of something else")
+        if metadata[_DIGEST] != _digest(metadata[_KIND], header):
+            raise ValueError(f"{path}: expected a header of the digest {metadata[_DIGEST]}, got another: it is damaged")
+        self.manifest = schema.decode(metadata[_KIND], Manifest, path)
+        self._places = schema.convert(header, dict[str, _Place], path)
+        try:
+            self._check_places(file.nbytes - self._data)
+            self._check_fits()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def _check_places(self, nbytes: int) -> None:
+        """Raise unless the tensors lie side by side in all of `nbytes`, in order, and each has a digest."""
+        if self._places.keys() != self.manifest.digests.keys():
+            raise ValueError("digests: expected one for each tensor, got others")
+        end = 0
+        for name, place in self._places.items():
+            if place.data_offsets[0] != end:
+                raise ValueError(f"{name}: expected to begin at {end}, got {place.data_offsets}")
+            end = place.data_offsets[1]
+        if end != nbytes:
+            raise ValueError(f"expected {end} bytes of tensors, got {nbytes}: the file is cut, or another")
+
+    def _check_fits(self) -> None:
+        """Raise unless the tensors are, by name, dtype and shape, those of a context of such a sender."""
+        tensors = tensor_file.Tensors({name: place.empty("meta") for name, place in self._places.items()})
+        context = SharedContext._from_described(self.manifest.context, tensors)
+        tensors.check_taken()
+        if context.tokens.shape[0] != 1:
+            raise ValueError(f"tokens: expected one row, got {context.tokens.shape[0]}")
+        if len(self.manifest.blocks) != self.num_tokens // BLOCK:
+            raise ValueError(f"blocks: expected those of {self.num_tokens} tokens, got {len(self.manifest.blocks)}")
+        rows = {kv.keys.shape[2] for kv in context.keys_values}
+        self.has_heads = rows == {self.num_tokens} and not _rope_varies(context.sender.rope)
+
+    def check_head(self, length: int) -> None:
+        """Raise a ReuseError unless the first `length` tokens of the context are a context.
+
+        Windows do not hold the rows that a shorter head would, and angles that depend on the length are others for it.
+        """
+        if length != self.num_tokens and not (self.has_heads and length < self.num_tokens):
+            raise ReuseError(f"{self._path}: expected a context of {length} tokens, got one of {self.num_tokens}")
+
+    def use(self) -> None:
+        """Count as used now, where that is known of files."""
+        self._file.use()
+
+    @property
+    def num_tokens(self) -> int:
+        return self._places["tokens"].shape[1]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of K, V and hidden states, in the order of the file."""
+        return [name for name in self._places if name.startswith(("hidden.", "kv."))]
+
+    def fetch(self, name: str) -> torch.Tensor:
+        """Read a tensor onto the CPU; several threads may.
+
+        Raises:
+            ReuseError: it is damaged, or cannot be read any more; the message names file and tensor.
+        """
+        place = self._places[name]
+        tensor, hashed = place.empty("cpu"), xxhash.xxh3_128()
+        try:
+            for part in self._file.read(self._data + place.data_offsets[0], _bytes_of(tensor)):
+                hashed.update(part)
+        except OSError as error:
+            raise ReuseError(f"{self._path}: {name}: expected to read it, got: {error}") from error
+        if hashed.hexdigest() != self.manifest.digests[name]:
+            raise ReuseError(
+                f"{self._path}: {name}: expected the digest of what was written, got another: it is damaged"
+            )
+        return tensor
+
+    def fetch_head(self, name: str, length: int) -> torch.Tensor:
+        """Read the first `length` tokens of a tensor, which is checked as a whole; errors as :meth:`fetch`."""
+        tensor = self.fetch(name)
+        dim = 0 if name.startswith("rotation.") else 1 if name.endswith((".states", "tokens")) else 2
+        return tensor if length == self.num_tokens else tensor.narrow(dim, 0, length).contiguous()
+
+    def rotations(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+        """Read cos and sin of the first `length` tokens, by layer, those of several layers once; errors as :meth:`fetch`."""
+        read: dict[int | None, tuple[torch.Tensor, torch.Tensor] | None] = {None: None}
+        for place in self.manifest.context.rotations:
+            if place not in read:
+                cos, sin = (self.fetch_head(f"rotation.{place}.{half}", length) for half in ("cos", "sin"))
+                read[place] = cos, sin
+        return [read[place] for place in self.manifest.context.rotations]
+
+    def check_all(self) -> None:
+        """Read all tensors; raises as :meth:`fetch`."""
+        for name in self._places:
+            self.fetch(name)
+
+    def _read(self, start: int, count: int) -> bytearray:
+        content = bytearray(count)
+        for _ in self._file.read(start, memoryview(content)):
+            pass
+        return content
+
+
+def _rope_varies(rope: Mapping[str, Any]) -> bool:
+    """Return whether the angles of a position depend on the length of the prompt; of several kinds of layers, at any."""
+    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, Mapping)}
+    return not kinds.isdisjoint({"dynamic", "longrope"})
+
+
+def _in_order(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tokens and rotations, which are small; then hidden states, and then K/V, layer by layer."""
+    ranks = {"tokens": 0, "rotation": 1, "hidden": 2, "kv": 3}
+
+    def rank(name: str) -> tuple[int, int]:
+        what, *place = name.split(".")
+        return ranks[what], int(place[0]) if place else 0
+
+    return ((name, tensors[name]) for name in sorted(tensors, key=rank))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _digest(text: str, table: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps([text, list(table.items())]).encode())

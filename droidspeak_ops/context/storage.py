@@ -1,0 +1,204 @@
+"""Where stored contexts lie: a local folder, or what a URL of fsspec names. Files appear and go as a whole.
+
+Nothing waits for anything, so nothing can wait forever: a file is never written to once it has its name, a reader of a local
+file holds it open, and so keeps its bytes when it is removed or replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from .. import files
+
+SUFFIX = ".safetensors"
+_CHUNK = 1 << 20  # what is read stays in a processor's cache until it is hashed
+
+
+class Stored(NamedTuple):
+    """A file: its name, as ``folder/file``, its bytes, and when it was last read or written, in seconds since 1970.
+
+    Of remote files only writing is known, and of some not even that: they count as old.
+    """
+
+    name: str
+    nbytes: int
+    used: float
+
+
+class OpenFile(Protocol):
+    """A file that is read in parts, by several threads."""
+
+    nbytes: int
+
+    def read(self, start: int, into: memoryview) -> Iterator[memoryview]:
+        """Fill `into` with the bytes from `start`, and yield it part by part as it is filled.
+
+        Raises:
+            OSError: the file is shorter, is gone, or cannot be read.
+        """
+
+    def use(self) -> None:
+        """Count as used now, if that is kept."""
+
+
+class Storage(Protocol):
+    """A place for files."""
+
+    def open(self, name: str) -> OpenFile:
+        """Open a file.
+
+        Raises:
+            OSError: it cannot be opened; a FileNotFoundError where there is none.
+        """
+
+    def write(self, name: str, parts: Iterable[memoryview]) -> None:
+        """Write a file as a whole, in place of one of its name."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    def stored(self, folder: str | None = None) -> list[Stored]:
+        """List the files in a folder, or in all."""
+
+    def sweep(self) -> None:
+        """Remove what writers that were killed have left."""
+
+
+def storage_at(url: str | os.PathLike[str]) -> Storage:
+    """Return the storage at a path or a URL of fsspec.
+
+    Raises:
+        ValueError, ImportError: fsspec does not know such URLs, or lacks a module for them.
+    """
+    filesystem, root = url_to_fs(os.fspath(url), use_listings_cache=False)  # others write meanwhile
+    return _Local(Path(root)) if isinstance(filesystem, LocalFileSystem) else _Remote(filesystem, root)
+
+
+class _LocalFile:
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self.nbytes = os.fstat(self._descriptor).st_size
+
+    def read(self, start: int, into: memoryview) -> Iterator[memoryview]:
+        done = 0
+        while done < len(into):
+            count = os.preadv(self._descriptor, [into[done : done + _CHUNK]], start + done)
+            if not count:
+                raise OSError(f"expected {len(into)} bytes from {start}, got {done}")
+            yield into[done : done + count]
+            done += count
+
+    def use(self) -> None:
+        with suppress(OSError):  # who may read a file need not own it
+            os.utime(self._descriptor)
+
+
+class _Local:
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def open(self, name: str) -> OpenFile:
+        return _LocalFile(self._root / name)
+
+    def write(self, name: str, parts: Iterable[memoryview]) -> None:
+        path = self._root / name
+        for folder in (self._root, path.parent):
+            files.make_private_folder(folder)
+        try:
+            with files.replacing(path, mode=0o600) as scratch, scratch.open("wb") as file:
+                file.writelines(parts)
+        except OSError as error:  # a full disk is not named by it
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+    def remove(self, name: str) -> None:
+        (self._root / name).unlink(missing_ok=True)
+
+    def stored(self, folder: str | None = None) -> list[Stored]:
+        found = []
+        for path in self._folders() if folder is None else [self._root / folder]:
+            with suppress(FileNotFoundError), os.scandir(path) as entries:
+                for each in entries:
+                    if each.name.endswith(SUFFIX) and not each.name.startswith("."):
+                        with suppress(FileNotFoundError):  # removed meanwhile
+                            about = each.stat()
+                            found.append(Stored(f"{path.name}/{each.name}", about.st_size, about.st_mtime))
+        return found
+
+    def sweep(self) -> None:
+        for folder in self._folders():
+            files.remove_abandoned(folder)
+
+    def _folders(self) -> list[Path]:
+        try:
+            return [path for path in self._root.iterdir() if path.is_dir()]
+        except FileNotFoundError:
+            return []
+
+
+class _RemoteFile:
+    def __init__(self, filesystem: Any, path: str) -> None:
+        self._filesystem, self._path = filesystem, path
+        nbytes = filesystem.size(path)
+        if nbytes is None:
+            raise OSError(f"expected a file of a known size, got none of {path}")
+        self.nbytes = nbytes
+
+    def read(self, start: int, into: memoryview) -> Iterator[memoryview]:
+        content = self._filesystem.cat_file(self._path, start=start, end=start + len(into))
+        if len(content) != len(into):
+            raise OSError(f"expected {len(into)} bytes from {start}, got {len(content)}")
+        into[:] = content
+        yield into
+
+    def use(self) -> None:
+        """Object stores know when a file was written alone."""
+
+
+class _Remote:
+    def __init__(self, filesystem: Any, root: str) -> None:
+        self._filesystem, self._root = filesystem, root.rstrip("/")
+
+    def open(self, name: str) -> OpenFile:
+        return _RemoteFile(self._filesystem, f"{self._root}/{name}")
+
+    def write(self, name: str, parts: Iterable[memoryview]) -> None:
+        # In one put, which object stores do as a whole: leaving a file of fsspec by an error would write what there is of it.
+        self._filesystem.pipe_file(f"{self._root}/{name}", b"".join(parts))
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._filesystem.rm_file(f"{self._root}/{name}")
+
+    def stored(self, folder: str | None = None) -> list[Stored]:
+        path = self._root if folder is None else f"{self._root}/{folder}"
+        try:
+            found = self._filesystem.find(path, detail=True)
+        except FileNotFoundError:
+            return []
+        return [
+            Stored("/".join(each.split("/")[-2:]), int(about["size"]), _written(about))
+            for each, about in found.items()
+            if each.endswith(SUFFIX)
+        ]
+
+    def sweep(self) -> None:
+        """What is put is there as a whole or not at all."""
+
+
+def _written(about: dict[str, Any]) -> float:
+    """When a file was written, by whichever name a file system of fsspec gives it."""
+    found = next(
+        (about[name] for name in ("LastModified", "mtime", "last_modified", "modified", "created") if name in about),
+        0.0,
+    )
+    return found.timestamp() if isinstance(found, datetime) else float(found) if isinstance(found, int | float) else 0.0
