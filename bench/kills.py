@@ -23,7 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -40,7 +40,7 @@ from droidspeak_ops.fitting.run import fit
 from droidspeak_ops.hf.smollm2 import fetch_smollm2, is_whole
 from droidspeak_ops.profiling.run import profile
 
-RESULT, JOURNAL, DOWNLOAD = "result", "journal", "download and conversion"
+RESULT, JOURNAL, DOWNLOAD, STORE = "result", "journal", "download and conversion", "ContextStore.save"
 WRITING = 0.4
 """Share of kills that wait until a file is being written."""
 _LOOK = 2e-4  # seconds between looks for a file
@@ -61,7 +61,7 @@ class Target(NamedTuple):
         prepare: called in the process, with a folder of the run's; returns the run.
         read: returns a digest of the result, or raises.
         kills: how many times.
-        old: the file that lies under the result's name before the first run; None if nothing does.
+        old: the file or folder that lies under the result's name before the first run; None if nothing does.
         together: kills before a run is let through to its end.
         second_runs: how many runs are stopped while a second is started with the same journal.
         repeats: whether the run is done again and again until it is killed.
@@ -82,7 +82,7 @@ class Target(NamedTuple):
     def begin(self, folder: Path) -> None:
         """Put into an empty folder what lies there before the first run."""
         if self.old is not None:
-            shutil.copy(self.old, folder / self.result)
+            (shutil.copytree if self.old.is_dir() else shutil.copy)(self.old, folder / self.result)
 
     def content(self, folder: Path) -> str | None:
         """Return a digest of the result, or the error that reading it ends with; None where there is nothing."""
@@ -124,6 +124,22 @@ def saving(kind: Any, inputs: Path, folder: Path) -> Run:
     return run
 
 
+def storing(inputs: Path, folder: Path) -> Run:
+    """Return a run that saves one context and another of the same tokens in turns, and where there is room a larger one.
+
+    Of what is larger nothing is expected: it is there so that a small disk is full.
+    """
+    one, other, larger = (ds.SharedContext.load(inputs / name) for name in ("one", "other", "larger"))
+    store = ds.ContextStore(folder / RESULT)
+
+    def run() -> None:
+        for each in (one, larger, other, one):
+            with suppress(OSError) if each is larger else nullcontext():
+                store.save(each)
+
+    return run
+
+
 def fetching(folder: Path) -> Run:
     """Return a run that downloads and converts SmolLM2."""
     return partial(fetch_smollm2, folder)
@@ -146,6 +162,12 @@ def targets(inputs: Path) -> dict[str, Target]:
         (inputs / kind.__name__).mkdir()
         for name, value in zip(("one", "other"), values, strict=True):
             value.save(inputs / kind.__name__ / name)
+    in_store = inputs / ds.ContextStore.__name__
+    in_store.mkdir()
+    one, larger = (ds.capture(sender, torch.randint(101, (1, tokens)), layers=range(LAYERS)) for tokens in (400, 800))
+    for name, value in {"one": one, "other": one.quantized(torch.int8), "larger": larger}.items():
+        value.save(in_store / name)
+    ds.ContextStore(in_store / "store").save(one.quantized(torch.int8))
     old = {kind: inputs / kind.__name__ / "other" for kind in made}
     read = {ds.Maps: read_maps, ds.SharedContext: read_context, ds.Frontier: read_frontier}
     return {
@@ -155,6 +177,14 @@ def targets(inputs: Path) -> dict[str, Target]:
             f"{kind.__name__}.save": Target(partial(saving, kind, path.parent), read[kind], 30, path, repeats=True)
             for kind, path in old.items()
         },
+        STORE: Target(
+            partial(storing, in_store),
+            partial(read_stored, one),
+            200,
+            in_store / "store",
+            repeats=True,
+            scratch=f"{RESULT}/*/.*.*.*",
+        ),
         DOWNLOAD: Target(
             fetching, read_folder, 10, None, together=10, result="SmolLM2-135M-Instruct", scratch="*/model/*"
         ),
@@ -169,6 +199,22 @@ def read_maps(path: Path) -> str:
 def read_context(path: Path) -> str:
     """Return a digest of a saved context."""
     return of_context(ds.SharedContext.load(path))
+
+
+def read_stored(context: ds.SharedContext, path: Path) -> str:
+    """Return a digest of what a store has in the place of a context.
+
+    Raises:
+        ValueError: it has nothing there, or something that is damaged.
+    """
+    store = ds.ContextStore(path)
+    for each in store.stored():
+        if (entry := store.open(each.name)) is not None:
+            entry.check_all()
+    found = store.load(context.tokens, context.sender)
+    if found is None:
+        raise ValueError(f"{path}: expected a context, got none")
+    return of_context(found)
 
 
 def read_frontier(path: Path) -> str:

@@ -15,7 +15,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     return kills.targets(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.mark.parametrize("name", ["Maps.save", "SharedContext.save", "Frontier.save"])
+@pytest.mark.parametrize("name", ["Maps.save", "SharedContext.save", "Frontier.save", kills.STORE])
 def test_a_save_that_is_killed_leaves_the_old_or_the_new(targets, name: str) -> None:
     (row,) = kills.measure(name, targets[name]._replace(kills=5), random.Random(0))
     assert row["kills"] == 5

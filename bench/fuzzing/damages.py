@@ -8,12 +8,14 @@ import random
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from safetensors.torch import load
 
 from droidspeak_ops import tensor_file
+from droidspeak_ops.context import entry
 
 Damage = Callable[[bytes, random.Random], bytes]
 
@@ -164,6 +166,20 @@ def damage_tensors(content: bytes, rng: random.Random) -> bytes:
             name, other = rng.choices(sorted(tensors), k=2)
             _damage_tensor(tensors, name, other, rng)
     return tensor_file.sealed(key.removeprefix("droidspeak_"), text, tensors)
+
+
+def damage_stored(content: bytes, rng: random.Random) -> bytes:
+    """Damage the manifest of a stored context, or where its tensors are, under a digest that fits."""
+    header, data = split_header(content)
+    table = json.loads(header)
+    (text,) = (value for name, value in table.pop("__metadata__").items() if name != entry.DIGEST)
+    if rng.random() < 0.5:
+        text = damage_json(text.encode(), rng).decode()
+    else:
+        with suppress(ValueError, RecursionError):  # there is no digest of what is no JSON
+            damaged = json.loads(damage_json(json.dumps(table).encode(), rng))
+            table = damaged if isinstance(damaged, dict) else table
+    return entry.sealed(text, table) + data
 
 
 def _damage_tensor(tensors: dict[str, torch.Tensor], name: str, other: str, rng: random.Random) -> None:

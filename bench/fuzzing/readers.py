@@ -22,6 +22,7 @@ from bench.fuzzing.damages import (
     damage_json,
     damage_line,
     damage_line_order,
+    damage_stored,
     damage_tensors,
     in_order,
     split_header,
@@ -39,7 +40,11 @@ from bench.fuzzing.wholes import (
     written,
 )
 from droidspeak_ops import example
+from droidspeak_ops.context import entry
 from droidspeak_ops.context.context import SharedContext
+from droidspeak_ops.context.keys import Chain
+from droidspeak_ops.context.loading import LoadingContext
+from droidspeak_ops.context.storage import storage_at
 from droidspeak_ops.files import Journal
 from droidspeak_ops.kernels.project_splice_config import ProjectSpliceConfig
 from droidspeak_ops.ops import tuning
@@ -107,6 +112,31 @@ def digest_of(content: bytes) -> bytes:
     return str(header["__metadata__"]["sha256"]).encode()
 
 
+def read_stored(path: Path) -> bytes:
+    """Read a stored context, and write it."""
+    stored = entry.Entry(str(path), storage_at(path.parent).open(path.name))
+    stored.check_all()
+    tokens, sender = stored.fetch("tokens"), stored.manifest.context.sender
+    context = LoadingContext.over(
+        tokens,
+        stored.rotations(stored.num_tokens),
+        sender,
+        stored.names,
+        partial(stored.fetch_head, length=stored.num_tokens),
+    )
+    return _encoded(context, stored.manifest.namespace)
+
+
+def _encoded(context: SharedContext, namespace: str) -> bytes:
+    return b"".join(entry.encode(context, Chain(namespace, "", context.sender, context.tokens), namespace))
+
+
+def stored_digest_of(content: bytes) -> bytes:
+    """Return the digest of the header of a stored context, which has those of its tensors."""
+    header: dict[str, Any] = json.loads(split_header(content)[0])
+    return str(header["__metadata__"][entry.DIGEST]).encode()
+
+
 def read_plan(path: Path) -> bytes:
     """Read a plan."""
     plan = ds.Plan.from_json(path.read_bytes())
@@ -172,9 +202,13 @@ def make_readers() -> list[Reader]:
     }
     texts = {"context": "once", "answer": "time \u2028 \u00e9"}
     lines = b"".join(json.dumps({**texts, "suffix": str(number)}).encode() + b"\n" for number in range(3))
+    stored = [_encoded(each, "a tenant") for each in (context, context.quantized(torch.int8))]
     return [
         Reader("maps", maps, read_maps, tensors, [damage_tensors], has_digest=True, identity=digest_of),
         Reader("contexts", contexts, read_context, tensors, [damage_tensors], has_digest=True, identity=digest_of),
+        Reader(
+            "stored contexts", stored, read_stored, tensors, [damage_stored], has_digest=True, identity=stored_digest_of
+        ),
         Reader("plans", plans, read_plan, (*BYTES, *[damage_json] * 4), named="plan"),
         Reader("frontiers", frontiers, read_frontier, (*BYTES, *[damage_json] * 4)),
         Reader(

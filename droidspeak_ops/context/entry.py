@@ -21,11 +21,11 @@ import xxhash
 from .. import schema, tensor_file
 from .context import Described, SharedContext
 from .fingerprint import ReuseError
-from .keys import BLOCK, Chain
+from .keys import BLOCK, Chain, identity
 from .storage import OpenFile
 
 _KIND = "droidspeak_stored_context"
-_DIGEST = "xxh3_128"
+DIGEST = "xxh3_128"
 _DTYPES = {
     "I64": torch.int64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -94,7 +94,7 @@ def encode(context: SharedContext, chain: Chain, namespace: str) -> list[memoryv
 
 def sealed(text: str, table: dict[str, Any]) -> bytes:
     """Return the head of a file, up to its tensors, with a digest that fits: `text` has the manifest in JSON."""
-    header = json.dumps({"__metadata__": {_KIND: text, _DIGEST: _digest(text, table)}, **table}).encode()
+    header = json.dumps({"__metadata__": {_KIND: text, DIGEST: _digest(text, table)}, **table}).encode()
     header += b" " * (-len(header) % 8)  # the format has tensors begin at multiples of 8
     return len(header).to_bytes(8, "little") + header
 
@@ -119,15 +119,16 @@ class Entry:
             raise ValueError(f"{path}: expected a stored context, got {file.nbytes} bytes with a header of {length}")
         header = schema.decode(bytes(self._read(8, length)), dict[str, Any], path)
         metadata = schema.convert(header.pop("__metadata__", {}), dict[str, str], path)
-        if metadata.keys() != {_KIND, _DIGEST}:
+        if metadata.keys() != {_KIND, DIGEST}:
             raise ValueError(f"{path}: expected a stored context, got a safetensors file of something else")
-        if metadata[_DIGEST] != _digest(metadata[_KIND], header):
-            raise ValueError(f"{path}: expected a header of the digest {metadata[_DIGEST]}, got another: it is damaged")
+        if metadata[DIGEST] != _digest(metadata[_KIND], header):
+            raise ValueError(f"{path}: expected a header of the digest {metadata[DIGEST]}, got another: it is damaged")
         self.manifest = schema.decode(metadata[_KIND], Manifest, path)
         self._places = schema.convert(header, dict[str, _Place], path)
         try:
             self._check_places(file.nbytes - self._data)
             self._check_fits()
+            self.sender = identity(self.manifest.context.sender)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

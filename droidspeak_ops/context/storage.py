@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -111,10 +111,11 @@ class _Local:
         return _LocalFile(self._root / name)
 
     def write(self, name: str, parts: Iterable[memoryview]) -> None:
+        self.sweep()  # or a disk could stay full of what killed writers have left
         path = self._root / name
-        for folder in (self._root, path.parent):
-            files.make_private_folder(folder)
         try:
+            for folder in (self._root, path.parent):
+                files.make_private_folder(folder)
             with files.replacing(path, mode=0o600) as scratch, scratch.open("wb") as file:
                 file.writelines(parts)
         except OSError as error:  # a full disk is not named by it
@@ -148,13 +149,15 @@ class _Local:
 class _RemoteFile:
     def __init__(self, filesystem: Any, path: str) -> None:
         self._filesystem, self._path = filesystem, path
-        nbytes = filesystem.size(path)
+        with _failures_named(path):
+            nbytes = filesystem.size(path)
         if nbytes is None:
             raise OSError(f"expected a file of a known size, got none of {path}")
         self.nbytes = nbytes
 
     def read(self, start: int, into: memoryview) -> Iterator[memoryview]:
-        content = self._filesystem.cat_file(self._path, start=start, end=start + len(into))
+        with _failures_named(self._path):
+            content = self._filesystem.cat_file(self._path, start=start, end=start + len(into))
         if len(content) != len(into):
             raise OSError(f"expected {len(into)} bytes from {start}, got {len(content)}")
         into[:] = content
@@ -173,18 +176,18 @@ class _Remote:
 
     def write(self, name: str, parts: Iterable[memoryview]) -> None:
         # In one put, which object stores do as a whole: leaving a file of fsspec by an error would write what there is of it.
-        self._filesystem.pipe_file(f"{self._root}/{name}", b"".join(parts))
+        with _failures_named(name):
+            self._filesystem.pipe_file(f"{self._root}/{name}", b"".join(parts))
 
     def remove(self, name: str) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), _failures_named(name):
             self._filesystem.rm_file(f"{self._root}/{name}")
 
     def stored(self, folder: str | None = None) -> list[Stored]:
         path = self._root if folder is None else f"{self._root}/{folder}"
-        try:
+        found: dict[str, Any] = {}
+        with suppress(FileNotFoundError), _failures_named(path):
             found = self._filesystem.find(path, detail=True)
-        except FileNotFoundError:
-            return []
         return [
             Stored("/".join(each.split("/")[-2:]), int(about["size"]), _written(about))
             for each, about in found.items()
@@ -193,6 +196,17 @@ class _Remote:
 
     def sweep(self) -> None:
         """What is put is there as a whole or not at all."""
+
+
+@contextmanager
+def _failures_named(path: str) -> Iterator[None]:
+    """Have whatever a file system of fsspec fails with, which its libraries have errors of their own for, be an OSError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _written(about: dict[str, Any]) -> float:

@@ -162,8 +162,7 @@ class ContextStore:
         """Open a file as :meth:`open` does, and check that it is the one of its name, made by this sender."""
         entry = self.open(name)
         if entry is not None:
-            manifest = entry.manifest
-            if not name.endswith(f".{manifest.key}{SUFFIX}") or identity(manifest.context.sender) != identity(sender):
+            if not name.endswith(f".{entry.manifest.key}{SUFFIX}") or entry.sender != identity(sender):
                 raise ReuseError(f"{self.url}/{name}: expected the context that its name says, got another")
         return entry
 

@@ -1,0 +1,26 @@
+"""Contexts compared."""
+
+import torch
+
+import droidspeak_ops as ds
+
+
+def assert_same(found: ds.SharedContext | None, expected: ds.SharedContext) -> None:
+    """Every tensor, bit for bit."""
+    assert found is not None
+    assert torch.equal(found.tokens, expected.tokens)
+    assert found.sender == expected.sender
+    assert found.hidden_layers == expected.hidden_layers
+    for layer in range(expected.num_layers):
+        _assert_equal(found.kv(layer), expected.kv(layer))
+        _assert_equal(found.rotations[layer] or (), expected.rotations[layer] or ())
+    for layer in expected.hidden_layers:
+        assert torch.equal(found.hidden(layer), expected.hidden(layer))
+
+
+def _assert_equal(found, expected) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours.float(), theirs.float())
