@@ -164,7 +164,7 @@ def targets(inputs: Path) -> dict[str, Target]:
             value.save(inputs / kind.__name__ / name)
     in_store = inputs / ds.ContextStore.__name__
     in_store.mkdir()
-    one, larger = (ds.capture(sender, torch.randint(101, (1, tokens)), layers=range(LAYERS)) for tokens in (400, 800))
+    one, larger = (ds.capture(sender, torch.randint(101, (1, tokens)), layers=range(LAYERS)) for tokens in (400, 1200))
     for name, value in {"one": one, "other": one.quantized(torch.int8), "larger": larger}.items():
         value.save(in_store / name)
     ds.ContextStore(in_store / "store").save(one.quantized(torch.int8))

@@ -43,7 +43,7 @@ SEEDS = 4
 BUDGET = 350_000  # bytes; all contexts have twice as many
 PATIENCE = 30.0
 """Seconds beyond which a process does not end."""
-DISK = 2 << 20  # bytes; a context of the kills has 0.7 MiB, the larger one twice as many
+DISK = 2 << 20  # bytes; a context of the kills has 0.7 MiB, the larger one 2.1
 
 _processes = multiprocessing.get_context("forkserver")
 
@@ -83,7 +83,7 @@ def _step(store: ds.ContextStore, rng: random.Random) -> str:
     return "read"
 
 
-def _work(url: Path, seconds: float, seed: int, outcomes: Any) -> None:
+def _work(url: Path, seconds: float, seed: str, outcomes: Any) -> None:
     torch.set_num_threads(1)
     rng, store, counts, first = random.Random(seed), ds.ContextStore(url, budget=BUDGET), Counter[str](), ""
     end = time.monotonic() + seconds

@@ -81,7 +81,15 @@ def test_wheel(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_what_needs_no_transformers_does_not_import_it() -> None:
-    needless = ("ops", "context.context", "prefill.fill", "prefill.plan", "profiling.frontier", "proof.shapes")
+    needless = (
+        "ops",
+        "context.context",
+        "context.store",
+        "prefill.fill",
+        "prefill.plan",
+        "profiling.frontier",
+        "proof.shapes",
+    )
     imports = "; ".join(f"import droidspeak_ops.{name}" for name in needless)
     subprocess.run(
         [sys.executable, "-c", f"import sys; {imports}; assert 'transformers' not in sys.modules"], cwd=ROOT, check=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -97,6 +98,18 @@ def at_least(lowest: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def size(text: str) -> int:
+    """Return bytes from a number with a unit or without, such as ``20GiB``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB|TiB)?", text)
+    if found is None:
+        raise ValueError(f"expected bytes, such as 500MiB or 20GiB, got {text!r}")
+    return int(float(found[1]) * 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(found[2] or "B"))
 
 
 def number_of_contexts(text: str) -> int | None:

@@ -16,6 +16,7 @@ from .arguments import (
     output_file,
     output_folder,
     png_file,
+    size,
     targets,
     whole_number,
 )
@@ -132,6 +133,23 @@ def make_parser() -> argparse.ArgumentParser:
         "--json", type=argument(output_file), help="also write the results to this file, in a folder that exists"
     )
 
-    for each in added.choices.values():
+    storing = added.add_parser("store", help="look at, check and empty a store of contexts")
+    actions = storing.add_subparsers(dest="action", required=True)
+    with_store = _Parser(add_help=False)
+    with_store.add_argument("store", help="folder, or URL of fsspec")
+    actions.add_parser(
+        "ls", parents=[with_store], help="list the contexts of all tenants, those that were used last first"
+    )
+    showing = actions.add_parser("show", parents=[with_store], help="show what a context is, and who made it")
+    showing.add_argument("key", help="the beginning of its key, as ls gives it")
+    actions.add_parser("verify", parents=[with_store], help="read all contexts, and name those that are damaged")
+    pruning = actions.add_parser(
+        "prune", parents=[with_store], help="remove the contexts that were not used for longest"
+    )
+    pruning.add_argument(
+        "--budget", type=argument(size), required=True, help="what all files may have together, such as 500MiB or 20GiB"
+    )
+
+    for each in (*added.choices.values(), *actions.choices.values()):
         each.set_defaults(prog=each.prog)  # for messages
     return parser

@@ -173,6 +173,11 @@ class Entry:
         return self._places["tokens"].shape[1]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of K and V: the sender's, or one of 8 bits."""
+        return _DTYPES[self._places["kv.0.keys"].dtype]
+
+    @property
     def names(self) -> list[str]:
         """The names of K, V and hidden states, in the order of the file."""
         return [name for name in self._places if name.startswith(("hidden.", "kv."))]

@@ -7,6 +7,7 @@ file holds it open, and so keeps its bytes when it is removed or replaced.
 from __future__ import annotations
 
 import os
+import re
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,11 +21,14 @@ from fsspec.implementations.local import LocalFileSystem
 from .. import files
 
 SUFFIX = ".safetensors"
+_NAME = re.compile(
+    r"[0-9a-f]{64}/[0-9a-f]{32}\.[0-9a-f]{64}" + re.escape(SUFFIX)
+)  # of others nothing is looked at or removed
 _CHUNK = 1 << 20  # what is read stays in a processor's cache until it is hashed
 
 
 class Stored(NamedTuple):
-    """A file: its name, as ``folder/file``, its bytes, and when it was last read or written, in seconds since 1970.
+    """A file of a store: its name, as ``folder/file``, its bytes, and when it was last read or written, in seconds since 1970.
 
     Of remote files only writing is known, and of some not even that: they count as old.
     """
@@ -67,7 +71,7 @@ class Storage(Protocol):
         """Remove a file, if it is there."""
 
     def stored(self, folder: str | None = None) -> list[Stored]:
-        """List the files in a folder, or in all."""
+        """List the files of the store in a folder, or in all."""
 
     def sweep(self) -> None:
         """Remove what writers that were killed have left."""
@@ -129,10 +133,11 @@ class _Local:
         for path in self._folders() if folder is None else [self._root / folder]:
             with suppress(FileNotFoundError), os.scandir(path) as entries:
                 for each in entries:
-                    if each.name.endswith(SUFFIX) and not each.name.startswith("."):
+                    name = f"{path.name}/{each.name}"
+                    if _NAME.fullmatch(name):
                         with suppress(FileNotFoundError):  # removed meanwhile
                             about = each.stat()
-                            found.append(Stored(f"{path.name}/{each.name}", about.st_size, about.st_mtime))
+                            found.append(Stored(name, about.st_size, about.st_mtime))
         return found
 
     def sweep(self) -> None:
@@ -188,10 +193,9 @@ class _Remote:
         found: dict[str, Any] = {}
         with suppress(FileNotFoundError), _failures_named(path):
             found = self._filesystem.find(path, detail=True)
+        names = {"/".join(each.split("/")[-2:]): about for each, about in found.items()}
         return [
-            Stored("/".join(each.split("/")[-2:]), int(about["size"]), _written(about))
-            for each, about in found.items()
-            if each.endswith(SUFFIX)
+            Stored(name, int(about["size"]), _written(about)) for name, about in names.items() if _NAME.fullmatch(name)
         ]
 
     def sweep(self) -> None:

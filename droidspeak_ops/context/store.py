@@ -107,6 +107,7 @@ class ContextStore:
         Raises:
             ReuseError: `sender` has no digest of weights.
             ValueError: `prompt_ids` are no such tensor.
+            OSError: the store cannot be listed.
         """
         chain = self._chain(prompt_ids, sender)
         for length, name in self._heads_of(chain):
@@ -161,10 +162,9 @@ class ContextStore:
     def _open(self, name: str, sender: Fingerprint) -> Entry | None:
         """Open a file as :meth:`open` does, and check that it is the one of its name, made by this sender."""
         entry = self.open(name)
-        if entry is not None:
-            if not name.endswith(f".{entry.manifest.key}{SUFFIX}") or entry.sender != identity(sender):
-                raise ReuseError(f"{self.url}/{name}: expected the context that its name says, got another")
-        return entry
+        if entry is None or (name.endswith(f".{entry.manifest.key}{SUFFIX}") and entry.sender == identity(sender)):
+            return entry
+        raise ReuseError(f"{self.url}/{name}: expected the context that its name says, got another")
 
     def _heads_of(self, chain: Chain) -> list[tuple[int, str]]:
         """The lengths of a prompt's stored heads, the longest first, and the files that hold them."""

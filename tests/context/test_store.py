@@ -363,6 +363,17 @@ def test_what_was_not_used_for_longest_is_removed(tmp_path: Path) -> None:
     assert len(removed) == 2 and len(store.stored()) == 1
 
 
+def test_files_of_others_are_left_alone(store: ds.ContextStore) -> None:
+    store.save(make_context(make_tokens(5)))
+    theirs = [Path(store.url) / "models" / "a.safetensors", files(store)[0].with_name("b.safetensors")]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"weights")
+    assert len(store.stored()) == 1
+    store.prune(0)
+    assert store.stored() == [] and all(path.exists() for path in theirs)
+
+
 def test_looking_does_not_count_as_use(store: ds.ContextStore) -> None:
     ids = make_tokens(BLOCK + 5)
     store.save(make_context(ids))
