@@ -31,7 +31,7 @@ _DTYPES = {
     "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MOST_HEADER = 64 << 20  # of bytes: some hundred are there for each tensor and each block of tokens
+_MOST_HEADER = 16 << 20  # of bytes: some hundred are there for each tensor and each block of tokens
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,16 @@ from fsspec.implementations.local import LocalFileSystem
 from .. import files
 
 SUFFIX = ".safetensors"
-_NAME = re.compile(
-    r"[0-9a-f]{64}/[0-9a-f]{32}\.[0-9a-f]{64}" + re.escape(SUFFIX)
-)  # of others nothing is looked at or removed
+# Of other folders and files nothing is looked at or removed.
+_FOLDER = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(_FOLDER.pattern + r"/[0-9a-f]{32}\.[0-9a-f]{64}" + re.escape(SUFFIX))
 _CHUNK = 1 << 20  # what is read stays in a processor's cache until it is hashed
 
 
 class Stored(NamedTuple):
     """A file of a store: its name, as ``folder/file``, its bytes, and when it was last read or written, in seconds since 1970.
 
-    Of remote files only writing is known, and of some not even that: they count as old.
+    Of remote files only writing is known, and where listings lack that or the bytes, they are 0.
     """
 
     name: str
@@ -146,7 +146,7 @@ class _Local:
 
     def _folders(self) -> list[Path]:
         try:
-            return [path for path in self._root.iterdir() if path.is_dir()]
+            return [path for path in self._root.iterdir() if _FOLDER.fullmatch(path.name)]
         except FileNotFoundError:
             return []
 
@@ -195,7 +195,9 @@ class _Remote:
             found = self._filesystem.find(path, detail=True)
         names = {"/".join(each.split("/")[-2:]): about for each, about in found.items()}
         return [
-            Stored(name, int(about["size"]), _written(about)) for name, about in names.items() if _NAME.fullmatch(name)
+            Stored(name, int(about["size"] or 0), _written(about))
+            for name, about in names.items()
+            if _NAME.fullmatch(name)
         ]
 
     def sweep(self) -> None:

@@ -97,6 +97,18 @@ def test_damage_on_the_way_is_named(server, context: ds.SharedContext) -> None:
             store.load(context.tokens, SENDER)
 
 
+def test_listings_without_sizes_and_times_will_do(
+    server, context: ds.SharedContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of web servers."""
+    store = ds.ContextStore(f"objects://127.0.0.1:{server.server_port}")
+    store.save(context)
+    found = Objects.find
+    monkeypatch.setattr(Objects, "find", lambda *asked, **_: {name: {"size": None} for name in found(*asked)})
+    assert [(each.nbytes, each.used) for each in store.stored()] == [(0, 0.0)]
+    assert_same(store.find(torch.cat([context.tokens] * 2, 1), SENDER), context)
+
+
 def test_threads_read_one_remote_context(server, context: ds.SharedContext) -> None:
     store = ds.ContextStore(f"objects://127.0.0.1:{server.server_port}")
     store.save(context)
