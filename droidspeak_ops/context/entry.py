@@ -128,7 +128,7 @@ class Entry:
         try:
             self._check_places(file.nbytes - self._data)
             self._check_fits()
-            self.sender = identity(self.manifest.context.sender)
+            self.identity = identity(self.manifest.context.sender)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -181,12 +181,14 @@ class _Remote:
 
     def write(self, name: str, parts: Iterable[memoryview]) -> None:
         # In one put, which object stores do as a whole: leaving a file of fsspec by an error would write what there is of it.
-        with _failures_named(name):
-            self._filesystem.pipe_file(f"{self._root}/{name}", b"".join(parts))
+        path = f"{self._root}/{name}"
+        with _failures_named(path):
+            self._filesystem.pipe_file(path, b"".join(parts))
 
     def remove(self, name: str) -> None:
-        with suppress(FileNotFoundError), _failures_named(name):
-            self._filesystem.rm_file(f"{self._root}/{name}")
+        path = f"{self._root}/{name}"
+        with suppress(FileNotFoundError), _failures_named(path):
+            self._filesystem.rm_file(path)
 
     def stored(self, folder: str | None = None) -> list[Stored]:
         path = self._root if folder is None else f"{self._root}/{folder}"

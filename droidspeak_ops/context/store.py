@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -16,6 +16,9 @@ from .loading import LoadingContext
 from .storage import SUFFIX, Stored, storage_at
 
 _SHORT = "0" * 32  # in the place of the first block's hash, of a context that is shorter
+
+_Ends = tuple[int, tuple[str, ...]]
+_MOST_KNOWN = 1 << 14  # files; what is known of one with 4,000 tokens takes 7 KiB
 
 
 class ContextStore:
@@ -48,9 +51,9 @@ class ContextStore:
             raise ValueError(f"budget: expected bytes, or None for no limit, got {budget}")
         self.url, self._namespace, self._salt, self._budget = os.fspath(url), namespace, salt, budget
         self._storage = storage_at(url)
-        self._ends: dict[
-            str, dict[str, tuple[int, tuple[str, ...]]]
-        ] = {}  # by folder and file: tokens, blocks of heads
+        self._ends_of = lru_cache(_MOST_KNOWN)(
+            self._read_ends
+        )  # the name says what the tokens are, whoever replaces a file
 
     def save(self, context: SharedContext) -> None:
         """Write a context, in place of one of the same tokens and sender: in 8 bits or not, and whatever hidden states it has.
@@ -162,29 +165,40 @@ class ContextStore:
     def _open(self, name: str, sender: Fingerprint) -> Entry | None:
         """Open a file as :meth:`open` does, and check that it is the one of its name, made by this sender."""
         entry = self.open(name)
-        if entry is None or (name.endswith(f".{entry.manifest.key}{SUFFIX}") and entry.sender == identity(sender)):
+        if entry is None or (name.endswith(f".{entry.manifest.key}{SUFFIX}") and entry.identity == identity(sender)):
             return entry
         raise ReuseError(f"{self.url}/{name}: expected the context that its name says, got another")
 
     def _heads_of(self, chain: Chain) -> list[tuple[int, str]]:
         """The lengths of a prompt's stored heads, the longest first, and the files that hold them."""
         listed = [each.name for each in self._storage.stored(chain.seed)]
-        known = self._ends.get(chain.seed, {})
-        ends = {name: known[name] for name in listed if name in known}
-        if chain.blocks:
-            alike = _name(chain, chain.num_tokens).partition(".")[0]
-            for name in (each for each in listed if each.startswith(f"{alike}.") and each not in ends):
-                try:
-                    if (entry := self.open(name)) is not None:
-                        ends[name] = entry.num_tokens, entry.manifest.blocks if entry.has_heads else ()
-                except ReuseError as error:
-                    warnings.warn(f"{error}; it is passed over", stacklevel=3)
-        self._ends[chain.seed] = ends
-        short = {_name(chain, length): (length, ()) for length in range(1, min(BLOCK, chain.num_tokens))}
-        ends = ends | {name: short[name] for name in listed if name in short}
+        ends: dict[str, _Ends] = {
+            _name(chain, length): (length, ()) for length in range(1, min(BLOCK, chain.num_tokens))
+        }
+        ends = {name: ends[name] for name in listed if name in ends}
+        alike = f"{_name(chain, chain.num_tokens).partition('.')[0]}."
+        for name in (each for each in listed if chain.blocks and each.startswith(alike)):
+            try:
+                ends[name] = self._ends_of(name)
+            except FileNotFoundError:  # removed meanwhile
+                pass
+            except ReuseError as error:
+                warnings.warn(f"{error}; it is passed over", stacklevel=3)
         lengths = {name: _head(chain, name, *ends[name]) for name in ends}
         best = sorted((name for name in ends if lengths[name]), key=lambda name: (-lengths[name], ends[name][0]))
         return [(lengths[name], name) for name in best]
+
+    def _read_ends(self, name: str) -> _Ends:
+        """Read how many tokens a file has, and the blocks at which heads of it end.
+
+        Raises:
+            ReuseError: it is damaged or cannot be read.
+            FileNotFoundError: it is gone.
+        """
+        entry = self.open(name)
+        if entry is None:
+            raise FileNotFoundError(name)
+        return entry.num_tokens, entry.manifest.blocks if entry.has_heads else ()
 
 
 def _name(chain: Chain, length: int) -> str:
