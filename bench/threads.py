@@ -240,8 +240,8 @@ def jobs_of(sender: Any, receiver: Any, inputs: Inputs, folder: Path) -> Jobs:
 
 def of_context(context: ds.SharedContext) -> str:
     """Return a digest of the tensors of a context."""
-    states = (each if isinstance(each, tuple) else (each,) for _, each in sorted(context.hidden_states.items()))
-    return digest([context.tokens, *(part for parts in (*context.keys_values, *states) for part in parts)])
+    rows = (part for layer in range(context.num_layers) for part in context.kv(layer))
+    return digest([context.tokens, *rows, *(context.hidden(layer) for layer in context.hidden_layers)])
 
 
 def of_cache(cache: ds.MixedCache) -> str:

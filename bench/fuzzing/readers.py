@@ -39,11 +39,10 @@ from bench.fuzzing.wholes import (
     write_tuned,
     written,
 )
-from droidspeak_ops import example
+from droidspeak_ops import example, tensor_file
 from droidspeak_ops.context import entry
 from droidspeak_ops.context.context import SharedContext
 from droidspeak_ops.context.keys import Chain
-from droidspeak_ops.context.loading import LoadingContext
 from droidspeak_ops.context.storage import storage_at
 from droidspeak_ops.files import Journal
 from droidspeak_ops.kernels.project_splice_config import ProjectSpliceConfig
@@ -115,16 +114,8 @@ def digest_of(content: bytes) -> bytes:
 def read_stored(path: Path) -> bytes:
     """Read a stored context, and write it."""
     stored = entry.Entry(str(path), storage_at(path.parent).open(path.name))
-    stored.check_all()
-    tokens, sender = stored.fetch("tokens"), stored.manifest.context.sender
-    context = LoadingContext.over(
-        tokens,
-        stored.rotations(stored.num_tokens),
-        sender,
-        stored.names,
-        partial(stored.fetch_head, length=stored.num_tokens),
-    )
-    return _encoded(context, stored.manifest.namespace)
+    tensors = tensor_file.Tensors({name: stored.fetch(name) for name in stored.manifest.digests})
+    return _encoded(SharedContext._from_described(stored.manifest.context, tensors), stored.manifest.namespace)
 
 
 def _encoded(context: SharedContext, namespace: str) -> bytes:
