@@ -245,9 +245,9 @@ def test_a_model_with_another_eps_weight_or_rope_finds_nothing(store: ds.Context
     assert not is_found()
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 69])
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 1, 3 * BLOCK, 3 * BLOCK + 5])
 def test_other_tokens_find_nothing(store: ds.ContextStore, length: int) -> None:
-    context = make_context(make_tokens(70))
+    context = make_context(make_tokens(3 * BLOCK + 6))
     store.save(context)
     assert store.load(context.tokens[:, :length], SENDER) is None
     other = context.tokens.clone()
