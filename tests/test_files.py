@@ -3,11 +3,13 @@
 import fcntl
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -108,6 +110,22 @@ def test_a_writer_whose_file_was_taken_for_abandoned_makes_another(tmp_path, mon
         assert scratch != taken[0] and scratch.exists()
         scratch.write_text("whole", encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_is_removed_meanwhile_is_replaced(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "file"
+    target.write_text("old", encoding="utf-8")
+    copymode = shutil.copymode
+
+    def removed(source: Path, scratch: Path) -> None:
+        Path(source).unlink()
+        copymode(source, scratch)
+
+    monkeypatch.setattr(shutil, "copymode", removed)
+    with replacing(target) as scratch:
+        scratch.write_text("new", encoding="utf-8")
+    assert target.read_text(encoding="utf-8") == "new"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_journal_goes_on_after_a_torn_line(tmp_path) -> None:

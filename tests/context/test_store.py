@@ -1,6 +1,7 @@
 """A store of contexts: what comes back, for whom, and what is refused."""
 
 import dataclasses
+import gc
 import os
 import re
 import subprocess
@@ -361,6 +362,33 @@ def test_what_was_not_used_for_longest_is_removed(tmp_path: Path) -> None:
     assert held == [True, False, True, True] and len(store.stored()) == 3
     removed = store.prune(nbytes)
     assert len(removed) == 2 and len(store.stored()) == 1
+
+
+def test_room_is_made_before_a_context_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts = [make_context(make_tokens(5, seed)) for seed in range(3)]
+    ds.ContextStore(tmp_path).save(contexts[0])
+    budget = 2 * ds.ContextStore(tmp_path).stored()[0].nbytes
+    store, held = ds.ContextStore(tmp_path, budget=budget), []
+    write = store._storage.write
+
+    def written(name: str, parts: list[memoryview]) -> None:
+        held.append(sum(each.nbytes for each in store.stored()) + sum(map(len, parts)))
+        write(name, parts)
+
+    monkeypatch.setattr(store._storage, "write", written)
+    for context in contexts[1:]:
+        store.save(context)
+    assert len(held) == 2 and max(held) <= budget
+
+
+def test_no_file_stays_open_of_a_context_that_is_let_go(store: ds.ContextStore) -> None:
+    context = make_context(make_tokens(5))
+    store.save(context)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        assert store.load(context.tokens, SENDER) is not None
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_files_of_others_are_left_alone(store: ds.ContextStore) -> None:
