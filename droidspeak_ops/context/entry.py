@@ -201,9 +201,8 @@ class Entry:
             )
         return tensor
 
-    def fetch_head(self, name: str, length: int) -> torch.Tensor:
-        """Read the first `length` tokens of a tensor, which is checked as a whole; errors as :meth:`fetch`."""
-        tensor = self.fetch(name)
+    def head_of(self, name: str, tensor: torch.Tensor, length: int) -> torch.Tensor:
+        """Return the first `length` tokens of a tensor."""
         dim = 0 if name.startswith("rotation.") else 1 if name.endswith((".states", "tokens")) else 2
         return tensor if length == self.num_tokens else tensor.narrow(dim, 0, length).contiguous()
 
@@ -212,7 +211,8 @@ class Entry:
         read: dict[int | None, tuple[torch.Tensor, torch.Tensor] | None] = {None: None}
         for place in self.manifest.context.rotations:
             if place not in read:
-                cos, sin = (self.fetch_head(f"rotation.{place}.{half}", length) for half in ("cos", "sin"))
+                names = (f"rotation.{place}.{half}" for half in ("cos", "sin"))
+                cos, sin = (self.head_of(name, self.fetch(name), length) for name in names)
                 read[place] = cos, sin
         return [read[place] for place in self.manifest.context.rotations]
 

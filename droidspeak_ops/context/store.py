@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 import warnings
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 
@@ -51,6 +53,8 @@ class ContextStore:
             raise ValueError(f"budget: expected bytes, or None for no limit, got {budget}")
         self.url, self._namespace, self._salt, self._budget = os.fspath(url), namespace, salt, budget
         self._storage = storage_at(url)
+        self._lock = threading.Lock()
+        self._read_bytes, self._read_seconds = 0, 0.0
         self._ends_of = lru_cache(_MOST_KNOWN)(
             self._read_ends
         )  # the name says what the tokens are, whoever replaces a file
@@ -82,17 +86,21 @@ class ContextStore:
     def load(self, tokens: torch.Tensor, sender: Fingerprint) -> LoadingContext | None:
         """Return the context of these tokens, on the CPU, or None where there is none.
 
+        Its K, V and hidden states are read when they are used, or ahead of that by a prefill. A tensor that is damaged or
+        cannot be read raises :class:`ReuseError` there.
+
         Args:
             tokens: int64 ``[1, T]``, all of the context.
             sender: with a digest of the weights. Another fine-tune, tokenizer, RoPE or eps is another sender.
 
         Raises:
-            ReuseError: `sender` has no digest of weights, or the file is damaged or cannot be read; the message names it.
+            ReuseError: `sender` has no digest of weights, or the file's header or rotations are damaged or cannot be read; the
+                message names it.
             ValueError: `tokens` are no such tensor.
         """
         chain = self._chain(tokens, sender)
         entry = self._open(_name(chain, chain.num_tokens), sender)
-        return None if entry is None else _context(entry, tokens, sender)
+        return None if entry is None else self._context(entry, tokens, sender)
 
     def find(self, prompt_ids: torch.Tensor, sender: Fingerprint) -> LoadingContext | None:
         """Return the context that is the longest stored head of a prompt, on the CPU, or None where there is none.
@@ -101,7 +109,8 @@ class ContextStore:
         states of a token depend on nothing behind it. Not so where a layer has a sliding window that is shorter than the
         context, or the RoPE depends on the length: there only whole contexts serve.
 
-        A file that is damaged or cannot be read is passed over, with a warning.
+        A file whose header or rotations are damaged or cannot be read is passed over, with a warning; the rest is read as
+        :meth:`load` says.
 
         Args:
             prompt_ids: int64 ``[1, N]``; at least one token of it is left as a suffix.
@@ -117,7 +126,7 @@ class ContextStore:
             try:
                 entry = self._open(name, sender)
                 if entry is not None:
-                    return _context(entry, prompt_ids[:, :length], sender)
+                    return self._context(entry, prompt_ids[:, :length], sender)
             except ReuseError as error:
                 warnings.warn(f"{error}; it is passed over", stacklevel=2)
         return None
@@ -158,6 +167,36 @@ class ContextStore:
             total -= removed[-1].nbytes
             self._storage.remove(removed[-1].name)
         return removed
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes per second at which tensors were read so far, one after the other, digests included; None before the first.
+
+        For :meth:`Frontier.choose`.
+        """
+        with self._lock:
+            return self._read_bytes / self._read_seconds if self._read_seconds else None
+
+    def _context(self, entry: Entry, tokens: torch.Tensor, sender: Fingerprint) -> LoadingContext:
+        """Return the context of the first tokens of an entry.
+
+        Raises:
+            ReuseError: the rotations are damaged or cannot be read, or it has fewer tokens.
+        """
+        length = tokens.shape[1]
+        entry.check_head(length)
+        rotations = entry.rotations(length)
+        entry.use()
+
+        def fetch(name: str) -> torch.Tensor:
+            begun = time.perf_counter()
+            tensor = entry.fetch(name)
+            with self._lock:
+                self._read_bytes += tensor.nbytes
+                self._read_seconds += time.perf_counter() - begun
+            return entry.head_of(name, tensor, length)
+
+        return LoadingContext.over(tokens.cpu(), rotations, sender, entry.names, fetch)
 
     def _chain(self, tokens: torch.Tensor, sender: Fingerprint) -> Chain:
         return Chain(self._namespace, self._salt, sender, tokens)
@@ -212,17 +251,3 @@ def _head(chain: Chain, name: str, num_tokens: int, blocks: tuple[str, ...]) -> 
     if num_tokens < chain.num_tokens and name == _name(chain, num_tokens):
         return num_tokens
     return min(chain.shared(blocks), (chain.num_tokens - 1) // BLOCK * BLOCK)
-
-
-def _context(entry: Entry, tokens: torch.Tensor, sender: Fingerprint) -> LoadingContext:
-    """Return the context of the first tokens of an entry.
-
-    Raises:
-        ReuseError: the rotations are damaged or cannot be read, or it has fewer tokens.
-    """
-    length = tokens.shape[1]
-    entry.check_head(length)
-    rotations = entry.rotations(length)
-    entry.use()
-    fetch = partial(entry.fetch_head, length=length)
-    return LoadingContext.over(tokens.cpu(), rotations, sender, entry.names, fetch)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.contexts import assert_same
-from support.models import tiny_llama, tokens
+from support.contexts import assert_same, read
+from support.models import fine_tuned, tiny_llama, tokens
 
 import droidspeak_ops as ds
 from bench.small_contexts import LAYERS, SENDER, head, make_context, make_sender, make_tokens
@@ -422,3 +422,31 @@ def test_what_is_being_read_outlives_its_removal(store: ds.ContextStore) -> None
     assert store.stored() == [] and store.load(context.tokens, SENDER) is None
     entry.check_all()
     assert torch.equal(entry.fetch("kv.1.keys"), context.kv(1).keys)
+
+
+def test_the_rate_of_reading_is_known_once_something_was_read(store: ds.ContextStore) -> None:
+    context = make_context(make_tokens(70))
+    store.save(context)
+    found = store.load(context.tokens, SENDER)
+    assert store.bandwidth is None
+    read(found)
+    assert 0 < store.bandwidth < 1e12
+
+
+@pytest.mark.parametrize("band", [(), [(2, 4)]])
+def test_a_stored_context_is_prefilled_as_one_in_memory(store: ds.ContextStore, band) -> None:
+    sender = tiny_llama(layers=6)
+    receiver, prompt = fine_tuned(sender, 0.1), tokens(90)
+    plan = ds.Plan(band, project=[1], select=4)
+    context = ds.capture(sender, prompt[:, :80], layers=plan.hidden_layers(6))
+    store.save(context)
+    stored = (store.load(context.tokens, context.sender), store.find(prompt, context.sender))
+    expected, *others = (
+        ds.partial_prefill(receiver, each, plan, prompt_ids=prompt) for each in (context, *stored) if each is not None
+    )
+    assert len(others) == 2
+    for cache in others:
+        assert torch.equal(cache.next_logits, expected.next_logits)
+        for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+            assert torch.equal(ours.keys, theirs.keys)
+            assert torch.equal(ours.values, theirs.values)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.contexts import assert_same
+from support.contexts import assert_same, read
 
 import droidspeak_ops as ds
 from bench.small_contexts import SENDER, make_context, make_tokens
@@ -47,7 +47,7 @@ def test_a_damaged_byte_of_any_part_is_named(stored, context: ds.SharedContext) 
         path.write_bytes(damaged)
         named = re.escape(str(path)) + (f": {re.escape(ends[at])}: expected the digest" if at in ends else ": ")
         with pytest.raises(ds.ReuseError, match=named):
-            store.load(context.tokens, SENDER)
+            read(store.load(context.tokens, SENDER))
         with pytest.raises(ds.ReuseError, match=re.escape(str(path))):
             store.open(store.stored()[0].name).check_all()
     path.write_bytes(whole)
@@ -80,10 +80,7 @@ def test_what_is_damaged_is_passed_over_where_another_head_is_found(stored, cont
     whole, prompt = path.read_bytes(), torch.cat([context.tokens, make_tokens(1)], 1)
     shorter = make_context(context.tokens[:, :BLOCK])
     store.save(shorter)
-    for damaged in (
-        whole[:99],
-        whole[:-1] + bytes([whole[-1] ^ 1]),
-    ):  # where its heads are looked up, and where it is read
+    for damaged in (whole[:99], bytes([*whole[:99], whole[99] ^ 1, *whole[100:]])):
         path.write_bytes(damaged)
         with pytest.warns(UserWarning, match=re.escape(str(path)) + ".*; it is passed over"):
             assert_same(store.find(prompt, SENDER), shorter)

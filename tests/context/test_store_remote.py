@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import fsspec
 import pytest
 import torch
-from support.contexts import assert_same
+from support.contexts import assert_same, read
 from support.object_store import Objects, object_store
 
 import droidspeak_ops as ds
@@ -83,7 +83,7 @@ def test_connections_that_fail_are_named(server, context: ds.SharedContext, faul
     store.save(context)
     server.faults = [*[(206, 0)] * reads, fault]
     with pytest.raises(ds.ReuseError, match=re.escape(f"{store.url}/") + ".* expected to read it, got: "):
-        store.load(context.tokens, SENDER)
+        read(store.load(context.tokens, SENDER))
     assert_same(store.load(context.tokens, SENDER), context)
 
 
@@ -94,7 +94,7 @@ def test_damage_on_the_way_is_named(server, context: ds.SharedContext) -> None:
     for at in (3, 50, len(content) - 1):
         server.objects[name] = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
         with pytest.raises(ds.ReuseError, match=re.escape(name)):
-            store.load(context.tokens, SENDER)
+            read(store.load(context.tokens, SENDER))
 
 
 def test_listings_without_sizes_and_times_will_do(

@@ -24,3 +24,12 @@ def _assert_equal(found, expected) -> None:
         if ours is not None:
             assert ours.dtype == theirs.dtype
             assert torch.equal(ours.float(), theirs.float())
+
+
+def read(context: ds.SharedContext | None) -> None:
+    """Read all of a context, of which a stored one is read when it is used."""
+    assert context is not None
+    for layer in range(context.num_layers):
+        context.kv(layer)
+    for layer in context.hidden_layers:
+        context.hidden(layer)
