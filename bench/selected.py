@@ -97,6 +97,7 @@ WAYS = (
     Way("selected 5 % over fitted", ds.Plan(project="rest", select=0.05), with_maps=True),
     Way("selected 10 % over fitted", ds.Plan(project="rest", select=0.1), with_maps=True),
     Way("recent 10 % over fitted", ds.Plan(project="rest", select=0.1, selector="recent"), with_maps=True),
+    Way("recent 20 % over fitted", ds.Plan(project="rest", select=0.2, selector="recent"), with_maps=True),
 )
 
 

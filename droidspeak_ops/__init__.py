@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .profiling.frontier import Frontier
     from .profiling.run import profile
     from .profiling.timing import measure_costs
+    from .trace import Trace
 
 # Imported when first asked for: torch and transformers take seconds, and the operators need neither a model nor transformers.
 _MODULES = {
@@ -47,6 +48,7 @@ _MODULES = {
     "Receiver": "hf.receiver",
     "ReuseError": "context.fingerprint",
     "SharedContext": "context.context",
+    "Trace": "trace",
     "UnsupportedModelError": "hf.adapters",
     "capture": "hf.sender",
     "capture_batch": "hf.batch",
@@ -71,6 +73,7 @@ __all__ = [
     "Receiver",
     "ReuseError",
     "SharedContext",
+    "Trace",
     "UnsupportedModelError",
     "__version__",
     "capture",

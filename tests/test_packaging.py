@@ -84,6 +84,7 @@ def test_what_needs_no_transformers_does_not_import_it() -> None:
     needless = (
         "ops",
         "context.context",
+        "context.loading",
         "context.store",
         "prefill.fill",
         "prefill.plan",
