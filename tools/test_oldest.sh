@@ -17,7 +17,8 @@ cd "$(dirname "$0")/.."
 if [ ! -e "$environment/bin/python" ]; then
     python3 -m venv "$environment"
     "$environment/bin/pip" install torch==2.11.0 triton==3.6.0 transformers==5.17.0 numpy==2.1.3 \
-        safetensors accelerate einops matplotlib peft rich torchmetrics hypothesis psutil pytest pytest-benchmark
+        safetensors accelerate einops filelock fsspec matplotlib msgspec peft rich torchmetrics xxhash hypothesis psutil \
+        pytest pytest-benchmark
 fi
 export PYTHONPATH=.  # the package is not installed, as on a machine that gets the working tree alone
 python="$environment/bin/python"
