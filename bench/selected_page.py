@@ -32,6 +32,7 @@ COLOURS = {
     "recent": "#31a354",
     "deviation": "#756bb1",
     "random": "#bdbdbd",
+    "best profiled": "#e7298a",
 }
 """Colours of ways, by what their names start with."""
 
@@ -192,7 +193,12 @@ def plot(drawn: dict[str, tuple[list[Row], list[Row]]], path: Path) -> None:
         column[0].set_title(name, fontsize=10)
     panels[0, 0].set_ylabel("next tokens that are full prefill's")
     panels[1, 0].set_ylabel("KL from full prefill, of reuse's")
-    panels[0, -1].legend(fontsize=7, frameon=False)
+    drawn_ways = {
+        label: handle
+        for axes in panels[0]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)  # no panel has all
+    }
+    panels[0, -1].legend(drawn_ways.values(), drawn_ways.keys(), fontsize=7, frameon=False)
     figure.savefig(path, dpi=130)
 
 
