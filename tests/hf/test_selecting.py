@@ -171,7 +171,12 @@ def test_grouped_heads_give_the_same_bits(family: str, monkeypatch: pytest.Monke
     plan = ds.Plan(select=6, selector=odd)
     ours = selected(sender, receiver, prompt, plan)
     monkeypatch.setattr("droidspeak_ops.hf.passes.attending_to_rows", lambda layer: _Plain(layer))
-    assert_bitwise_equal(ours.next_logits, selected(sender, receiver, prompt, plan).next_logits)
+    plain = selected(sender, receiver, prompt, plan)
+    for mine, other in zip(ours.layers, plain.layers, strict=True):
+        assert_bitwise_equal(mine.keys, other.keys)
+        assert_bitwise_equal(mine.values, other.values)
+    # The last layer runs for one token, whose heads transformers groups from 5.24 on, and so rounds otherwise.
+    assert_close(ours.next_logits, plain.next_logits, torch.float32)
 
 
 class _Plain:
