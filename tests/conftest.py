@@ -1,6 +1,8 @@
 """Kernels run on the GPU where there is one, and in Triton's interpreter elsewhere; the tests are the same."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,14 @@ _THREADS = torch.get_num_threads()
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    """An empty store of contexts."""
+    import droidspeak_ops as ds
+
+    return ds.ContextStore(tmp_path / "store")
 
 
 @pytest.fixture(autouse=True)

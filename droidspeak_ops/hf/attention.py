@@ -2,7 +2,7 @@
 
 transformers' SDPA repeats K and V for every query head where it is given a mask, which for some tokens over a long cache takes
 as long as attention itself. Such a pass attends by :func:`droidspeak_ops.ops.attend_rows` on a GPU, which needs no mask, and on
-the CPU by SDPA that knows of grouped heads, for the same bits.
+the CPU by SDPA that knows of grouped heads, for the same numbers.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Contexts compared."""
 
+from pathlib import Path
+
 import torch
 
 import droidspeak_ops as ds
@@ -33,3 +35,8 @@ def read(context: ds.SharedContext | None) -> None:
         context.kv(layer)
     for layer in context.hidden_layers:
         context.hidden(layer)
+
+
+def files(store: ds.ContextStore) -> list[Path]:
+    """The files of a store in a folder."""
+    return [Path(store.url) / each.name for each in store.stored()]
