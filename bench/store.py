@@ -207,14 +207,13 @@ def _dd(path: Path) -> float:
 
 
 def _load(store: ds.ContextStore, context: ds.SharedContext) -> float:
-    """Return the seconds that it takes to have all of a context."""
+    """Return the seconds that it takes to have all of a context, asked for ahead as a prefill does."""
     began = time.perf_counter()
     found = store.load(context.tokens, context.sender)
     assert found is not None
-    for layer in range(found.num_layers):
-        found.kv(layer)
-    for layer in found.hidden_layers:
-        found.hidden(layer)
+    reads = [("hidden", layer) for layer in found.hidden_layers] + [("kv", layer) for layer in range(found.num_layers)]
+    found.prefetch(reads)
+    found.wait(reads)
     return time.perf_counter() - began
 
 

@@ -22,6 +22,7 @@ from .. import schema, tensor_file
 from .context import Described, SharedContext
 from .fingerprint import ReuseError
 from .keys import BLOCK, Chain, identity
+from .slabs import Slabs
 from .storage import OpenFile
 
 _KIND = "droidspeak_stored_context"
@@ -69,8 +70,13 @@ class _Place:
         if not 0 < len(self.shape) <= 4 or min(self.shape) < 1 or first < 0 or end - first != nbytes:
             raise ValueError(f"expected a shape and its {nbytes} bytes, got {self.shape} from {first} to {end}")
 
-    def empty(self, device: str) -> torch.Tensor:
-        return torch.empty(self.shape, dtype=_DTYPES[self.dtype], device=device)
+    def described(self) -> torch.Tensor:
+        """A tensor of this dtype and shape, without memory."""
+        return torch.empty(self.shape, dtype=_DTYPES[self.dtype], device="meta")
+
+    def tensor(self, content: memoryview) -> torch.Tensor:
+        """The tensor of these bytes, which it holds."""
+        return torch.frombuffer(content, dtype=_DTYPES[self.dtype]).view(self.shape)
 
 
 def encode(context: SharedContext, chain: Chain, namespace: str) -> list[memoryview]:
@@ -131,6 +137,7 @@ class Entry:
             self.identity = identity(self.manifest.context.sender)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        self._slabs = Slabs(file.nbytes)
 
     def _check_places(self, nbytes: int) -> None:
         """Raise unless the tensors lie side by side in all of `nbytes`, in order, and each has a digest."""
@@ -146,7 +153,7 @@ class Entry:
 
     def _check_fits(self) -> None:
         """Raise unless the tensors are, by name, dtype and shape, those of a context of such a sender."""
-        tensors = tensor_file.Tensors({name: place.empty("meta") for name, place in self._places.items()})
+        tensors = tensor_file.Tensors({name: place.described() for name, place in self._places.items()})
         context = SharedContext._from_described(self.manifest.context, tensors)
         tensors.check_taken()
         if context.tokens.shape[0] != 1:
@@ -188,10 +195,11 @@ class Entry:
         Raises:
             ReuseError: it is damaged, or cannot be read any more; the message names file and tensor.
         """
-        place = self._places[name]
-        tensor, hashed = place.empty("cpu"), xxhash.xxh3_128()
+        place, hashed = self._places[name], xxhash.xxh3_128()
+        first, end = place.data_offsets
         try:
-            for part in self._file.read(self._data + place.data_offsets[0], _bytes_of(tensor)):
+            content = self._slabs.take(end - first, self._data + first)
+            for part in self._file.read(self._data + first, content):
                 hashed.update(part)
         except OSError as error:
             raise ReuseError(f"{self._path}: {name}: expected to read it, got: {error}") from error
@@ -199,7 +207,7 @@ class Entry:
             raise ReuseError(
                 f"{self._path}: {name}: expected the digest of what was written, got another: it is damaged"
             )
-        return tensor
+        return place.tensor(content)
 
     def head_of(self, name: str, tensor: torch.Tensor, length: int) -> torch.Tensor:
         """Return the first `length` tokens of a tensor."""
