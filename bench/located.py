@@ -21,8 +21,8 @@ from rich.progress import track
 import droidspeak_ops as ds
 from bench.common import Row, checkout, parser, setting, show, write_csv
 from bench.pairs import PAIRS, LoadedPair
+from droidspeak_ops.context.parts import SINKS
 from droidspeak_ops.example import TextExample
-from droidspeak_ops.prefill.maps import SINKS
 from droidspeak_ops.prefill.select import around_peaks
 
 STOPS = (8, 10, 12, 15, 18, 20)

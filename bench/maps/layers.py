@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 import droidspeak_ops as ds
 from bench.common import Row
+from droidspeak_ops.context.parts import SINKS
 from droidspeak_ops.fitting.pair import Pair, huber_weights
 from droidspeak_ops.fitting.ridge import NormalEquations
 from droidspeak_ops.hf.decoder import Decoder
-from droidspeak_ops.prefill.maps import SINKS, Affine, LayerMap, without_sinks
+from droidspeak_ops.prefill.maps import Affine, LayerMap, without_sinks
 
 STRENGTH = 0.03
 """Strength of the ridge, the one that most layers choose."""

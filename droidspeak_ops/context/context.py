@@ -59,7 +59,7 @@ class SharedContext:
                 raise ValueError(f"{name}: expected an entry for each layer of {num_layers}, got {count}")
         if outside := [layer for layer in self.hidden_states if not 0 <= layer < num_layers]:
             raise ValueError(f"hidden_states: expected layers 0 to {num_layers - 1}, got {outside}")
-        parts = self._parts(num_layers)
+        parts = self.parts
         if not isinstance(self.keys_values, Arriving):
             for layer, kv in enumerate(self.keys_values):
                 parts.check_kv(layer, kv)
@@ -69,7 +69,8 @@ class SharedContext:
         for rotation in {id(each[0]): each for each in self.rotations if each is not None}.values():
             parts.check_rotation(rotation)
 
-    def _parts(self, num_layers: int) -> Parts:
+    @property
+    def parts(self) -> Parts:
         """What all parts must be like; sizes that the sender does not know are those of the first layer."""
         sizes = [self.sender.size(name) for name in ("num_key_value_heads", "head_dim")]
         if None in sizes:
@@ -77,7 +78,7 @@ class SharedContext:
             if len(shape) != 4:
                 raise ValueError(f"layer 0: expected keys [B, K, N, D], got {tuple(shape)}")
             sizes = [known or found for known, found in zip(sizes, shape[1::2], strict=True)]
-        return Parts(self.tokens, self.sender, num_layers, *sizes)  # type: ignore[arg-type]
+        return Parts(self.tokens, self.sender, self.num_layers, *sizes)  # type: ignore[arg-type]
 
     def check_finite(self) -> None:
         """Raise unless all values are finite. It reads all of them, and waits for a GPU.
@@ -133,6 +134,10 @@ class SharedContext:
     def kv(self, layer: int) -> KV:
         """K (rotated) and V of one layer, each ``[B, K, N, D]``, with the scales of 8-bit rows."""
         return self.keys_values[layer]
+
+    def sinks(self, layer: int, count: int) -> KV:
+        """K and V of the attention sinks that a layer holds, as :meth:`kv`: its first `count` rows, which may be read alone."""
+        return self.kv(layer).at(slice(count))
 
     def hidden(self, layer: int) -> torch.Tensor:
         """The hidden states that enter one layer, ``[B, T, C]``.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -22,6 +23,8 @@ from .. import schema, tensor_file
 from .context import Described, SharedContext
 from .fingerprint import ReuseError
 from .keys import BLOCK, Chain, identity
+from .kv import KV
+from .parts import SINKS, sinks_among
 from .slabs import Slabs
 from .storage import OpenFile
 
@@ -82,6 +85,7 @@ class _Place:
 def encode(context: SharedContext, chain: Chain, namespace: str) -> list[memoryview]:
     """Return the content of the file of a context, in parts that share memory with tensors on the CPU."""
     described, tensors = context._described()
+    tensors |= sinks_of(context)
     parts = {name: _bytes_of(tensor.detach().cpu().contiguous()) for name, tensor in _in_order(tensors)}
     ends = [0]
     for part in parts.values():
@@ -155,6 +159,7 @@ class Entry:
         """Raise unless the tensors are, by name, dtype and shape, those of a context of such a sender."""
         tensors = tensor_file.Tensors({name: place.described() for name, place in self._places.items()})
         context = SharedContext._from_described(self.manifest.context, tensors)
+        self._has_sinks = self._check_sinks(context, tensors)
         tensors.check_taken()
         if context.tokens.shape[0] != 1:
             raise ValueError(f"tokens: expected one row, got {context.tokens.shape[0]}")
@@ -162,6 +167,17 @@ class Entry:
             raise ValueError(f"blocks: expected those of {self.num_tokens} tokens, got {len(self.manifest.blocks)}")
         rows = {kv.keys.shape[2] for kv in context.keys_values}
         self.has_heads = rows == {self.num_tokens} and not _rope_varies(context.sender.rope)
+
+    def _check_sinks(self, context: SharedContext, tensors: tensor_file.Tensors) -> bool:
+        """Return whether the sinks are apart, as many as are read today; raise unless they are then those of such a context."""
+        if "sinks.keys" not in tensors.names:
+            return False
+        keys, values = (tensors.take(f"sinks.{name}") for name in KV._fields[:2])
+        sinks = KV(keys, values, *(tensors.take_if(f"sinks.{name}") for name in KV._fields[2:]))
+        if keys.shape[2:3] != (min(SINKS, self.num_tokens),):
+            return False
+        context.parts.check_sinks(sinks)
+        return True
 
     def check_head(self, length: int) -> None:
         """Raise a ReuseError unless the first `length` tokens of the context are a context.
@@ -186,8 +202,9 @@ class Entry:
 
     @property
     def names(self) -> list[str]:
-        """The names of K, V and hidden states, in the order of the file."""
-        return [name for name in self._places if name.startswith(("hidden.", "kv."))]
+        """The names of sinks that are read, hidden states, K and V, in the order of the file."""
+        kinds = ("sinks.", "hidden.", "kv.") if self._has_sinks else ("hidden.", "kv.")
+        return [name for name in self._places if name.startswith(kinds)]
 
     def fetch(self, name: str) -> torch.Tensor:
         """Read a tensor onto the CPU; several threads may.
@@ -210,9 +227,10 @@ class Entry:
         return place.tensor(content)
 
     def head_of(self, name: str, tensor: torch.Tensor, length: int) -> torch.Tensor:
-        """Return the first `length` tokens of a tensor."""
+        """Return the first `length` tokens of a tensor; sinks are the same for all heads, which have whole blocks."""
         dim = 0 if name.startswith("rotation.") else 1 if name.endswith((".states", "tokens")) else 2
-        return tensor if length == self.num_tokens else tensor.narrow(dim, 0, length).contiguous()
+        is_whole = length == self.num_tokens or name.startswith("sinks.")
+        return tensor if is_whole else tensor.narrow(dim, 0, length).contiguous()
 
     def rotations(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
         """Read cos and sin of the first `length` tokens, by layer, those of several layers once; errors as :meth:`fetch`."""
@@ -242,13 +260,33 @@ def _rope_varies(rope: Mapping[str, Any]) -> bool:
     return not kinds.isdisjoint({"dynamic", "longrope"})
 
 
+def sinks_of(context: SharedContext) -> dict[str, torch.Tensor]:
+    """Return K and V of the sinks of all layers, heads side by side, or nothing of layers that are in several dtypes.
+
+    So they are read at once, and without the layers. Sinks that a sliding window does not hold are zeros, which nothing reads.
+    """
+    if len({kv.keys.dtype for kv in context.keys_values}) > 1:
+        return {}
+    tokens = context.tokens.shape[1]
+    count = min(SINKS, tokens)
+    of_layers: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for kv in context.keys_values:
+        held = sinks_among(kv.keys.shape[2], tokens)
+        for name, part in kv.at(slice(held))._asdict().items():
+            if part is not None:
+                sinks = part.new_zeros((*part.shape[:2], count, *part.shape[3:]))
+                sinks[:, :, count - held :] = part
+                of_layers[f"sinks.{name}"].append(sinks)
+    return {name: torch.cat(parts, 1) for name, parts in of_layers.items()}
+
+
 def _in_order(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tokens and rotations, which are small; then hidden states, and then K/V, layer by layer."""
-    ranks = {"tokens": 0, "rotation": 1, "hidden": 2, "kv": 3}
+    """Tokens, rotations and sinks, which are small; then hidden states, and then K/V, layer by layer."""
+    ranks = {"tokens": 0, "rotation": 1, "sinks": 2, "hidden": 3, "kv": 4}
 
     def rank(name: str) -> tuple[int, int]:
         what, *place = name.split(".")
-        return ranks[what], int(place[0]) if place else 0
+        return ranks[what], int(place[0]) if len(place) == 2 else 0
 
     return ((name, tensors[name]) for name in sorted(tensors, key=rank))
 

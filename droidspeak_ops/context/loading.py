@@ -50,7 +50,8 @@ class LoadingContext(SharedContext):
             tokens, rotations, sender: as :class:`SharedContext` has them, all there; tensors are moved to the tokens' device as
                 they arrive.
             names: of the tensors that there are: ``kv.LAYER.PART`` with the parts of :class:`KV`; ``hidden.LAYER.states``, or
-                in 8 bits ``hidden.LAYER.PART``.
+                in 8 bits ``hidden.LAYER.PART``; and ``sinks.PART`` if K and V of the attention sinks are there apart, of all
+                layers ``[B, L * K, S, D]``, for what reads no more of a layer.
             fetch: returns the tensor of a name on the CPU. It is called in threads of the context, once for each name unless it
                 fails.
             threads: that fetch; each has no more than one tensor in flight. A disk needs one, a remote store several.
@@ -63,11 +64,14 @@ class LoadingContext(SharedContext):
             raise ValueError(f"threads: expected 1 or more, got {threads}")
         layers, heads, head_dim, _ = sender.sizes("num_hidden_layers", "num_key_value_heads", "head_dim", "hidden_size")
         parts = Parts(tokens, sender, layers, heads, head_dim)
-        of_kv, of_hidden = _by_layer(names)
+        of_kv, of_hidden, of_sinks = _by_part(names)
         if sorted(of_kv) != list(range(layers)):
             raise ValueError(f"names: expected K and V of layers 0 to {layers - 1}, got those of {sorted(of_kv)}")
         reader = _Reader(fetch, threads, tokens.device)
-        return cls(tokens, _KVs(reader, of_kv, parts), _HiddenStates(reader, of_hidden, parts), rotations, sender)
+        sinks = _Sinks(reader, dict.fromkeys(range(layers), of_sinks) if of_sinks else {}, parts)
+        return cls(
+            tokens, _KVs(reader, of_kv, parts, sinks), _HiddenStates(reader, of_hidden, parts), rotations, sender
+        )
 
     def prefetch(self, reads: Iterable[tuple[str, int]], trace: Trace | None = None) -> None:
         names: dict[_Reader, list[str]] = defaultdict(list)
@@ -102,12 +106,26 @@ class LoadingContext(SharedContext):
             threads=reader.threads,
         )
 
+    def sinks(self, layer: int, count: int) -> KV:
+        source = self._source("sinks")
+        if not isinstance(source, _Sinks):
+            return super().sinks(layer, count)
+        kv = source[layer]
+        return kv.at(slice(kv.keys.shape[2] - count, None))
+
+    def _source(self, what: str) -> Any:
+        """The parts that are read, in memory or not: hidden states, sinks, or K and V, also for sinks that are not apart."""
+        if what == "hidden":
+            return self.hidden_states
+        sinks = self.keys_values.sinks if isinstance(self.keys_values, _KVs) else None
+        return sinks if what == "sinks" and sinks else self.keys_values
+
     def _arriving(self, reads: Iterable[tuple[str, int]]) -> Iterator[tuple[Any, int]]:
         """What is read of parts that are not in memory."""
         for what, layer in reads:
             if what == "hidden":
                 self.check_hidden([layer])
-            part: Any = self.hidden_states if what == "hidden" else self.keys_values
+            part = self._source(what)
             if isinstance(part, _Layers):
                 yield part, layer
 
@@ -135,21 +153,22 @@ def throttled(fetch: Fetch, rate: float) -> Fetch:
     return fetch_slowly
 
 
-def _by_layer(names: Iterable[str]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """Return the names of the tensors of each layer's K/V and of its hidden states."""
-    found: dict[str, dict[int, list[str]]] = {"kv": defaultdict(list), "hidden": defaultdict(list)}
+def _by_part(names: Iterable[str]) -> tuple[dict[int, list[str]], dict[int, list[str]], list[str]]:
+    """Return the names of the tensors of each layer's K/V, of its hidden states, and of the sinks."""
+    found: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        match = re.fullmatch(r"(kv|hidden)\.(0|[1-9][0-9]{0,3})\.[a-z_]+", name)
-        if match is None:
+        if not re.fullmatch(r"((kv|hidden)\.(0|[1-9][0-9]{0,3})|sinks)\.[a-z_]+", name):
             raise ValueError(f"names: expected names such as 'kv.3.keys', got {name!r}")
-        found[match[1]][int(match[2])].append(name)
-    allowed = {"kv": (KV._fields[:2], KV._fields), "hidden": (_STATES, KV._fields)}
-    for kind, layers in found.items():
-        for layer, of_layer in layers.items():
-            parts = sorted(map(_part, of_layer))
-            if parts not in map(sorted, allowed[kind]):
-                raise ValueError(f"names: expected one of {allowed[kind]} of {kind}.{layer}, got {parts}")
-    return dict(found["kv"]), dict(found["hidden"])
+        found[name.rpartition(".")[0]].append(name)
+    layers: dict[str, dict[int, list[str]]] = {"kv": {}, "hidden": {}}
+    for of, its in found.items():
+        kind, _, layer = of.partition(".")
+        allowed = _STATES if kind == "hidden" else KV._fields[:2], KV._fields
+        if sorted(map(_part, its)) not in map(sorted, allowed):
+            raise ValueError(f"names: expected one of {allowed} of {of}, got {sorted(map(_part, its))}")
+        if layer:
+            layers[kind][int(layer)] = its
+    return layers["kv"], layers["hidden"], found["sinks"]
 
 
 def _part(name: str) -> str:
@@ -253,7 +272,7 @@ class _Layers(Arriving):
 
     @property
     def all_names(self) -> list[str]:
-        return [name for names in self._names.values() for name in names]
+        return list(dict.fromkeys(name for names in self._names.values() for name in names))
 
     def _read(self, layer: int) -> dict[str, torch.Tensor]:
         """Wait for the tensors of a layer, and return them by part."""
@@ -273,6 +292,14 @@ class _Layers(Arriving):
 
 
 class _KVs(_Layers, Sequence[KV]):
+    def __init__(self, reader: _Reader, names: Mapping[int, Sequence[str]], parts: Parts, sinks: _Sinks) -> None:
+        super().__init__(reader, names, parts)
+        self.sinks = sinks
+
+    @property
+    def all_names(self) -> list[str]:
+        return [*super().all_names, *self.sinks.all_names]
+
     def __getitem__(self, layer: int) -> KV:  # type: ignore[override]  # no slices
         layer = range(len(self))[layer]
         kv = KV(**self._read(layer))
@@ -281,6 +308,16 @@ class _KVs(_Layers, Sequence[KV]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (list(self),)  # a copy is in memory
+
+
+class _Sinks(_Layers):
+    """K and V of the attention sinks by layer, which are read together; of no layer where they are not apart."""
+
+    def __getitem__(self, layer: int) -> KV:
+        kv = KV(**self._read(layer))
+        self._parts.check_sinks(kv)
+        heads = slice(layer * self._parts.num_kv_heads, (layer + 1) * self._parts.num_kv_heads)
+        return KV(*(None if part is None else part[:, heads] for part in kv))  # type: ignore[arg-type]
 
 
 class _HiddenStates(_Layers, Mapping[int, "torch.Tensor | KV"]):

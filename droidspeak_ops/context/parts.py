@@ -11,6 +11,14 @@ from ..ops.checks import FLOATS
 from .fingerprint import Fingerprint
 from .kv import KV, check_rows, grouped_shape
 
+SINKS = 4
+"""Number of attention sinks: the first tokens of a context, whose activations are unlike all others and are not mapped."""
+
+
+def sinks_among(rows: int, tokens: int) -> int:
+    """Count the attention sinks among the last `rows` of a context's `tokens`: fewer, or none, behind a sliding window."""
+    return min(max(SINKS - (tokens - rows), 0), rows)
+
 
 class Arriving:
     """K and V, or hidden states, of layers that are still being read: each is checked when it has arrived."""
@@ -47,6 +55,12 @@ class Parts:
                 raise ValueError(f"layer {layer}: expected keys of {held} tokens by its sliding window, got {rows}")
         shape = batch, self.num_kv_heads, rows, self.head_dim
         check_rows(f"layer {layer}", kv, shape, self.sender.torch_dtype, self.tokens.device)
+
+    def check_sinks(self, kv: KV) -> None:
+        """Raise a ValueError, which names the part, unless K and V of the sinks of all layers, heads side by side, are such."""
+        batch, tokens = self.tokens.shape
+        shape = batch, self.num_layers * self.num_kv_heads, min(SINKS, tokens), self.head_dim
+        check_rows("sinks", kv, shape, self.sender.torch_dtype, self.tokens.device)
 
     def check_hidden(self, layer: int, states: torch.Tensor | KV) -> None:
         """Raise a ValueError, which names layer and part, unless hidden states, which may be in 8 bits, are such."""

@@ -11,12 +11,13 @@ import torch
 from rich.progress import Progress
 
 from ..context.context import SharedContext
+from ..context.parts import SINKS
 from ..example import Example, by_context, check_examples
 from ..hf.decoder import Decoder, PreTrainedModel
 from ..hf.passes import check_takes_masks
 from ..hf.receiver import partial_prefill
 from ..hf.sender import capture
-from ..prefill.maps import SINKS, Affine, Domain, Maps
+from ..prefill.maps import Affine, Domain, Maps
 from ..prefill.plan import Plan
 from ..prefill.schedule import Source
 from ..progress import bars

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..context.fingerprint import ReuseError
 from ..context.kv import KV
-from ..prefill.maps import SINKS
+from ..context.parts import SINKS
 from ..prefill.schedule import Schedule
 from ..prefill.select import around_peaks, budget, highest
 from .cache import MixedCache, MixedLayer, MixedSlidingLayer, rows_held

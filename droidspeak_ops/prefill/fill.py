@@ -11,10 +11,11 @@ import torch
 from .. import ops
 from ..context.context import Rotation, SharedContext, last
 from ..context.kv import KV, splice
+from ..context.parts import sinks_among
 from ..ops.checks import NormOrder
 from ..ops.library import LAYERS_PER_LAUNCH
 from ..trace import Trace, span
-from .maps import Maps, sinks_among
+from .maps import Maps
 from .schedule import Band, Read, Schedule
 from .weights import LayerWeights, Norm, Prepared, projection
 
@@ -200,7 +201,8 @@ class _Filling:
     def reuse(self, layer: int) -> None:
         """Reuse the sender's K and V; in 8 bits, or rotated by another RoPE, they are decoded and rotated further."""
         with span(self._trace, "reuse", "layer", layer):
-            kv, further = self._context.kv(layer), self._rerotation(layer)
+            kv = self._context.kv(layer)
+            further = self._rerotation(layer, kv.keys.shape[2])
             if kv.k_scale is None and not further and self._layers.share(layer, kv):
                 return
             splice(kv, *self._layers.destination(layer), **further)
@@ -217,7 +219,7 @@ class _Filling:
         slots = slots.view(self._batch, rows)[:, :count].flatten()
         where = slots // k_cache.shape[2], slice(None), slots % k_cache.shape[2]
         for layer, *_, (k_cache, v_cache, _) in group:
-            kv, further = self._context.kv(layer).at(slice(count)), self._rerotation(layer)
+            kv, further = self._context.sinks(layer, count), self._rerotation(layer, rows)
             if kv.k_scale is None and not further:
                 # A few rows of each layer, for which an operator's call would cost more than the work.
                 k_cache[where] = kv.keys.transpose(1, 2).flatten(0, 1).to(k_cache.dtype)
@@ -265,14 +267,13 @@ class _Filling:
             positions = self._positions[rows]
         return projection(prepared, self._layers.norm_order, hidden_states, rotation, *destination, rstd, positions)
 
-    def _rerotation(self, layer: int) -> dict[str, torch.Tensor]:
-        """cos and sin that re-rotate each row of the sender's K to the receiver's RoPE; none if the two are equal."""
+    def _rerotation(self, layer: int, rows: int) -> dict[str, torch.Tensor]:
+        """cos and sin that re-rotate the `rows` of the sender's K to the receiver's RoPE; none if the two are equal."""
         applied = self._context.rotations[layer] if self._rerotates else None
         rotation = None if applied is None else self._layers.rotation(layer)
         if applied is None or rotation is None:
             return {}
         if self._layers.rope_varies and all(map(torch.equal, applied, rotation)):
             return {}
-        rows = self._context.kv(layer).keys.shape[2]
         cos, sin = (last(half, rows) for half in ops.rotation_between(*applied, *rotation))
         return {"cos": cos.repeat(self._batch, 1), "sin": sin.repeat(self._batch, 1)}

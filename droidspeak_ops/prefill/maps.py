@@ -17,21 +17,15 @@ import torch.nn.functional as F
 from .. import ops, tensor_file
 from ..context.context import SharedContext
 from ..context.fingerprint import Fingerprint, ReuseError
+from ..context.parts import sinks_among
 from .plan import Plan
 from .schedule import Source, resolve
 
 T = TypeVar("T")
 
 RMS_EPS = 1e-6
-SINKS = 4
-"""Number of attention sinks: the first tokens of a context, whose activations are unlike all others and are not mapped."""
 
 _DISTANCE_ROWS = 256
-
-
-def sinks_among(rows: int, tokens: int) -> int:
-    """Count the attention sinks among the last `rows` of a context's `tokens`: fewer, or none, behind a sliding window."""
-    return min(max(SINKS - (tokens - rows), 0), rows)
 
 
 def without_sinks(rows: torch.Tensor, tokens: int) -> torch.Tensor:

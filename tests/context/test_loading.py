@@ -97,6 +97,8 @@ def test_on_a_gpu(stored: torch.dtype | None) -> None:
         (lambda names: [*names, "kv.0.keys"], r"of kv.0, got \['keys', 'keys', 'values'\]"),
         (lambda names: [*names, "hidden.1.keys"], r"of hidden.1, got \['keys', 'states'\]"),
         (lambda names: [*names, "hidden.3.states"], r"hidden_states: expected layers 0 to 2, got \[3\]"),
+        (lambda names: [*names, "sinks.keys"], r"names: expected one of .* of sinks, got \['keys'\]"),
+        (lambda names: [*names, "sinks.0.keys"], "names: expected names such as 'kv.3.keys', got 'sinks.0.keys'"),
         (lambda names: [*names, "tokens"], "names: expected names such as 'kv.3.keys', got 'tokens'"),
         (lambda names: [*names, "kv.01.keys"], "names: expected names such as 'kv.3.keys', got 'kv.01.keys'"),
     ],
@@ -136,18 +138,22 @@ def test_what_else_does_not_fit_is_refused() -> None:
         ("kv.2.values", torch.ones(1, 2, 5, 4).half(), "layer 2: expected values to be .* got torch.float16"),
         ("kv.0.values", torch.ones(1, 2, 5, 8), r"layer 0: expected values to be .* got .*\(1, 2, 5, 8\)"),
         ("hidden.1.states", torch.ones(1, 5, 8), r"hidden states of layer 1: expected torch.float32 \(1, 5, 16\)"),
+        ("sinks.keys", torch.ones(1, 6, 3, 4), r"sinks: expected keys to be .* \(1, 6, 4, 4\), got .*\(1, 6, 3, 4\)"),
+        ("sinks.values", torch.ones(1, 4, 4, 4), r"sinks: expected values to be .* \(1, 6, 4, 4\), got"),
     ],
 )
 def test_what_arrives_is_checked_before_it_is_used(name: str, tensor: torch.Tensor, message: str) -> None:
     context = make_context()
-    source = Source(context)
+    source = Source(context, sinks=True)
     source.tensors[name] = tensor
     arriving = source.loading()
-    what, layer, _ = name.split(".")
+    what, *layer = name.split(".")[:-1]
+    read = what, int(*layer)
+    use = {"kv": arriving.kv, "hidden": arriving.hidden, "sinks": lambda layer: arriving.sinks(layer, 1)}[what]
     with pytest.raises(ValueError, match=message):
-        arriving.kv(int(layer)) if what == "kv" else arriving.hidden(int(layer))
+        use(read[1])
     with pytest.raises(ValueError, match=message):
-        arriving.wait([(what, int(layer))])
+        arriving.wait([read])
 
 
 # --- how it is read ------------------------------------------------------------------------------------------------------

@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.contexts import assert_same, files, read
+from support.contexts import assert_equal, assert_same, files, read
 from support.models import fine_tuned, tiny_llama, tokens
 
 import droidspeak_ops as ds
 from bench.small_contexts import LAYERS, SENDER, make_context, make_sender, make_tokens
+from droidspeak_ops.context import entry
+from droidspeak_ops.context.entry import Entry
 from droidspeak_ops.context.keys import BLOCK
+from droidspeak_ops.context.kv import KV
+from droidspeak_ops.context.parts import SINKS, sinks_among
 
 ROOT = Path(__file__).parent.parent.parent
 WINDOWS = (None, 9, None)
@@ -82,12 +86,65 @@ def test_a_receiver_fills_from_a_store_as_from_memory(store: ds.ContextStore, pl
             assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("length", [1, 3, 4, 9, 10, 11, 70])
+def test_sinks_come_back_without_their_layers(
+    store: ds.ContextStore, length: int, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = make_sender(WINDOWS)
+    context = make_context(make_tokens(length), sender)
+    context = context if dtype is None else context.quantized(dtype)
+    store.save(context)
+    read, fetch = [], Entry.fetch
+    monkeypatch.setattr(Entry, "fetch", lambda self, name: read.append(name) or fetch(self, name))
+    found = store.load(context.tokens, sender)
+    for layer in range(LAYERS):
+        count = sinks_among(context.kv(layer).keys.shape[2], length)
+        assert_equal(found.sinks(layer, count), context.sinks(layer, count))
+        assert_equal(found.to("cpu").sinks(layer, count), context.sinks(layer, count))
+    assert not [name for name in read if name.startswith("kv.")]
+    assert_same(found, context)
+
+
+def test_sinks_of_a_head_are_those_of_the_whole(store: ds.ContextStore) -> None:
+    context = make_context(make_tokens(BLOCK + 6))
+    store.save(context)
+    found = store.find(context.tokens, SENDER)
+    assert found.tokens.shape[1] == BLOCK
+    assert_equal(found.sinks(1, SINKS), context.sinks(1, SINKS))
+
+
+@pytest.mark.parametrize("rows", [0, 1, SINKS + 1])
+def test_sinks_are_those_of_their_layers_where_others_are_stored(
+    store: ds.ContextStore, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_context(make_tokens(9))
+    others = KV(*torch.zeros(2, 1, LAYERS * 2, rows, 4))
+    apart = {} if not rows else {f"sinks.{name}": part for name, part in others._asdict().items() if part is not None}
+    monkeypatch.setattr(entry, "sinks_of", lambda context: apart)
+    store.save(context)
+    found = store.load(context.tokens, SENDER)
+    assert_equal(found.sinks(1, SINKS), context.sinks(1, SINKS))
+    assert_same(found, context)
+
+
+def test_layers_may_be_in_several_dtypes(store: ds.ContextStore) -> None:
+    context = make_context(make_tokens(9))
+    context = dataclasses.replace(context, keys_values=[context.quantized(torch.int8).kv(0), *context.keys_values[1:]])
+    store.save(context)
+    found = store.load(context.tokens, SENDER)
+    for layer in range(LAYERS):
+        assert_equal(found.sinks(layer, SINKS), context.sinks(layer, SINKS))
+    assert_same(found, context)
+
+
 def test_a_file_has_hidden_states_first_and_each_rotation_once(store: ds.ContextStore) -> None:
     store.save(make_context(make_tokens(3), layers=(2, 0)))
     (path,) = files(store)
     entry = store.open(store.stored()[0].name)
     assert entry.names == [
-        "hidden.0.states", "hidden.2.states", *(f"kv.{layer}.{half}" for layer in range(3) for half in ("keys", "values"))
+        "sinks.keys", "sinks.values", "hidden.0.states", "hidden.2.states",
+        *(f"kv.{layer}.{half}" for layer in range(3) for half in ("keys", "values")),
     ]  # fmt: skip
     tensors = load_file(path)  # any reader of safetensors can
     assert sorted(tensors.keys() - set(entry.names)) == [

@@ -17,6 +17,7 @@ import droidspeak_ops as ds
 from bench.small_contexts import SENDER, make_context, make_tokens
 from bench.store import together
 from droidspeak_ops import files
+from droidspeak_ops.context import entry
 from droidspeak_ops.context.keys import BLOCK
 
 
@@ -86,6 +87,29 @@ def test_what_is_damaged_is_passed_over_where_another_head_is_found(stored, cont
             assert_same(store.find(prompt, SENDER), shorter)
     store.save(context)
     assert_same(store.find(prompt, SENDER), context)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sinks.values": None}, "tensors: expected one named 'sinks.values', got none"),
+        ({"sinks.keys": None}, "tensors: expected no others, got .'sinks.values'."),
+        ({"sinks.keys": torch.ones(1, 5, 4, 4)}, "sinks: expected keys to be .*, got torch.float32 .1, 5, 4, 4."),
+        ({"sinks.values": torch.ones(1, 6, 3, 4)}, "sinks: expected values to be .*, got torch.float32 .1, 6, 3, 4."),
+        ({"sinks.k_scale": torch.ones(1, 6, 4)}, "sinks: expected k_scale to be none, got"),
+        ({"sinks.other": torch.ones(1)}, "tensors: expected no others, got .'sinks.other'."),
+    ],
+)
+def test_sinks_of_another_form_are_named(
+    tmp_path: Path, context: ds.SharedContext, monkeypatch: pytest.MonkeyPatch, change: dict, message: str
+) -> None:
+    sinks_of = entry.sinks_of
+    changed = lambda context: {name: part for name, part in {**sinks_of(context), **change}.items() if part is not None}  # noqa: E731
+    monkeypatch.setattr(entry, "sinks_of", changed)
+    store = ds.ContextStore(tmp_path)
+    store.save(context)
+    with pytest.raises(ds.ReuseError, match=f"^{re.escape(str(tmp_path))}/.*: {message}"):
+        store.load(context.tokens, SENDER)
 
 
 # --- writers that fail -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from support.models import fine_tuned, tiny, tiny_pair, tokens
 
 import droidspeak_ops as ds
 from droidspeak_ops import ops
+from droidspeak_ops.context import entry
 from droidspeak_ops.hf.filling import CacheLayers
 from droidspeak_ops.ops.library import LAYERS_PER_LAUNCH
 from droidspeak_ops.prefill.schedule import resolve
@@ -70,9 +71,10 @@ def maps() -> ds.Maps:
     return dataclasses.replace(fitted, choices=choices, layers=fitted.repaired)
 
 
+@pytest.mark.parametrize("sinks", [False, True], ids=["sinks in their layers", "sinks apart"])
 @pytest.mark.parametrize("stored", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("norm", ["hf", "folded"])
-def test_with_maps(maps: ds.Maps, norm: Any, stored: torch.dtype | None) -> None:
+def test_with_maps(maps: ds.Maps, norm: Any, stored: torch.dtype | None, sinks: bool) -> None:
     sender, receiver = pair("llama")
     context = ds.capture(sender, tokens(128), layers=range(LAYERS))
     if stored is not None:
@@ -81,12 +83,52 @@ def test_with_maps(maps: ds.Maps, norm: Any, stored: torch.dtype | None) -> None
         schedule = resolve(plan, LAYERS, maps)
         assert schedule.uses_maps and {"hidden", "kv", "sinks"} == {what for what, _ in schedule.reads}
         expected = ds.partial_prefill(receiver, context, plan, maps=maps, norm=norm)
-        names = [name for name in Source(context).names(schedule.reads) if f".{maps.domain.layer}." not in name]
+        names = Source(context, sinks=sinks).names(schedule.reads)
+        names = [name for name in names if f".{maps.domain.layer}." not in name]
         for order in (names[::-1], shuffled(names, 0)):
             turns = in_turn(order)
-            source = Source(context, lambda name, turns=turns, names=names: turns(name) if name in names else None)
+            arrives = lambda name, turns=turns, names=names: turns(name) if name in names else None  # noqa: E731
+            source = Source(context, arrives, sinks=sinks)
             arriving = source.loading(threads=len(source.tensors))
             assert_alike(ds.partial_prefill(receiver, arriving, plan, maps=maps, norm=norm), expected)
+
+
+@pytest.mark.parametrize("stored", [None, torch.int8], ids=str)
+def test_of_fitted_layers_a_store_reads_the_sinks_alone(
+    maps: ds.Maps, stored: torch.dtype | None, store: ds.ContextStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of one layer all, by which it is known whether the maps are for this context."""
+    sender, receiver = pair("llama")
+    maps = dataclasses.replace(maps, choices=("project", *["fitted"] * (LAYERS - 1)))
+    plan, context = ds.Plan(project="rest"), ds.capture(sender, tokens(128), layers=range(1, LAYERS))
+    if stored is not None:
+        context = context.quantized(stored)
+    expected = ds.partial_prefill(receiver, context, plan, maps=maps)
+    read: dict[str, int] = {}
+    fetch = entry.Entry.fetch
+
+    def counted(self: entry.Entry, name: str) -> torch.Tensor:
+        tensor = fetch(self, name)
+        read[name] = tensor.nbytes
+        return tensor
+
+    def read_by_a_prefill() -> int:
+        read.clear()
+        found = store.load(context.tokens, context.sender)
+        assert_alike(ds.partial_prefill(receiver, found, plan, maps=maps), expected)
+        return sum(nbytes for name, nbytes in read.items() if not name.startswith("rotation."))
+
+    def nbytes(*beginnings: str) -> int:
+        return sum(part.nbytes for name, part in context._described()[1].items() if name.startswith(beginnings))
+
+    monkeypatch.setattr(entry.Entry, "fetch", counted)
+    store.save(context)
+    sinks = sum(part.nbytes for kv in context.keys_values for part in kv.at(slice(4)) if part is not None)
+    assert read_by_a_prefill() == nbytes("hidden.", f"kv.{maps.domain.layer}.") + sinks
+    monkeypatch.setattr(entry, "sinks_of", lambda context: {})  # as stores were once written
+    store.save(context)
+    layers = {*range(1, LAYERS), maps.domain.layer}
+    assert read_by_a_prefill() == nbytes("hidden.", *(f"kv.{layer}." for layer in layers))
 
 
 def test_selected_tokens_come_after_all_layers() -> None:

@@ -14,13 +14,14 @@ def assert_same(found: ds.SharedContext | None, expected: ds.SharedContext) -> N
     assert found.sender == expected.sender
     assert found.hidden_layers == expected.hidden_layers
     for layer in range(expected.num_layers):
-        _assert_equal(found.kv(layer), expected.kv(layer))
-        _assert_equal(found.rotations[layer] or (), expected.rotations[layer] or ())
+        assert_equal(found.kv(layer), expected.kv(layer))
+        assert_equal(found.rotations[layer] or (), expected.rotations[layer] or ())
     for layer in expected.hidden_layers:
         assert torch.equal(found.hidden(layer), expected.hidden(layer))
 
 
-def _assert_equal(found, expected) -> None:
+def assert_equal(found, expected) -> None:
+    """K and V, or rotations."""
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
@@ -31,6 +32,7 @@ def _assert_equal(found, expected) -> None:
 def read(context: ds.SharedContext | None) -> None:
     """Read all of a context, of which a stored one is read when it is used."""
     assert context is not None
+    context.sinks(0, 1)
     for layer in range(context.num_layers):
         context.kv(layer)
     for layer in context.hidden_layers:

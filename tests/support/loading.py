@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 import droidspeak_ops as ds
+from droidspeak_ops.context.entry import sinks_of
 from droidspeak_ops.context.loading import LoadingContext
 
 PATIENCE = 30
@@ -20,13 +21,18 @@ class Source:
     Args:
         context: in memory.
         before: is called with a name before its tensor is given.
+        sinks: whether they are apart.
     """
 
-    def __init__(self, context: ds.SharedContext, before: Callable[[str], None] = lambda name: None) -> None:
-        self.context, self.before = context, before
+    def __init__(
+        self, context: ds.SharedContext, before: Callable[[str], None] = lambda name: None, *, sinks: bool = False
+    ) -> None:
+        self.context, self.before, self.sinks = context, before, sinks
         self.tensors = {
             name: tensor for name, tensor in context._described()[1].items() if name.startswith(("kv.", "hidden."))
         }
+        if sinks:
+            self.tensors |= sinks_of(context)
         self.asked: list[str] = []
 
     def fetch(self, name: str) -> torch.Tensor:
@@ -41,8 +47,11 @@ class Source:
 
     def names(self, reads: Sequence[tuple[str, int]]) -> list[str]:
         """Return the names of the tensors that are read, in this order."""
-        prefixes = [f"{'hidden' if what == 'hidden' else 'kv'}.{layer}." for what, layer in reads]
-        return [name for prefix in prefixes for name in self.tensors if name.startswith(prefix)]
+        prefixes = [
+            "sinks." if what == "sinks" and self.sinks else f"{'hidden' if what == 'hidden' else 'kv'}.{layer}."
+            for what, layer in reads
+        ]
+        return list(dict.fromkeys(name for prefix in prefixes for name in self.tensors if name.startswith(prefix)))
 
 
 def in_turn(order: Sequence[str]) -> Callable[[str], None]:
