@@ -139,15 +139,17 @@ def throttled(fetch: Fetch, rate: float) -> Fetch:
     if not rate > 0:
         raise ValueError(f"rate: expected a positive number of bytes per second, got {rate}")
     lock = threading.Lock()
-    free = 0.0
+    free = late = 0.0
 
     def fetch_slowly(name: str) -> torch.Tensor:
-        nonlocal free
+        nonlocal free, late
         begun = time.monotonic()
         tensor = fetch(name)
-        with lock:  # one link, on which tensors follow one another
-            free = arrived = max(free, begun) + tensor.nbytes / rate
-        time.sleep(max(0.0, arrived - time.monotonic()))
+        with lock:  # one link, on which tensors follow one another; while a reader oversleeps it goes on
+            free = arrived = max(free, begun - late) + tensor.nbytes / rate
+        ready = max(arrived, time.monotonic())
+        time.sleep(max(0.0, ready - time.monotonic()))
+        late = time.monotonic() - ready
         return tensor
 
     return fetch_slowly

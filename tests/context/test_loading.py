@@ -294,11 +294,11 @@ def test_a_tensor_that_could_not_be_read_is_read_again_when_it_is_asked_for_agai
 
 
 def test_reading_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, slept = 0.0, []
+    now, overslept, slept = 0.0, 0.0, []
 
     def sleep(seconds: float) -> None:
         nonlocal now
-        now += seconds
+        now += seconds + overslept
         slept.append(seconds)
 
     def fetch(name: str) -> torch.Tensor:
@@ -310,6 +310,10 @@ def test_reading_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = throttled(fetch, 10.0)
     assert [slow(name).nbytes for name in ("100", "5", "0")] == [100, 5, 0]
     assert slept == [8.0, 0.0, 0.0] and now == 14.0
+    overslept = 0.5
+    slow = throttled(lambda name: torch.ones(int(name), dtype=torch.uint8), 10.0)
+    arrived = [(slow(name), now)[1] for name in ("100", "50", "100")]
+    assert arrived == [24.5, 29.5, 39.5], "the link goes on while the reader is late"
     with pytest.raises(ValueError, match="rate: expected a positive number of bytes per second, got 0"):
         throttled(fetch, 0)
 
