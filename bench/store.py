@@ -6,8 +6,9 @@
   All that is read is compared bit by bit; an error, or a process that does not end, is wrong.
 - `full disk`: the kills of ``python -m bench.kills``, on a disk of 2 MiB, which one context fits on twice and another never:
   what lies there before a kill or after is the old context or the new one. Needs leave to mount a tmpfs.
-- `load`: a context of SmolLM2, read from a store with all digests checked, against `dd` of its file; with the file dropped from
-  memory, and with it held there (`cached`), where `dd` copies to one place again and again, and a context needs memory.
+- `load`: a context of SmolLM2, read from a store with all digests checked, against `dd` of its file in blocks of 1 MiB; with
+  the file dropped from memory, and with it held there (`cached`). There `dd` copies to one place again and again, and a context
+  needs memory, as `dd` does in one block (`dd_one_block_ms`).
 
 The exit status is 1 if anything was wrong.
 """
@@ -173,33 +174,39 @@ def smollm2_context(tokens: int, layers: Sequence[int] = (10, 20)) -> ds.SharedC
 
 
 def loads(folder: Path, tokens: int, repeats: int) -> list[Row]:
-    """Return the times of loading a context, and of dd over its file, in turns: medians in milliseconds, and their ratio."""
+    """Return the times of loading a context, and of dd over its file, in turns: medians in milliseconds, and a ratio."""
     context, store = smollm2_context(tokens), ds.ContextStore(folder)
     store.save(context)
     (stored,) = store.stored()
     path = folder / stored.name
     rows: list[Row] = []
     for cached in (True, False):
-        times: dict[str, list[float]] = {"dd": [], "load": []}
+        runs = {
+            "dd": lambda: _dd(path, 1 << 20),
+            "one block": lambda: _dd(path, stored.nbytes),
+            "load": lambda: _load(store, context),
+        }
+        times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(repeats + 1):
-            for name, run in (("dd", lambda: _dd(path)), ("load", lambda: _load(store, context))):
+            for name, run in runs.items():
                 if not cached:
                     _drop(path)
                 times[name].append(run())
-        dd, load = (1e3 * statistics.median(each[1:]) for each in times.values())  # the first one warms up
+        dd, one_block, load = (1e3 * statistics.median(each[1:]) for each in times.values())  # the first one warms up
         rows.append(
             {
                 "what": "load, cached" if cached else "load, from disk", "tokens": tokens,
                 "MiB": round(stored.nbytes / 2**20, 1),
-                "dd_ms": round(dd, 1), "load_ms": round(load, 1), "ratio": round(load / dd, 2),
+                "dd_ms": round(dd, 1), "dd_one_block_ms": round(one_block, 1),
+                "load_ms": round(load, 1), "ratio": round(load / dd, 2),
             }
         )  # fmt: skip
     return rows
 
 
-def _dd(path: Path) -> float:
-    """Return the seconds that dd says it took to read a file."""
-    command = ["dd", f"if={path}", "of=/dev/null", "bs=1M"]
+def _dd(path: Path, block: int) -> float:
+    """Return the seconds that dd says it took to read a file in blocks of so many bytes."""
+    command = ["dd", f"if={path}", "of=/dev/null", f"bs={block}", "iflag=fullblock"]
     said = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}).stderr
     took = re.search(r"copied, ([\d.e-]+) s", said)
     assert took is not None, said
