@@ -59,7 +59,7 @@ class SharedContext:
                 raise ValueError(f"{name}: expected an entry for each layer of {num_layers}, got {count}")
         if outside := [layer for layer in self.hidden_states if not 0 <= layer < num_layers]:
             raise ValueError(f"hidden_states: expected layers 0 to {num_layers - 1}, got {outside}")
-        parts = self.parts
+        parts = self._parts
         if not isinstance(self.keys_values, Arriving):
             for layer, kv in enumerate(self.keys_values):
                 parts.check_kv(layer, kv)
@@ -70,7 +70,7 @@ class SharedContext:
             parts.check_rotation(rotation)
 
     @property
-    def parts(self) -> Parts:
+    def _parts(self) -> Parts:
         """What all parts must be like; sizes that the sender does not know are those of the first layer."""
         sizes = [self.sender.size(name) for name in ("num_key_value_heads", "head_dim")]
         if None in sizes:

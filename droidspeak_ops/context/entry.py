@@ -176,7 +176,7 @@ class Entry:
         sinks = KV(keys, values, *(tensors.take_if(f"sinks.{name}") for name in KV._fields[2:]))
         if keys.shape[2:3] != (min(SINKS, self.num_tokens),):
             return False
-        context.parts.check_sinks(sinks)
+        context._parts.check_sinks(sinks)
         return True
 
     def check_head(self, length: int) -> None:
