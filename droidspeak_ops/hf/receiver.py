@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from ..context.kv import KV
 from ..prefill.fill import fill
 from ..prefill.maps import Maps
 from ..prefill.plan import Plan
-from ..prefill.schedule import resolve
+from ..prefill.schedule import check_pair, resolve, resolve_over
 from ..prefill.weights import Norm
 from ..trace import Trace
 from .adapters import check_not_invoked
@@ -200,14 +199,12 @@ def prefill(
     With `compares` the cache says how far its selected tokens were from the receiver's.
     """
     decoder = decoder_of(receiver)
-    schedule = resolve(plan, decoder.num_layers)
+    resolve(plan, decoder.num_layers)  # which names layers that the model does not have, before anything is hashed
     if norm not in ("hf", "folded"):
         raise ValueError(f"norm: expected 'hf' or 'folded', got {norm!r}")
     of_pair = maps is not None or plan.chosen_for is not None
     ours = decoder.fingerprint(tokenizer, weights=of_pair, like=context.sender)
-    context.sender.check_reuse_by(ours)
-    if plan.chosen_for is not None:
-        plan.chosen_for.check(context.sender.weights, ours.weights, None if maps is None else maps.digest())
+    check_pair(plan, maps, context.sender, ours)
     known = ours.architecture["vocab_size"]
     if context.sender.architecture["vocab_size"] > known and (largest := int(context.tokens.max())) >= known:
         raise ReuseError(
@@ -217,17 +214,8 @@ def prefill(
         raise ReuseError(
             f"context: expected it on {decoder.device}, the receiver's device, got {context.tokens.device}"
         )
-    if maps is not None:
-        maps.check_pair(context.sender, ours)
-        schedule = resolve(plan, decoder.num_layers, maps, context.hidden_layers)
-        if schedule.uses_maps and (distance := maps.domain.distance(context)) > maps.domain.limit:
-            warnings.warn(
-                f"maps: not used for a context unlike those they were fitted to (distance {distance:.2f}; up to "
-                f"{maps.domain.limit:.2f} is alike): the layers that they are for are reused",
-                stacklevel=4,  # of the caller of whatever calls this, which torch.no_grad wraps
-            )
-            schedule = resolve(plan, decoder.num_layers, maps, in_domain=False)
-    context.check_hidden(schedule.hidden_layers)
+    # The warning is of the caller of whatever calls this, which torch.no_grad wraps.
+    schedule = resolve_over(plan, context, maps, stacklevel=4)
     if prompt_ids is not None:
         context.check_prompt(prompt_ids)
     elif runs_suffix:

@@ -6,6 +6,7 @@ The fill, the cost model, the profiler and whoever loads contexts read a :class:
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -15,6 +16,8 @@ from .plan import Plan
 from .select import layers_looked_at
 
 if TYPE_CHECKING:
+    from ..context.context import SharedContext
+    from ..context.fingerprint import Fingerprint
     from .maps import Maps
 
 Source = Literal["reuse", "recompute", "project", "fitted", "fitted_kv"]
@@ -188,3 +191,46 @@ def _without_maps(plan: Plan, num_layers: int) -> Schedule:
         sources[start:end] = ["recompute"] * (end - start)
     bands = tuple(Band(*band, corrected=False) for band in plan.bands)
     return Schedule(tuple(sources), bands, uses_maps=False, select=plan.select, selector=plan.selector)
+
+
+def check_pair(plan: Plan, maps: Maps | None, sender: Fingerprint, receiver: Fingerprint) -> None:
+    """Raise unless the receiver can reuse what the sender makes, by this plan and with these maps.
+
+    Args:
+        plan, maps: as :func:`resolve` has them.
+        sender, receiver: of the pair; with digests of the weights if there are maps, or a profile chose the plan.
+
+    Raises:
+        ReuseError: the models do not fit, or the plan or the maps are those of another pair.
+    """
+    sender.check_reuse_by(receiver)
+    if plan.chosen_for is not None:
+        plan.chosen_for.check(sender.weights, receiver.weights, None if maps is None else maps.digest())
+    if maps is not None:
+        maps.check_pair(sender, receiver)
+
+
+def resolve_over(plan: Plan, context: SharedContext, maps: Maps | None = None, *, stacklevel: int = 1) -> Schedule:
+    """Decide what is done at each layer over a context, by what it holds and whether it is like those the maps were fitted to.
+
+    That reads K and V of a layer, where maps are used. Maps are not used for a context unlike those, with a warning.
+
+    Args:
+        plan, maps: as :func:`resolve` has them.
+        context: to be reused.
+        stacklevel: of the warning; 1 for the caller's line.
+
+    Raises:
+        ReuseError: the context lacks hidden states.
+        ValueError: the plan names a layer that such a model does not have.
+    """
+    schedule = resolve(plan, context.num_layers, maps, context.hidden_layers)
+    if maps is not None and schedule.uses_maps and (distance := maps.domain.distance(context)) > maps.domain.limit:
+        warnings.warn(
+            f"maps: not used for a context unlike those they were fitted to (distance {distance:.2f}; up to "
+            f"{maps.domain.limit:.2f} is alike): the layers that they are for are reused",
+            stacklevel=1 + stacklevel,
+        )
+        schedule = resolve(plan, context.num_layers, maps, in_domain=False)
+    context.check_hidden(schedule.hidden_layers)
+    return schedule
