@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,11 @@ class Engine:
 
     def generate(self, requests: Sequence[tuple[list[int], Any]], count: int = 12, **sampling: Any) -> list[Output]:
         """Run requests together: of each the prompt, and what it asks of the connector (None for a null, ... for nothing)."""
-        self._ours.send((list(requests), count, sampling))
+        return self.call(_generate, list(requests), count, sampling)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of a module with the engine, and what else it is given, in the engine's process."""
+        self._ours.send((function, arguments))
         return self._await()
 
     def close(self) -> None:
@@ -76,7 +80,7 @@ def _serve(model: str, scratch: str, transfer: dict[str, Any] | None, options: d
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.config import KVTransferConfig
 
     if transfer is not None:
@@ -92,19 +96,25 @@ def _serve(model: str, scratch: str, transfer: dict[str, Any] | None, options: d
         return
     pipe.send(None)
     while (asked := pipe.recv()) is not None:
-        requests, count, sampling = asked
-        prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
-        parameters = [
-            SamplingParams(
-                temperature=0.0, max_tokens=count, ignore_eos=True,
-                extra_args={} if wish is ... else {"kv_transfer_params": {"droidspeak": wish}}, **sampling,
-            )
-            for _, wish in requests
-        ]  # fmt: skip
-        outputs = engine.generate(prompts, parameters, use_tqdm=False)
-        pipe.send(
-            [
-                Output(list(each.outputs[0].token_ids), (each.kv_transfer_params or {}).get("droidspeak", {}))
-                for each in outputs
-            ]
+        function, arguments = asked
+        pipe.send(function(engine, *arguments))
+
+
+def _generate(
+    engine: Any, requests: Sequence[tuple[list[int], Any]], count: int, sampling: dict[str, Any]
+) -> list[Output]:
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
+    parameters = [
+        SamplingParams(
+            temperature=0.0, max_tokens=count, ignore_eos=True,
+            extra_args={} if wish is ... else {"kv_transfer_params": {"droidspeak": wish}}, **sampling,
         )
+        for _, wish in requests
+    ]  # fmt: skip
+    outputs = engine.generate(prompts, parameters, use_tqdm=False)
+    return [
+        Output(list(each.outputs[0].token_ids), (each.kv_transfer_params or {}).get("droidspeak", {}))
+        for each in outputs
+    ]

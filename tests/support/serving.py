@@ -1,0 +1,94 @@
+"""A pair of models as servers are told of them, and what transformers computes in the place of an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.models import fine_tuned, save_with_tokenizer, tiny, tokens
+
+import droidspeak_ops as ds
+from droidspeak_ops.hf.pretrained import load_pretrained
+
+LAYERS = 6
+MADE_OF_ALL = ("project", "fitted", "fitted_kv", "reuse", "fitted", "fitted_kv")
+
+
+class Pair:
+    """A sender and a receiver of a family with what a server of either is told: folders, a store, maps."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        torch.manual_seed(0)
+        windows = {} if family == "llama" else {"sliding_window": None}
+        sender = tiny(family, LAYERS, head_dim=32, **windows)
+        self.folder, self._random = folder, torch.Generator().manual_seed(0)
+        self.sender_folder = save_with_tokenizer(sender, folder / "sender")
+        self.receiver_folder = save_with_tokenizer(fine_tuned(sender, 0.3), folder / "receiver")
+        (self.sender, self.tokenizer), (self.receiver, _) = map(
+            load_pretrained, (self.sender_folder, self.receiver_folder)
+        )
+        self.store = ds.ContextStore(folder / "store")
+
+    def capture(self, ids: torch.Tensor) -> ds.SharedContext:
+        return ds.capture(self.sender, ids, layers=range(1, LAYERS), tokenizer=self.tokenizer)
+
+    def tokens(self, count: int) -> torch.Tensor:
+        """Tokens that no other test of the engine is given."""
+        return torch.randint(1, 100, (1, count), generator=self._random)
+
+    def stored(self, count: int) -> torch.Tensor:
+        """The same, and the store has a context of them, as transformers captures it."""
+        ids = self.tokens(count)
+        self.store.save(self.capture(ids))
+        return ids
+
+    def fit(self) -> ds.Maps:
+        """Maps of which every kind is used, kept in a file."""
+        examples = [ds.Example.cut(tokens(160), 32) for _ in range(6)]
+        maps = ds.fit(self.sender, self.receiver, examples, bands=[(2, 4)], show_progress=False)
+        without = ("project", *["fitted_kv"] * (LAYERS - 1))
+        maps = dataclasses.replace(
+            maps,
+            layers=maps.repaired,
+            choices=MADE_OF_ALL,
+            choices_without_hidden=without,
+            domain=dataclasses.replace(maps.domain, limit=1e3),  # they have seen few contexts
+        )
+        maps.save(self.folder / "maps.safetensors")
+        return maps
+
+    def settings(self, role: str, **extra: Any) -> dict[str, Any]:
+        """``KVTransferConfig`` of a server."""
+        config = {"store": self.store.url, **extra}
+        if role != "kv_producer":
+            config = {"senders": {"base": {"model": self.sender_folder}}} | config
+        return {"kv_role": role, "kv_load_failure_policy": "recompute", "kv_connector_extra_config": config}
+
+    @torch.no_grad()
+    def expected(
+        self,
+        ids: torch.Tensor,
+        suffix: torch.Tensor,
+        plan: ds.Plan | None,
+        maps: ds.Maps | None = None,
+        count: int = 12,
+    ) -> list[int]:
+        """The receiver's greedy tokens by transformers, over the mixed cache of a plan, or its own prefill."""
+        prompt = torch.cat([ids, suffix], dim=1)
+        cache = None
+        if plan is not None:
+            cache = ds.partial_prefill(self.receiver, self.capture(ids), plan, maps=maps, prompt_ids=prompt)
+        out = self.receiver.generate(prompt, past_key_values=cache, max_new_tokens=count, do_sample=False)
+        return out[0, prompt.shape[1] :].tolist()
+
+
+def asking(plan: ds.Plan, **more: Any) -> dict[str, Any]:
+    """What a request asks for that is to be served by a plan."""
+    return {"plan": json.loads(plan.to_json()), **more}
+
+
+def prompt(ids: torch.Tensor, suffix: torch.Tensor) -> list[int]:
+    return torch.cat([ids, suffix], dim=1)[0].tolist()
