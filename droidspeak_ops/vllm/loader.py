@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from ..context.context import Rotation
+from ..context.fingerprint import Fingerprint
 from ..prefill.weights import LayerWeights
 from .plugin import LOAD_FORMAT
 from .settings import Settings
@@ -64,6 +65,12 @@ class LoadedModel:
             cos, sin = table[:tokens].to(self.weights[layer].k_weight.dtype).chunk(2, dim=-1)
             self._rotation = key, (cos.contiguous(), sin.contiguous())
         return self._rotation[1]
+
+    def check_sizes(self, sender: Fingerprint) -> None:
+        """Raise a ValueError unless vLLM reads the same sizes of heads from the model's configuration as transformers does."""
+        expected, found = sender.size("head_dim"), self.layers[0].self_attn.attn.head_size
+        if found != expected:
+            raise ValueError(f"head_dim: expected {expected}, as transformers reads it, got {found} of vLLM's model")
 
     def plainly_normed(self, layer: int) -> LayerWeights:
         """The weights of a layer with a norm that only divides by the root mean square."""

@@ -72,6 +72,7 @@ class Filling:
                 found = self._store.find(tokens, load.sender)
                 if found is None or found.tokens.shape[1] != len(load.prompt) - 1:
                     raise ValueError(f"context: expected {len(load.prompt) - 1} tokens, got none any more")
+                self._model.check_sizes(found.sender)
                 context = found.to(self._device)
                 schedule = resolve_over(load.plan, context, self._maps.get(load.sender_name))
                 context.prefetch(schedule.reads)

@@ -17,13 +17,23 @@ LAYERS = 6
 MADE_OF_ALL = ("project", "fitted", "fitted_kv", "reuse", "fitted", "fitted_kv")
 
 
+PLANS = {
+    "reuse": ds.Plan(),
+    "middle": ds.Plan(bands=[(2, 4)]),
+    "first": ds.Plan(bands=[(0, 3)], project=[4]),
+    "two": ds.Plan(bands=[(1, 2), (4, 6)], project=[3]),
+    "whole": ds.Plan(bands=[(0, LAYERS)]),
+    "projected": ds.Plan(project="rest"),
+}
+
+
 class Pair:
     """A sender and a receiver of a family with what a server of either is told: folders, a store, maps."""
 
     def __init__(self, family: str, folder: Path) -> None:
         torch.manual_seed(0)
         windows = {} if family == "llama" else {"sliding_window": None}
-        sender = tiny(family, LAYERS, head_dim=32, **windows)
+        sender = tiny(family, LAYERS, hidden_size=128, head_dim=32, **windows)  # the least that vLLM serves on a CPU
         self.folder, self._random = folder, torch.Generator().manual_seed(0)
         self.sender_folder = save_with_tokenizer(sender, folder / "sender")
         self.receiver_folder = save_with_tokenizer(fine_tuned(sender, 0.3), folder / "receiver")
@@ -32,8 +42,9 @@ class Pair:
         )
         self.store = ds.ContextStore(folder / "store")
 
-    def capture(self, ids: torch.Tensor) -> ds.SharedContext:
-        return ds.capture(self.sender, ids, layers=range(1, LAYERS), tokenizer=self.tokenizer)
+    def captured(self, ids: torch.Tensor, model: str = "sender") -> ds.SharedContext:
+        """The context of tokens as transformers captures it, of the sender or of the receiver."""
+        return ds.capture(getattr(self, model), ids, layers=range(1, LAYERS), tokenizer=self.tokenizer)
 
     def tokens(self, count: int) -> torch.Tensor:
         """Tokens that no other test of the engine is given."""
@@ -42,7 +53,7 @@ class Pair:
     def stored(self, count: int) -> torch.Tensor:
         """The same, and the store has a context of them, as transformers captures it."""
         ids = self.tokens(count)
-        self.store.save(self.capture(ids))
+        self.store.save(self.captured(ids))
         return ids
 
     def fit(self) -> ds.Maps:
@@ -67,7 +78,6 @@ class Pair:
             config = {"senders": {"base": {"model": self.sender_folder}}} | config
         return {"kv_role": role, "kv_load_failure_policy": "recompute", "kv_connector_extra_config": config}
 
-    @torch.no_grad()
     def expected(
         self,
         ids: torch.Tensor,
@@ -76,13 +86,27 @@ class Pair:
         maps: ds.Maps | None = None,
         count: int = 12,
     ) -> list[int]:
-        """The receiver's greedy tokens by transformers, over the mixed cache of a plan, or its own prefill."""
-        prompt = torch.cat([ids, suffix], dim=1)
-        cache = None
+        """The receiver's greedy tokens by transformers, over what it makes of the sender's context or over its own prefill."""
         if plan is not None:
-            cache = ds.partial_prefill(self.receiver, self.capture(ids), plan, maps=maps, prompt_ids=prompt)
-        out = self.receiver.generate(prompt, past_key_values=cache, max_new_tokens=count, do_sample=False)
-        return out[0, prompt.shape[1] :].tolist()
+            return self.generated(self.captured(ids), suffix, plan, maps, count)
+        return self._generated(torch.cat([ids, suffix], dim=1), None, count)
+
+    def generated(
+        self,
+        context: ds.SharedContext,
+        suffix: torch.Tensor,
+        plan: ds.Plan,
+        maps: ds.Maps | None = None,
+        count: int = 12,
+    ) -> list[int]:
+        """The receiver's greedy tokens by transformers, over what it makes of a context."""
+        prompt_ids = torch.cat([context.tokens, suffix], dim=1)
+        cache = ds.partial_prefill(self.receiver, context, plan, maps=maps, prompt_ids=prompt_ids)
+        return self._generated(prompt_ids, cache, count)
+
+    def _generated(self, prompt_ids: torch.Tensor, cache: ds.MixedCache | None, count: int) -> list[int]:
+        out = self.receiver.generate(prompt_ids, past_key_values=cache, max_new_tokens=count, do_sample=False)
+        return out[0, prompt_ids.shape[1] :].tolist()
 
 
 def asking(plan: ds.Plan, **more: Any) -> dict[str, Any]:

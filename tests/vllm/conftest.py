@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from support.engine import Engine
-from support.serving import Pair
+from support.serving import PLANS, Pair
+
+import droidspeak_ops as ds
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +25,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     return of
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Engine]]:
-    """Start an engine, which is ended with the module."""
+    """Start an engine, which is ended with the tests."""
     engines: list[Engine] = []
 
     def starting(model: str, transfer: dict[str, Any] | None, **options: Any) -> Engine:
@@ -35,3 +37,29 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., En
     yield starting
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture(scope="session")
+def llama(pair: Callable[[str], Pair]) -> Pair:
+    return pair("llama")
+
+
+@pytest.fixture(scope="session")
+def maps(llama: Pair) -> ds.Maps:
+    return llama.fit()
+
+
+@pytest.fixture(scope="session")
+def receiver(
+    llama: Pair, maps: ds.Maps, start: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory
+) -> Engine:
+    """An engine of so few tokens a step that prompts and bands run in chunks."""
+    plan = tmp_path_factory.mktemp("plan") / "plan.json"
+    plan.write_text(PLANS["two"].to_json())
+    senders = {
+        "base": {"model": llama.sender_folder},
+        "mapped": {"model": llama.sender_folder, "maps": str(llama.folder / "maps.safetensors")},
+    }
+    plans = {"two": str(plan), "reuse": {}}
+    transfer = llama.settings("kv_consumer", senders=senders, plans=plans)
+    return start(llama.receiver_folder, transfer, max_num_batched_tokens=64, max_num_seqs=8)

@@ -1,96 +1,61 @@
 """A receiver inside vLLM: the same tokens as by transformers, and nobody is served what another asked for."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.engine import BLOCK_SIZE, Engine
-from support.serving import LAYERS, Pair, asking, prompt
+from support.serving import PLANS, Pair, asking, prompt
 
 import droidspeak_ops as ds
 
 pytest.importorskip("vllm.config")
 
-PLANS = {
-    "reuse": ds.Plan(),
-    "middle": ds.Plan(bands=[(2, 4)]),
-    "first": ds.Plan(bands=[(0, 3)], project=[4]),
-    "two": ds.Plan(bands=[(1, 2), (4, 6)], project=[3]),
-    "whole": ds.Plan(bands=[(0, LAYERS)]),
-    "projected": ds.Plan(project="rest"),
-}
 FITTED = {"fitted": ds.Plan(project="rest"), "corrected": ds.Plan(bands=[(2, 4)], project="rest")}
 
 
-@pytest.fixture(scope="module")
-def llama(pair: Callable[[str], Pair]) -> Pair:
-    return pair("llama")
-
-
-@pytest.fixture(scope="module")
-def maps(llama: Pair) -> ds.Maps:
-    return llama.fit()
-
-
-@pytest.fixture(scope="module")
-def engine(
-    llama: Pair, maps: ds.Maps, start: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory
-) -> Engine:
-    """Compiled, and of so few tokens a step that prompts and bands run in chunks."""
-    plan = tmp_path_factory.mktemp("plan") / "plan.json"
-    plan.write_text(PLANS["two"].to_json())
-    senders = {
-        "base": {"model": llama.sender_folder},
-        "mapped": {"model": llama.sender_folder, "maps": str(llama.folder / "maps.safetensors")},
-    }
-    plans = {"two": str(plan), "reuse": {}}
-    transfer = llama.settings("kv_consumer", senders=senders, plans=plans)
-    return start(llama.receiver_folder, transfer, enforce_eager=False, max_num_batched_tokens=64, max_num_seqs=8)
-
-
 @pytest.mark.parametrize("name", [*PLANS, *FITTED])
-def test_greedy_tokens_are_those_of_transformers(name: str, engine: Engine, llama: Pair, maps: ds.Maps) -> None:
+def test_greedy_tokens_are_those_of_transformers(name: str, receiver: Engine, llama: Pair, maps: ds.Maps) -> None:
     ids, suffix, used = llama.stored(128), llama.tokens(9), maps if name in FITTED else None
     plan = (PLANS | FITTED)[name]
     wish = asking(plan, sender="mapped" if used else "base")
-    (found,) = engine.generate([(prompt(ids, suffix), wish)])
+    (found,) = receiver.generate([(prompt(ids, suffix), wish)])
     assert found.tokens == llama.expected(ids, suffix, plan, used)
     assert found.said == {"context_tokens": 128, "sender": wish["sender"], "plan": str(plan), "loaded": True}
 
 
-def test_recomputing_all_layers_is_plain_vllm(engine: Engine, llama: Pair) -> None:
+def test_recomputing_all_layers_is_plain_vllm(receiver: Engine, llama: Pair) -> None:
     ids, suffix = llama.stored(128), llama.tokens(9)
-    ((plain, said),) = engine.generate([(prompt(ids, suffix), ...)])
-    (whole,) = engine.generate([(prompt(ids, suffix), asking(PLANS["whole"]))])
-    (reused,) = engine.generate([(prompt(ids, suffix), asking(PLANS["reuse"]))])
+    ((plain, said),) = receiver.generate([(prompt(ids, suffix), ...)])
+    (whole,) = receiver.generate([(prompt(ids, suffix), asking(PLANS["whole"]))])
+    (reused,) = receiver.generate([(prompt(ids, suffix), asking(PLANS["reuse"]))])
     assert plain == whole.tokens != reused.tokens
     assert whole.said["loaded"] and not said
 
 
-def test_plain_and_mixed_requests_of_one_batch(engine: Engine, llama: Pair) -> None:
+def test_plain_and_mixed_requests_of_one_batch(receiver: Engine, llama: Pair) -> None:
     """All over one context, so that only their pages' isolation keeps them apart; and once more, from the pages alone."""
     ids, suffix = llama.stored(128), llama.tokens(9)
     batch = [(prompt(ids, suffix), asking(plan)) for plan in PLANS.values()] + [(prompt(ids, suffix), ...)]
     expected = [llama.expected(ids, suffix, plan) for plan in (*PLANS.values(), None)]
-    first, second = engine.generate(batch), engine.generate(batch)
+    first, second = receiver.generate(batch), receiver.generate(batch)
     assert [each.tokens for each in first] == [each.tokens for each in second] == expected
     assert [each.said.get("loaded") for each in first[:-1]] == [True] * len(PLANS)
     assert [each.said.get("loaded") for each in second[:-1]] == [False] * len(PLANS)
 
 
 @pytest.mark.parametrize("isolated", [True, False])
-def test_a_plain_request_is_not_served_mixed_pages(isolated: bool, engine: Engine, llama: Pair) -> None:
+def test_a_plain_request_is_not_served_mixed_pages(isolated: bool, receiver: Engine, llama: Pair) -> None:
     """Without its salt a mixed request leaves pages that the plain one behind it takes for its own."""
     ids, suffix = llama.stored(128), llama.tokens(9)
-    engine.call(set_isolation, isolated)
+    receiver.call(set_isolation, isolated)
     try:
-        (mixed,) = engine.generate([(prompt(ids, suffix), asking(PLANS["reuse"]))])
-        (plain,) = engine.generate([(prompt(ids, suffix), ...)])
+        (mixed,) = receiver.generate([(prompt(ids, suffix), asking(PLANS["reuse"]))])
+        (plain,) = receiver.generate([(prompt(ids, suffix), ...)])
     finally:
-        engine.call(set_isolation, True)
+        receiver.call(set_isolation, True)
     own = llama.expected(ids, suffix, None)
     assert mixed.tokens == llama.expected(ids, suffix, PLANS["reuse"]) != own
     assert (plain.tokens == own) == isolated
@@ -128,13 +93,13 @@ def filling_of(_: Any) -> Any:
     return get_kv_transfer_group()._filling
 
 
-def test_a_request_that_lost_its_salt_is_not_mixed(engine: Engine, llama: Pair) -> None:
+def test_a_request_that_lost_its_salt_is_not_mixed(receiver: Engine, llama: Pair) -> None:
     ids, suffix = llama.stored(128), llama.tokens(9)
-    engine.call(lose_salt, True)
+    receiver.call(lose_salt, True)
     try:
-        (found,) = engine.generate([(prompt(ids, suffix), asking(PLANS["reuse"]))])
+        (found,) = receiver.generate([(prompt(ids, suffix), asking(PLANS["reuse"]))])
     finally:
-        engine.call(lose_salt, False)
+        receiver.call(lose_salt, False)
     assert found.tokens == llama.expected(ids, suffix, None)
 
 
@@ -153,10 +118,10 @@ def lose_salt(engine: Any, lost: bool) -> None:
     scheduling.add = add
 
 
-def test_tenants_do_not_share_pages(engine: Engine, llama: Pair) -> None:
+def test_tenants_do_not_share_pages(receiver: Engine, llama: Pair) -> None:
     """A request's own salt goes on to isolate it: the same mixture is filled for each."""
     ids, suffix = llama.stored(64), llama.tokens(9)
-    said = [engine.call(generate_for, salt, prompt(ids, suffix), asking(PLANS["reuse"])) for salt in "aba"]
+    said = [receiver.call(generate_for, salt, prompt(ids, suffix), asking(PLANS["reuse"])) for salt in "aba"]
     assert [each["loaded"] for each in said] == [True, True, False]
 
 
@@ -169,37 +134,37 @@ def generate_for(engine: Any, salt: str, ids: list[int], wish: Any) -> dict[str,
     return out.kv_transfer_params["droidspeak"]
 
 
-def test_whole_blocks_of_a_context_are_reused(engine: Engine, llama: Pair) -> None:
+def test_whole_blocks_of_a_context_are_reused(receiver: Engine, llama: Pair) -> None:
     """What of it lies in a page with other tokens is the receiver's own."""
     ids, suffix = llama.stored(BLOCK_SIZE * 3 + 7), llama.tokens(9)
-    (found,) = engine.generate([(prompt(ids, suffix), asking(PLANS["middle"]))])
+    (found,) = receiver.generate([(prompt(ids, suffix), asking(PLANS["middle"]))])
     cut = BLOCK_SIZE * 3
     assert found.said["context_tokens"] == cut
     assert found.tokens == llama.expected(ids[:, :cut], torch.cat([ids[:, cut:], suffix], dim=1), PLANS["middle"])
 
 
 @pytest.mark.parametrize("more", [0, 1, 40])
-def test_the_head_of_a_longer_context_is_reused(more: int, engine: Engine, llama: Pair) -> None:
+def test_the_head_of_a_longer_context_is_reused(more: int, receiver: Engine, llama: Pair) -> None:
     """That the prompt shares with it; at least one token is left to run."""
     ids = llama.stored(192)
     head, suffix = ids[:, :128], torch.cat([ids[:, 128 : 128 + more], llama.tokens(9)], dim=1)
     if more == 0:
         suffix = llama.tokens(1)
-    (found,) = engine.generate([(prompt(head, suffix), asking(PLANS["middle"]))])
+    (found,) = receiver.generate([(prompt(head, suffix), asking(PLANS["middle"]))])
     assert found.said["context_tokens"] == 128
     assert found.tokens == llama.expected(head, suffix, PLANS["middle"])
 
 
-def test_as_much_is_reused_as_a_request_wants(engine: Engine, llama: Pair) -> None:
+def test_as_much_is_reused_as_a_request_wants(receiver: Engine, llama: Pair) -> None:
     ids, suffix = llama.stored(128), llama.tokens(9)
-    (found,) = engine.generate([(prompt(ids, suffix), asking(PLANS["reuse"], prefix_tokens=64 + 5))])
+    (found,) = receiver.generate([(prompt(ids, suffix), asking(PLANS["reuse"], prefix_tokens=64 + 5))])
     assert found.said["context_tokens"] == 64
     assert found.tokens == llama.expected(ids[:, :64], torch.cat([ids[:, 64:], suffix], dim=1), PLANS["reuse"])
 
 
-def test_plans_have_names(engine: Engine, llama: Pair) -> None:
+def test_plans_have_names(receiver: Engine, llama: Pair) -> None:
     ids, suffix = llama.stored(128), llama.tokens(9)
-    (found,) = engine.generate([(prompt(ids, suffix), {"plan": "two"})])
+    (found,) = receiver.generate([(prompt(ids, suffix), {"plan": "two"})])
     assert found.tokens == llama.expected(ids, suffix, PLANS["two"])
 
 
@@ -218,33 +183,33 @@ def test_plans_have_names(engine: Engine, llama: Pair) -> None:
     ],
 )
 def test_a_wish_that_cannot_be_met_is_named_and_the_request_runs(
-    wish: Any, message: str, engine: Engine, llama: Pair
+    wish: Any, message: str, receiver: Engine, llama: Pair
 ) -> None:
     ids, suffix = llama.stored(64), llama.tokens(9)
-    (found,) = engine.generate([(prompt(ids, suffix), wish)], count=4)
+    (found,) = receiver.generate([(prompt(ids, suffix), wish)], count=4)
     assert re.search(message, found.said["refused"].replace("`", ""))
     assert found.tokens == llama.expected(ids, suffix, None, count=4)
 
 
-def test_a_context_without_hidden_states_serves_no_band(engine: Engine, llama: Pair) -> None:
+def test_a_context_without_hidden_states_serves_no_band(receiver: Engine, llama: Pair) -> None:
     ids, suffix = llama.tokens(128), llama.tokens(9)
     llama.store.save(ds.capture(llama.sender, ids, tokenizer=llama.tokenizer))
-    band, reuse = engine.generate([(prompt(ids, suffix), asking(PLANS[name])) for name in ("middle", "reuse")])
+    band, reuse = receiver.generate([(prompt(ids, suffix), asking(PLANS[name])) for name in ("middle", "reuse")])
     assert "hidden states: expected them at layers [2]" in band.said["refused"]
     assert band.tokens == llama.expected(ids, suffix, None)
     assert reuse.tokens == llama.expected(ids, suffix, PLANS["reuse"])
 
 
-def test_a_request_is_left_as_it_is(engine: Engine, llama: Pair) -> None:
+def test_a_request_is_left_as_it_is(receiver: Engine, llama: Pair) -> None:
     """Without a plan by default, with a null, and where nothing is stored."""
     ids, suffix = llama.stored(128), llama.tokens(9)
     for ask, of in ((..., ids), (None, ids), (asking(PLANS["reuse"]), llama.tokens(128))):
-        (found,) = engine.generate([(prompt(of, suffix), ask)], count=4)
+        (found,) = receiver.generate([(prompt(of, suffix), ask)], count=4)
         assert found == (llama.expected(of, suffix, None, count=4), {})
 
 
 @pytest.mark.parametrize("fault", ["damaged", "removed"])
-def test_a_context_that_cannot_be_read_is_not_reused(fault: str, engine: Engine, llama: Pair) -> None:
+def test_a_context_that_cannot_be_read_is_not_reused(fault: str, receiver: Engine, llama: Pair) -> None:
     """The request runs as it is, beside others."""
     ids, other, suffix = llama.stored(128), llama.stored(128), llama.tokens(9)
     path = next(path for path in Path(llama.store.url).glob("*/*") if holds(path, llama, ids))
@@ -253,9 +218,9 @@ def test_a_context_that_cannot_be_read_is_not_reused(fault: str, engine: Engine,
         content[-5] ^= 1
         path.write_bytes(content)
     else:
-        engine.call(remove_before_reading, str(path))
+        receiver.call(remove_before_reading, str(path))
     wishes = [(prompt(each, suffix), asking(PLANS["middle"])) for each in (ids, other)]
-    broken, whole = engine.generate(wishes)
+    broken, whole = receiver.generate(wishes)
     assert broken.said == {"refused": "the context could not be read"}
     assert broken.tokens == llama.expected(ids, suffix, None)
     assert whole.said["loaded"] and whole.tokens == llama.expected(other, suffix, PLANS["middle"])
@@ -278,9 +243,9 @@ def remove_before_reading(engine: Any, path: str) -> None:
     filling._read = removing
 
 
-def test_a_context_that_could_not_be_read_is_not_tried_again(engine: Engine) -> None:
+def test_a_context_that_could_not_be_read_is_not_tried_again(receiver: Engine) -> None:
     """As where its request is preempted, and begins anew."""
-    assert engine.call(matched_before_and_after_a_failure) == (128, 128, 0)
+    assert receiver.call(matched_before_and_after_a_failure) == (128, 128, 0)
 
 
 def matched_before_and_after_a_failure(engine: Any) -> tuple[int, ...]:
