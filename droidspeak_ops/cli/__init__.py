@@ -1,4 +1,4 @@
-"""The command line: ``droidspeak demo``, ``fit``, ``profile``, ``store`` and ``compile``, a module each."""
+"""The command line: ``droidspeak demo``, ``fit``, ``profile``, ``store``, ``serve`` and ``compile``, a module each."""
 
 from __future__ import annotations
 

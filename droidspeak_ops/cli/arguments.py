@@ -135,6 +135,19 @@ def band(text: str) -> tuple[int, int]:
     return start, end
 
 
+def layers(text: str) -> list[int]:
+    """Return layers from a list with commas.
+
+    Raises:
+        ValueError: one is no layer.
+    """
+    try:
+        found = [int(each) for each in text.split(",")]
+    except ValueError:
+        raise ValueError(f"expected layers with commas between them, such as 10,15, got {text}") from None
+    return list(Plan(project=found).project)  # type: ignore[arg-type]
+
+
 def targets(text: str) -> list[str]:
     """Return GPU architectures from a list with commas.
 

@@ -12,6 +12,7 @@ from .arguments import (
     argument,
     at_least,
     band,
+    layers,
     number_of_contexts,
     output_file,
     output_folder,
@@ -149,6 +150,22 @@ def make_parser() -> argparse.ArgumentParser:
     pruning.add_argument(
         "--budget", type=argument(size), required=True, help="what all files may have together, such as 500MiB or 20GiB"
     )
+
+    serving = added.add_parser("serve", help="serve a model by vLLM, which captures contexts, reuses them, or both")
+    serving.add_argument("model", help="local path or hub name, as vLLM takes it")
+    serving.add_argument("--store", required=True, help="folder, or URL of fsspec, of the contexts")
+    serving.add_argument("--namespace", default="", help="of the contexts' tenant")
+    serving.add_argument("--sender", help="local path or hub name of the model whose contexts are reused")
+    serving.add_argument("--maps", help="maps from it to this model, from droidspeak fit")
+    serving.add_argument("--plan", help="JSON file of the plan of requests that name none")
+    serving.add_argument("--capture", action="store_true", help="capture contexts of requests that ask for it")
+    serving.add_argument(
+        "--hidden-layers",
+        type=argument(layers),
+        default=[],
+        help="layers at which they have hidden states, comma-separated, such as 10,15",
+    )
+    serving.add_argument("vllm_options", nargs="*", help="options of vllm serve, after --")
 
     for each in (*added.choices.values(), *actions.choices.values()):
         each.set_defaults(prog=each.prog)  # for messages

@@ -10,6 +10,13 @@ from typing import Any, NamedTuple
 
 SECONDS = 240  # until an engine has started, or has answered
 BLOCK_SIZE = 32
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions go to the ranks
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 class Output(NamedTuple):
@@ -73,14 +80,7 @@ def _serve(model: str, scratch: str, transfer: dict[str, Any] | None, options: d
     for name in list(os.environ):
         if name.startswith("TRITON_"):  # which the tests set for kernels
             del os.environ[name]
-    os.environ |= {
-        "VLLM_CACHE_ROOT": scratch,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions go to the ranks
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    os.environ |= ENVIRONMENT | {"VLLM_CACHE_ROOT": scratch, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM
     from vllm.config import KVTransferConfig
 

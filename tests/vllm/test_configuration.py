@@ -93,7 +93,7 @@ def test_plans_are_files_or_values(tmp_path: Path) -> None:
     assert plans == {"default": plan, "other": ds.Plan(project="rest")}
     assert Asked().plan_among(plans) == Asked(plan="default").plan_among(plans) == plan
     assert Asked(plan={"bands": [[0, 1]]}).plan_among(plans) == ds.Plan(bands=[(0, 1)])
-    with pytest.raises(ValueError, match="plans: other: bands: expected a pair"):
+    with pytest.raises(ValueError, match="plans: other: expected array, got int at bands"):
         Settings("x", plans={"other": {"bands": [3]}}).read_plans()
 
 

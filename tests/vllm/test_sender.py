@@ -1,6 +1,7 @@
 """A sender inside vLLM: contexts that it captures are those of transformers, and either's receivers read them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -89,20 +90,41 @@ def test_both_kinds_of_receivers_read_it(name: str, sender: Engine, receiver: En
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
 def test_families(family: str, pair: Callable[[str], Pair], start: Callable[..., Engine]) -> None:
-    """One server that captures its own contexts and reuses those of another: with norms of K, and with biases."""
+    """One server that captures its own contexts and reuses those of another: with norms of K, and with biases.
+
+    It has fewer pages than its requests need, so that some are preempted and filled, or captured, again.
+    """
     of_family = pair(family)
     senders = {"base": {"model": of_family.sender_folder}, "own": {"model": of_family.receiver_folder}}
     transfer = of_family.settings("kv_both", senders=senders, hidden_layers=HIDDEN)
-    both = start(of_family.receiver_folder, transfer, enforce_eager=family != COMPILED)
+    both = start(of_family.receiver_folder, transfer, enforce_eager=family != COMPILED, num_gpu_blocks_override=20)
+    both.call(count_preemptions)
 
-    mine, suffix = of_family.tokens(128), of_family.tokens(9)
-    ids = of_family.stored(128)
+    mine, ids, suffix = of_family.tokens(128), of_family.stored(128), of_family.tokens(9)
     wishes = [(prompt(ids, suffix), asking(plan)) for plan in PLANS.values()]
-    *mixed, captured = both.generate([*wishes, (mine[0].tolist(), CAPTURE)])
-    assert [each.tokens for each in mixed] == [of_family.expected(ids, suffix, plan) for plan in PLANS.values()]
+    *mixed, captured = both.generate([*wishes, (mine[0].tolist(), CAPTURE)], count=60)
+    expected = [of_family.expected(ids, suffix, plan, count=60) for plan in PLANS.values()]
+    assert [each.tokens for each in mixed] == expected
     assert all(each.said["loaded"] for each in mixed) and captured.said == {"capture_tokens": 128}
     assert_as_captured(found(of_family, mine, "receiver"), of_family.captured(mine, "receiver"))
+    assert both.call(preemptions) > 0
 
     (own,) = both.generate([(prompt(mine, suffix), asking(PLANS["reuse"], sender="own"))])
     assert own.tokens == of_family.expected(mine, suffix, None) and own.said["loaded"]
     both.close()
+
+
+def count_preemptions(engine: Any) -> None:
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    preempt = scheduler._preempt_request
+    scheduler.preemptions = 0
+
+    def counting(*args: Any, **kwargs: Any) -> None:
+        scheduler.preemptions += 1
+        preempt(*args, **kwargs)
+
+    scheduler._preempt_request = counting
+
+
+def preemptions(engine: Any) -> int:
+    return engine.llm_engine.engine_core.engine_core.scheduler.preemptions

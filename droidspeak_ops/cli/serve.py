@@ -1,0 +1,53 @@
+"""``droidspeak serve``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+
+from ..vllm.plugin import CONNECTOR, LOAD_FORMAT
+
+
+def run(options: argparse.Namespace) -> None:
+    """Become ``vllm serve``, and say what it is told."""
+    command = command_of(options)
+    program = shutil.which(command[0])
+    if program is None:
+        raise ValueError("vllm: expected the program on the PATH, got none; pip install vllm")
+    print(shlex.join(command), file=sys.stderr, flush=True)
+    os.execv(program, command)
+
+
+def command_of(options: argparse.Namespace) -> list[str]:
+    """Return the command line of vLLM.
+
+    Raises:
+        ValueError: the options ask for neither a sender nor a receiver, or for parts of one.
+    """
+    if not options.capture and options.sender is None:
+        raise ValueError("expected --capture, --sender or both, got neither")
+    if options.sender is None and (options.maps or options.plan):
+        raise ValueError("--maps, --plan: expected them with --sender, got none")
+    if options.hidden_layers and not options.capture:
+        raise ValueError("--hidden-layers: expected it with --capture, got none")
+    extra = {"store": options.store, "namespace": options.namespace, "hidden_layers": options.hidden_layers}
+    if options.sender is not None:
+        sender = {"model": options.sender, "maps": options.maps}
+        extra["senders"] = {"sender": {name: value for name, value in sender.items() if value is not None}}
+        if options.plan is not None:
+            extra["plans"] = {"default": options.plan}
+    role = "kv_consumer" if not options.capture else "kv_producer" if options.sender is None else "kv_both"
+    transfer = {
+        "kv_connector": CONNECTOR,
+        "kv_role": role,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {name: value for name, value in extra.items() if value},
+    }
+    return [
+        "vllm", "serve", options.model, "--load-format", LOAD_FORMAT, "--kv-transfer-config", json.dumps(transfer),
+        *options.vllm_options,
+    ]  # fmt: skip
