@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import NoReturn
 
@@ -165,7 +166,9 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         help="layers at which they have hidden states, comma-separated, such as 10,15",
     )
-    serving.add_argument("vllm_options", nargs="*", help="options of vllm serve, after --")
+    serving.add_argument(
+        "--vllm", type=shlex.split, default=[], help="more options of vllm serve, such as --vllm='--port 8001'"
+    )
 
     for each in (*added.choices.values(), *actions.choices.values()):
         each.set_defaults(prog=each.prog)  # for messages

@@ -49,5 +49,5 @@ def command_of(options: argparse.Namespace) -> list[str]:
     }
     return [
         "vllm", "serve", options.model, "--load-format", LOAD_FORMAT, "--kv-transfer-config", json.dumps(transfer),
-        *options.vllm_options,
+        *options.vllm,
     ]  # fmt: skip

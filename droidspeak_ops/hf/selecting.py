@@ -11,7 +11,7 @@ from ..context.fingerprint import ReuseError
 from ..context.kv import KV
 from ..context.parts import SINKS
 from ..prefill.schedule import Schedule
-from ..prefill.select import around_peaks, budget, highest
+from ..prefill.select import choose
 from .cache import MixedCache, MixedLayer, MixedSlidingLayer, rows_held
 from .decoder import Decoder
 from .passes import Pass, check_takes_masks
@@ -88,29 +88,11 @@ class _Sequence:
         """K and V of the prompt, once it has run."""
 
     def choose(self, schedule: Schedule) -> torch.Tensor:
-        """Return the positions of the tokens to recompute, ascending ``[count]``.
-
-        Raises:
-            ValueError: the selector is a function and returns neither scores nor positions, or more of them than it may.
-        """
-        tokens, count = self._tokens, budget(schedule.select, self._tokens)
-        everything = self._positions[:tokens]
-        if count in (0, tokens) or schedule.selector == "recent":
-            return everything[tokens - count :]
-        if schedule.selector == "deviation":
-            return highest(self._deviations(), count)
-        if schedule.selector == "attention":
-            return around_peaks(self._peaks(schedule.looked_at), count)
-        found = schedule.selector(self._ids[0, :tokens], self._ids[0, tokens:])
-        if found.is_floating_point() and found.shape == (tokens,):
-            return around_peaks(found, count)
-        places = found.unique()  # which sorts them
-        if found.dtype != torch.int64 or not torch.isin(places, everything).all() or not 0 < len(places) <= count:
-            raise ValueError(
-                f"selector: expected a score for each of {tokens} tokens, or positions of 1 to {count} of them, got "
-                f"{found.dtype} {tuple(found.shape)}"
-            )
-        return places
+        """Return the positions of the tokens to recompute; as :func:`droidspeak_ops.prefill.select.choose`."""
+        return choose(
+            schedule.select, schedule.selector, self._ids[0], self._tokens,
+            peaks=lambda: self._peaks(schedule.looked_at), deviations=self._deviations,
+        )  # fmt: skip
 
     def run(self, chosen: torch.Tensor) -> torch.Tensor:
         """Run the chosen tokens and the suffix, and return the logits that follow the last, float32 ``[1, V]``."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 NEIGHBOURS = 12
@@ -26,6 +29,50 @@ def budget(select: float | int, tokens: int) -> int:
     if isinstance(select, int):
         return min(select, tokens)
     return min(max(round(select * tokens), MIN_TOKENS if select else 0), tokens)
+
+
+def choose(
+    select: float | int,
+    selector: Any,
+    ids: torch.Tensor,
+    tokens: int,
+    *,
+    peaks: Callable[[], torch.Tensor],
+    deviations: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """Select the tokens of a context that are recomputed.
+
+    Args:
+        select, selector: as :class:`droidspeak_ops.prefill.plan.Plan` has them.
+        ids: ``[T + N]``, the context and a suffix.
+        tokens: T.
+        peaks: returns for each token of the context the largest probability of it in the suffix's attention, ``[T]``.
+        deviations: returns for each how much its K and V differ after one layer, ``[T]``.
+
+    Returns:
+        Ascending positions, int64 ``[count]``.
+
+    Raises:
+        ValueError: the selector is a function and returns neither scores nor positions, or more of them than it may.
+    """
+    count = budget(select, tokens)
+    everything = torch.arange(tokens, device=ids.device)
+    if count in (0, tokens) or selector == "recent":
+        return everything[tokens - count :]
+    if selector == "deviation":
+        return highest(deviations(), count)
+    if selector == "attention":
+        return around_peaks(peaks(), count)
+    found = selector(ids[:tokens], ids[tokens:])
+    if found.is_floating_point() and found.shape == (tokens,):
+        return around_peaks(found, count)
+    places = found.unique()  # which sorts them
+    if found.dtype != torch.int64 or not torch.isin(places, everything).all() or not 0 < len(places) <= count:
+        raise ValueError(
+            f"selector: expected a score for each of {tokens} tokens, or positions of 1 to {count} of them, got "
+            f"{found.dtype} {tuple(found.shape)}"
+        )
+    return places
 
 
 def around_peaks(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -16,7 +16,9 @@ class Load:
 
     Args:
         request_id: whose pages.
-        prompt: the context's tokens and the one that follows, by which the store finds it.
+        prompt: the context's tokens and the one that follows, by which the store finds it; with all of the suffix where that
+            selects tokens.
+        length: of the context.
         sender, sender_name: who made the context.
         plan: of the request.
         rerotates: whether the sender's RoPE may be another.
@@ -26,6 +28,7 @@ class Load:
 
     request_id: str
     prompt: list[int]
+    length: int
     sender: Fingerprint
     sender_name: str
     plan: Plan

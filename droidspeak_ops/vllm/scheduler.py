@@ -98,8 +98,6 @@ class Scheduling:
         if plan is None or not self._senders:
             return
         _check_plain(request)
-        if plan.select:
-            raise ValueError(f"plan: expected one that selects no tokens, got {plan}")
         if request.skip_reading_prefix_cache:
             raise ValueError(
                 "request: expected one that may read cached tokens, got skip_reading_prefix_cache or prompt logprobs"
@@ -117,7 +115,9 @@ class Scheduling:
         stop = length // self._block_size * self._block_size
         if not stop:
             return
-        mixed = [request.cache_salt, identity(sender), plan.to_json(), maps and maps.digest(), length]
+        # Which tokens are selected the suffix says, so that their pages are for this prompt alone.
+        selecting = list(request.prompt_token_ids) if plan.select else None
+        mixed = [request.cache_salt, identity(sender), plan.to_json(), maps and maps.digest(), length, selecting]
         salt = "droidspeak " + hashlib.sha256(json.dumps(mixed).encode()).hexdigest()
         # Pages of mixed K and V must never be taken for the receiver's own, or for those of another mixture.
         request.cache_salt = salt
@@ -153,8 +153,9 @@ class Scheduling:
             return
         match = self._matches[request.request_id]
         held = list(blocks.get_block_ids()[0][: match.stop // self._block_size])
+        prompt = list(request.prompt_token_ids[: None if match.plan.select else match.length + 1])
         load = Load(
-            request.request_id, list(request.prompt_token_ids[: match.length + 1]), match.sender, match.sender_name,
+            request.request_id, prompt, match.length, match.sender, match.sender_name,
             match.plan, match.sender.rope != self._own.rope, match.stop - tokens, match.stop, held,
         )  # fmt: skip
         self._loads.append(load)

@@ -65,13 +65,13 @@ class Filling:
 
     def _read(self, load: Load) -> tuple[SharedContext, Schedule] | None:
         """Read what a load needs of its context; None where that fails, so that the request runs as it is."""
-        tokens = torch.tensor([load.prompt])
+        tokens = torch.tensor([load.prompt[: load.length + 1]])
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 found = self._store.find(tokens, load.sender)
-                if found is None or found.tokens.shape[1] != len(load.prompt) - 1:
-                    raise ValueError(f"context: expected {len(load.prompt) - 1} tokens, got none any more")
+                if found is None or found.tokens.shape[1] != load.length:
+                    raise ValueError(f"context: expected {load.length} tokens, got none any more")
                 self._model.check_sizes(found.sender)
                 context = found.to(self._device)
                 schedule = resolve_over(load.plan, context, self._maps.get(load.sender_name))
@@ -87,11 +87,12 @@ class Filling:
     def _fill(self, load: Load, context: SharedContext, schedule: Schedule) -> None:
         maps = self._maps.get(load.sender_name)
         places = torch.arange(load.start, load.stop)
-        slots = torch.full((len(load.prompt) - 1,), -1)
+        slots = torch.full((load.length,), -1)
         slots[places] = (
             torch.tensor(load.blocks)[places // self._block_size] * self._block_size + places % self._block_size
         )
-        layers = PagedLayers(self._model, context.tokens, slots.to(self._device), self._chunk)
+        prompt = torch.tensor(load.prompt[: None if load.plan.select else load.length], device=self._device)
+        layers = PagedLayers(self._model, prompt, slots.to(self._device), self._chunk)
         fill(
             schedule,
             layers,
@@ -100,6 +101,8 @@ class Filling:
             norm="hf",
             rerotates=load.rerotates,
         )
+        if load.plan.select:
+            layers.recompute_selected(schedule)
         layers.flush()
 
     def _of_rank(self, maps: Maps) -> Maps:

@@ -14,7 +14,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions go to the ranks
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
 
@@ -81,6 +80,8 @@ def _serve(model: str, scratch: str, transfer: dict[str, Any] | None, options: d
         if name.startswith("TRITON_"):  # which the tests set for kernels
             del os.environ[name]
     os.environ |= ENVIRONMENT | {"VLLM_CACHE_ROOT": scratch, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if "tensor_parallel_size" in options:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # there may be fewer NUMA nodes than ranks
     from vllm import LLM
     from vllm.config import KVTransferConfig
 

@@ -13,13 +13,24 @@ import droidspeak_ops as ds
 
 pytest.importorskip("vllm.config")
 
-FITTED = {"fitted": ds.Plan(project="rest"), "corrected": ds.Plan(bands=[(2, 4)], project="rest")}
+SELECTED = {
+    "peaks": ds.Plan(select=30),
+    "share": ds.Plan(bands=[(2, 4)], project=[5], select=0.5),
+    "recent": ds.Plan(select=30, selector="recent"),
+    "deviation": ds.Plan(select=30, selector="deviation"),
+    "all": ds.Plan(select=1.0),
+}
+FITTED = {
+    "fitted": ds.Plan(project="rest"),
+    "corrected": ds.Plan(bands=[(2, 4)], project="rest"),
+    "repaired": ds.Plan(project="rest", select=30),
+}
 
 
-@pytest.mark.parametrize("name", [*PLANS, *FITTED])
+@pytest.mark.parametrize("name", [*PLANS, *SELECTED, *FITTED])
 def test_greedy_tokens_are_those_of_transformers(name: str, receiver: Engine, llama: Pair, maps: ds.Maps) -> None:
     ids, suffix, used = llama.stored(128), llama.tokens(9), maps if name in FITTED else None
-    plan = (PLANS | FITTED)[name]
+    plan = (PLANS | SELECTED | FITTED)[name]
     wish = asking(plan, sender="mapped" if used else "base")
     (found,) = receiver.generate([(prompt(ids, suffix), wish)])
     assert found.tokens == llama.expected(ids, suffix, plan, used)
@@ -134,6 +145,15 @@ def generate_for(engine: Any, salt: str, ids: list[int], wish: Any) -> dict[str,
     return out.kv_transfer_params["droidspeak"]
 
 
+def test_selected_tokens_are_of_one_prompt(receiver: Engine, llama: Pair) -> None:
+    """Others over the same context select by their own suffix; the same one finds its pages."""
+    ids, plan = llama.stored(128), SELECTED["peaks"]
+    for suffix in (first := llama.tokens(9), llama.tokens(9), first):
+        (found,) = receiver.generate([(prompt(ids, suffix), asking(plan))])
+        assert found.tokens == llama.expected(ids, suffix, plan)
+    assert not found.said["loaded"]
+
+
 def test_whole_blocks_of_a_context_are_reused(receiver: Engine, llama: Pair) -> None:
     """What of it lies in a page with other tokens is the receiver's own."""
     ids, suffix = llama.stored(BLOCK_SIZE * 3 + 7), llama.tokens(9)
@@ -173,7 +193,7 @@ def test_plans_have_names(receiver: Engine, llama: Pair) -> None:
     [
         ({"plan": {"bands": [[3, 2]]}}, "bands: expected .start, end."),
         ({"plan": {"bands": [[0, 7]]}}, "plan: expected layers 0 to 5 of a model of 6, got layer 6"),
-        ({"plan": {"select": 0.1}}, "plan: expected one that selects no tokens"),
+        ({"plan": {"select": -1}}, "select: expected a share from 0.0 to 1.0"),
         ({"plan": "best"}, "expected a plan among .'reuse', 'two'., got 'best'"),
         ({"plan": {}, "sender": "other"}, "expected a sender among .'base', 'mapped'., got 'other'"),
         ({"plan": {}, "prefix_tokens": 0}, "expected prefix_tokens of 1 or more, got 0"),

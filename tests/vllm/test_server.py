@@ -28,11 +28,11 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self._url = f"http://127.0.0.1:{port}"
-        options = ["--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--block-size", str(BLOCK_SIZE)]
+        options = f"--port {port} --dtype float32 --max-model-len 512 --block-size {BLOCK_SIZE} --enforce-eager"
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self._log = (scratch / "log").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "droidspeak_ops.cli", "serve", *arguments, "--", *options, "--enforce-eager"],
+            [sys.executable, "-m", "droidspeak_ops.cli", "serve", *arguments, "--vllm", options],
             env=os.environ | ENVIRONMENT | {"VLLM_CACHE_ROOT": str(scratch), "PATH": path},
             stdout=self._log,
             stderr=subprocess.STDOUT,

@@ -12,6 +12,7 @@ import droidspeak_ops as ds
 pytest.importorskip("vllm.config")
 
 FITTED = ds.Plan(bands=[(2, 4)], project="rest")
+SELECTED = ds.Plan(project="rest", select=30)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def ranks(llama: Pair, maps: ds.Maps, start: Callable[..., Engine]) -> Engine:
 
 def test_greedy_tokens_are_those_of_transformers(ranks: Engine, llama: Pair, maps: ds.Maps) -> None:
     ids, suffix = llama.stored(128), llama.tokens(9)
-    plans = [ds.Plan(), PLANS["middle"], PLANS["whole"], FITTED]
+    plans = [ds.Plan(), PLANS["middle"], PLANS["whole"], FITTED, SELECTED]
     for plan in plans:
         (found,) = ranks.generate([(prompt(ids, suffix), asking(plan))], count=6)
         assert found.tokens == llama.expected(ids, suffix, plan, maps, count=6)
@@ -33,9 +34,8 @@ def test_greedy_tokens_are_those_of_transformers(ranks: Engine, llama: Pair, map
 def test_a_context_that_one_rank_cannot_read_is_not_reused(ranks: Engine, llama: Pair) -> None:
     ids, suffix = llama.stored(128), llama.tokens(9)
     ranks.call(on_ranks, fail_once_on, 1)
-    broken, again = (
-        ranks.generate([(prompt(each, suffix), asking(PLANS["middle"]))])[0] for each in (ids, ids[:, :64])
-    )
+    contexts, wish = (ids, ids[:, :64]), asking(PLANS["middle"])
+    broken, again = (ranks.generate([(prompt(each, suffix), wish)], count=6)[0] for each in contexts)
     assert broken.said == {"refused": "the context could not be read"}
     assert broken.tokens == llama.expected(ids, suffix, None, count=6)
     assert again.tokens == llama.expected(ids[:, :64], suffix, PLANS["middle"], count=6) and again.said["loaded"]
