@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from support.models import fine_tuned, save_with_tokenizer, tiny_llama, tiny_pair, tokens
 
 import droidspeak_ops as ds
-from droidspeak_ops.cli import main
+from droidspeak_ops.cli import main, serve
+from droidspeak_ops.cli.parser import make_parser
 from droidspeak_ops.example import TextExample, read_examples, read_text
 from droidspeak_ops.hf.pretrained import load_pretrained
 from droidspeak_ops.profiling import run as profiling
@@ -393,7 +394,8 @@ def test_ctrl_c_of_a_profile_keeps_the_journal_that_it_resumes_from(here, monkey
     # As main, but for a context that takes as long as it takes to be interrupted.
     slow = """if True:
         import sys, time
-        from droidspeak_ops.cli import main
+        from droidspeak_ops.cli import main, serve
+from droidspeak_ops.cli.parser import make_parser
         from droidspeak_ops.profiling import run
         measure, done = run.measure_context, []
         def measure_context(*args):
@@ -425,3 +427,38 @@ def test_ctrl_c_of_a_profile_keeps_the_journal_that_it_resumes_from(here, monkey
     main(command)
     assert len(measured) == 2  # of four
     assert (out / "frontier.json").exists() and not (out / "journal.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "role", "extra"),
+    [
+        (["--capture", "--hidden-layers", "3,1"], "kv_producer", {"hidden_layers": [1, 3]}),
+        (
+            ["--sender", "base", "--maps", "m", "--plan", "p"],
+            "kv_consumer",
+            {"senders": {"sender": {"model": "base", "maps": "m"}}, "plans": {"default": "p"}},
+        ),
+        (["--sender", "base", "--capture"], "kv_both", {"senders": {"sender": {"model": "base"}}}),
+    ],
+)
+def test_serve_tells_vllm_what_it_is_to_do(options: list[str], role: str, extra: dict) -> None:
+    parsed = make_parser().parse_args(["serve", "tuned", "--store", "s", *options, "--vllm=--port 8001"])
+    command = serve.command_of(parsed)
+    told = dict(zip(command[3::2], command[4::2], strict=True))
+    assert (told["--model"], told["--load-format"], told["--port"]) == ("tuned", "droidspeak", "8001")
+    transfer = json.loads(told["--kv-transfer-config"])
+    assert (transfer["kv_role"], transfer["kv_load_failure_policy"]) == (role, "recompute")
+    assert transfer["kv_connector_extra_config"] == {"store": "s"} | extra
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "expected --capture, --sender or both"),
+        (["--capture", "--plan", "p"], "--maps, --plan: expected them with --sender"),
+        (["--sender", "base", "--hidden-layers", "1"], "--hidden-layers: expected it with --capture"),
+    ],
+)
+def test_serve_refuses_half_a_role(options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        serve.command_of(make_parser().parse_args(["serve", "tuned", "--store", "s", *options]))

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
-import shutil
 import sys
 
 from ..vllm.plugin import CONNECTOR, LOAD_FORMAT
 
 
 def run(options: argparse.Namespace) -> None:
-    """Become ``vllm serve``, and say what it is told."""
+    """Become vLLM's server, and say what it is told."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("vllm: expected it beside droidspeak-ops, got none; pip install vllm")
     command = command_of(options)
-    program = shutil.which(command[0])
-    if program is None:
-        raise ValueError("vllm: expected the program on the PATH, got none; pip install vllm")
     print(shlex.join(command), file=sys.stderr, flush=True)
-    os.execv(program, command)
+    os.execv(command[0], command)
 
 
 def command_of(options: argparse.Namespace) -> list[str]:
-    """Return the command line of vLLM.
+    """Return the command line of vLLM: its server as a module, since the program `vllm` lacks in builds for CPUs.
 
     Raises:
         ValueError: the options ask for neither a sender nor a receiver, or for parts of one.
@@ -48,6 +47,6 @@ def command_of(options: argparse.Namespace) -> list[str]:
         "kv_connector_extra_config": {name: value for name, value in extra.items() if value},
     }
     return [
-        "vllm", "serve", options.model, "--load-format", LOAD_FORMAT, "--kv-transfer-config", json.dumps(transfer),
-        *options.vllm,
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model, "--load-format", LOAD_FORMAT,
+        "--kv-transfer-config", json.dumps(transfer), *options.vllm,
     ]  # fmt: skip

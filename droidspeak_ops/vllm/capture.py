@@ -43,6 +43,10 @@ class Capture:
 
     def __init__(self, config: VllmConfig, settings: Settings) -> None:
         self._model, self._store = loaded_model(config), settings.open_store()
+        if self._model.tapped != (expected := tuple(sorted(set(settings.hidden_layers)))):
+            raise ValueError(
+                f"hidden_layers: expected those that the model was loaded with, {self._model.tapped}, got {expected}"
+            )
         self._parts: dict[str, _Parts] = {}
         self._chunks: Sequence[Chunk] = ()
         self._rows: list[tuple[Chunk, slice]] = []

@@ -13,7 +13,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from ..context.context import Rotation
 from ..context.fingerprint import Fingerprint
 from ..prefill.weights import LayerWeights
-from .plugin import LOAD_FORMAT
+from .plugin import CONNECTOR, LOAD_FORMAT
 from .settings import Settings
 
 MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -86,6 +86,8 @@ class LoadedModel:
         outside = [layer for layer in layers if not 0 <= layer < len(self.layers)]
         if outside:
             raise ValueError(f"hidden_layers: expected layers 0 to {len(self.layers) - 1}, got {outside}")
+        if not layers:
+            return
         self._base._set_aux_hidden_state_layers(layers)
         model: Any = self._model()
         inner = model.forward  # which is around what is compiled
@@ -113,11 +115,12 @@ class Loader(DefaultModelLoader):
 
     def load_model(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
         model = super().load_model(vllm_config, *args, **kwargs)
-        settings = vllm_config.kv_transfer_config and Settings.of(vllm_config.kv_transfer_config)
-        if settings and settings.hidden_layers:
-            model.droidspeak.tap(settings.hidden_layers)
+        transfer = vllm_config.kv_transfer_config
+        if transfer is not None and transfer.kv_connector == CONNECTOR:
+            layers = Settings.of(transfer).hidden_layers
+            model.droidspeak.tap(layers)
             # A compiled model is found again by what is hashed of the configuration, to which taps do not belong.
-            vllm_config.additional_config[_HIDDEN_LAYERS] = list(settings.hidden_layers)
+            vllm_config.additional_config[_HIDDEN_LAYERS] = list(layers)
         _loaded[_key(vllm_config)] = model
         return model
 

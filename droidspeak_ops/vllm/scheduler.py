@@ -214,6 +214,8 @@ def _check_plain(request: Any) -> None:
     """Raise a ValueError unless a request's K and V depend on its tokens and the model alone."""
     if request.prompt_token_ids is None or request.prompt_embeds is not None or request.has_encoder_inputs:
         raise ValueError("request: expected a prompt of tokens alone, got embeddings or inputs of other kinds")
+    if request.resumable:
+        raise ValueError("request: expected a prompt that is whole, got one that is streamed")
     if request.lora_request is not None:
         raise ValueError(f"request: expected no LoRA adapter, got {request.lora_request.lora_name!r}")
 

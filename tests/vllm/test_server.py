@@ -29,11 +29,10 @@ class Server:
             port = probe.getsockname()[1]
         self._url = f"http://127.0.0.1:{port}"
         options = f"--port {port} --dtype float32 --max-model-len 512 --block-size {BLOCK_SIZE} --enforce-eager"
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self._log = (scratch / "log").open("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "droidspeak_ops.cli", "serve", *arguments, "--vllm", options],
-            env=os.environ | ENVIRONMENT | {"VLLM_CACHE_ROOT": str(scratch), "PATH": path},
+            env=os.environ | ENVIRONMENT | {"VLLM_CACHE_ROOT": str(scratch)},
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # its engine is a process of its own, and is to be killed with it

@@ -31,14 +31,14 @@ def test_greedy_tokens_are_those_of_transformers(ranks: Engine, llama: Pair, map
         assert found.said["loaded"]
 
 
-def test_a_context_that_one_rank_cannot_read_is_not_reused(ranks: Engine, llama: Pair) -> None:
+def test_a_context_that_one_rank_cannot_read_is_not_reused(ranks: Engine, llama: Pair, maps: ds.Maps) -> None:
     ids, suffix = llama.stored(128), llama.tokens(9)
     ranks.call(on_ranks, fail_once_on, 1)
     contexts, wish = (ids, ids[:, :64]), asking(PLANS["middle"])
     broken, again = (ranks.generate([(prompt(each, suffix), wish)], count=6)[0] for each in contexts)
     assert broken.said == {"refused": "the context could not be read"}
     assert broken.tokens == llama.expected(ids, suffix, None, count=6)
-    assert again.tokens == llama.expected(ids[:, :64], suffix, PLANS["middle"], count=6) and again.said["loaded"]
+    assert again.tokens == llama.expected(ids[:, :64], suffix, PLANS["middle"], maps, count=6) and again.said["loaded"]
 
 
 def on_ranks(engine: Any, function: Callable[..., Any], *arguments: Any) -> None:
