@@ -6,8 +6,10 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
+from vllm.distributed.parallel_state import get_tp_group
 
 from .capture import Capture
+from .counters import Counts, PromCounters
 from .messages import Work
 from .scheduler import Scheduling
 from .settings import Settings
@@ -30,15 +32,32 @@ class DroidSpeakConnector(KVConnectorBase_V1):
         settings = Settings.of(self._kv_transfer_config)
         block_size = vllm_config.cache_config.block_size
         self._captures, self._reuses = self._kv_transfer_config.is_kv_producer, self._kv_transfer_config.is_kv_consumer
+        self._counts: Counts | None = None
         if role is KVConnectorRole.SCHEDULER:
             self._scheduling = Scheduling(vllm_config, settings, block_size)
+            self._counts = self._scheduling.counts
             return
         self._capture = Capture(vllm_config, settings) if self._captures else None
         self._filling = Filling(vllm_config, settings, block_size) if self._reuses else None
+        if self._filling is not None and get_tp_group().is_first_rank:
+            self._counts = self._filling.counts
 
     @property
     def requires_kv_delivery(self) -> bool:
         return False  # a context that is not captured is one that is not reused
+
+    def get_kv_connector_stats(self) -> Counts | None:
+        return None if self._counts is None else self._counts.take()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Counts:
+        return Counts(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> PromCounters:
+        return PromCounters(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # In the scheduler.
 

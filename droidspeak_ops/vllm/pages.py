@@ -94,8 +94,8 @@ class PagedLayers:
             layer, dense = self._dense.popitem()
             self._write(layer, *dense[:2])
 
-    def recompute_selected(self, schedule: Schedule) -> None:
-        """Recompute tokens that the schedule selects through all layers, over what it makes of the others.
+    def recompute_selected(self, schedule: Schedule) -> int:
+        """Recompute tokens that the schedule selects through all layers, over what it makes of the others; return how many.
 
         They see no token of the suffix, which vLLM runs behind them.
         """
@@ -108,6 +108,7 @@ class PagedLayers:
         for layer in range(last):
             states = self._run(layer, states, rows, self._dense[layer])
         self._project(last, states, chosen, self._dense[last])
+        return len(chosen)
 
     def _peaks(self, layers: range) -> torch.Tensor:
         """For each token of the context the largest probability of it in the suffix's attention, of some layers."""

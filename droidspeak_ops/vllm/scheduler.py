@@ -13,12 +13,12 @@ from vllm.logger import init_logger
 
 from ..context.fingerprint import Fingerprint
 from ..context.keys import identity
-from ..context.store import ContextStore
 from ..hf.decoder import Decoder
 from ..hf.pretrained import load_pretrained
 from ..prefill.maps import Maps
 from ..prefill.plan import Plan
 from ..prefill.schedule import check_pair, resolve
+from .counters import Counts
 from .messages import Chunk, Load, Work
 from .settings import REQUEST, Asked, Settings
 
@@ -58,16 +58,12 @@ class Scheduling:
     """
 
     def __init__(self, config: VllmConfig, settings: Settings, block_size: int) -> None:
-        self._settings, self._block_size = settings, block_size
-        self._captures, self._reuses = (
-            config.kv_transfer_config.is_kv_producer,
-            config.kv_transfer_config.is_kv_consumer,
-        )
-        self._dtype = config.model_config.dtype
-        self._store: ContextStore = settings.open_store()
-        self._own = _fingerprint(config.model_config.model, self._dtype)
+        transfer, dtype = config.kv_transfer_config, config.model_config.dtype
+        self._captures, self._reuses, self._block_size = transfer.is_kv_producer, transfer.is_kv_consumer, block_size
+        self._store = settings.open_store()
+        self._own = _fingerprint(config.model_config.model, dtype)
         self._plans = settings.read_plans()
-        self._senders = {name: _fingerprint(each.model, self._dtype) for name, each in settings.senders.items()}
+        self._senders = {name: _fingerprint(each.model, dtype) for name, each in settings.senders.items()}
         self._maps = {name: Maps.load(each.maps) for name, each in settings.senders.items() if each.maps}
         for name, sender in self._senders.items():
             check_pair(Plan(), self._maps.get(name), sender, self._own)
@@ -78,6 +74,7 @@ class Scheduling:
         self._filled: dict[str, set[int]] = {}
         self._failed: set[str] = set()
         self._refused: dict[str, str] = {}
+        self.counts = Counts()
 
     def add(self, request: Any) -> None:
         """Decide what a new request reuses, and isolate its pages; or that it is captured."""
@@ -92,6 +89,7 @@ class Scheduling:
         except (ValueError, OSError, ImportError) as error:  # ReuseErrors among them
             logger.warning("%s runs as it is: %s", request.request_id, error)
             self._refused[request.request_id] = str(error)
+            self.counts.add("refused_requests", 1)
 
     def _match(self, request: Any, asked: Asked) -> None:
         plan = asked.plan_among(self._plans)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ..context.kv import KV
 from ..prefill.fill import fill
 from ..prefill.maps import LayerMap, Maps
 from ..prefill.schedule import Schedule, resolve_over
+from .counters import Counts
 from .loader import LoadedModel, loaded_model
 from .messages import Load
 from .pages import PagedLayers
@@ -45,18 +47,27 @@ class Filling:
         self._maps = {name: Maps.load(each.maps) for name, each in settings.senders.items() if each.maps}
         self._heads = _heads_of_rank(config)
         self._invalid: set[int] = set()
+        self.counts = Counts()
+        """Of this rank; those of one stand for all."""
 
     @torch.inference_mode()
     def fill(self, loads: Sequence[Load]) -> None:
         """Read all contexts, and then fill the pages of those that all ranks could read."""
         if not loads:
             return
+        begun = time.perf_counter()
         contexts = [self._read(load) for load in loads]
+        read = time.perf_counter()
+        self.counts.add("read_seconds", read - begun)
         for load, context, is_read in zip(loads, contexts, _on_all_ranks([*map(bool, contexts)]), strict=True):
             if is_read and context is not None:
                 self._fill(load, *context)
+                self.counts.add("contexts", 1)
+                self.counts.add("context_tokens", load.stop - load.start)
             else:
                 self._invalid.update(load.blocks[load.start // self._block_size :])
+                self.counts.add("failed_contexts", 1)
+        self.counts.add("fill_seconds", time.perf_counter() - read)
 
     def take_invalid(self) -> set[int]:
         """Return the pages that were not filled since this was last asked for."""
@@ -102,7 +113,7 @@ class Filling:
             rerotates=load.rerotates,
         )
         if load.plan.select:
-            layers.recompute_selected(schedule)
+            self.counts.add("selected_tokens", layers.recompute_selected(schedule))
         layers.flush()
 
     def _of_rank(self, maps: Maps) -> Maps:

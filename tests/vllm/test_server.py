@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import pytest
 import torch
 from support.engine import BLOCK_SIZE, ENVIRONMENT, SECONDS
 from support.serving import PLANS, Pair, asking, prompt
+
+import droidspeak_ops as ds
 
 pytest.importorskip("vllm.config")
 
@@ -51,6 +54,12 @@ class Server:
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             found = json.load(answer)
         return found["choices"][0]["token_ids"], (found["kv_transfer_params"] or {}).get("droidspeak", {})
+
+    def counted(self) -> dict[str, float]:
+        """The connector's counters on the Prometheus endpoint."""
+        with urllib.request.urlopen(f"{self._url}/metrics", timeout=SECONDS) as answer:
+            found = re.findall(r"^droidspeak_(\w+)_total\{.*\} (\S+)$", answer.read().decode(), re.MULTILINE)
+        return {name: float(value) for name, value in found}
 
     def kill(self) -> None:
         os.killpg(self._process.pid, 9)
@@ -106,6 +115,13 @@ def test_a_server_captures_and_reuses(serve: Callable[..., Server], llama: Pair,
         assert said == {"context_tokens": 128, "sender": "sender", "plan": str(PLANS[used]), "loaded": True}
     assert server.ask(prompt(ids, suffix), None) == (llama.expected(ids, suffix, None), {})
     assert server.ask(mine[0].tolist(), {"capture": True}, 1)[1] == {"capture_tokens": 128}
+    assert "expected layers" in server.ask(prompt(ids, suffix), {"plan": {"bands": [[0, 7]]}})[1]["refused"]
+    server.ask(prompt(ids, suffix), asking(ds.Plan(select=20)))
+    counted = server.counted()
+    assert counted.pop("read_seconds") > 0 and counted.pop("fill_seconds") > 0
+    assert counted == {
+        "contexts": 3, "context_tokens": 3 * 128, "selected_tokens": 20, "failed_contexts": 0, "refused_requests": 1,
+    }  # fmt: skip
     server.kill()
 
     again = serve(*arguments)
