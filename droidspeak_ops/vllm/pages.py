@@ -14,9 +14,9 @@ from vllm.distributed.parallel_state import get_tp_group
 from .. import ops
 from ..context.context import Rotation
 from ..context.kv import KV
+from ..context.parts import SINKS
 from ..ops.checks import NormOrder
 from ..prefill.fill import Destination
-from ..prefill.maps import SINKS
 from ..prefill.schedule import Schedule
 from ..prefill.select import choose
 from ..prefill.weights import LayerWeights, Norm, Prepared, prepare, projection

@@ -139,7 +139,13 @@ class _OfRank:
         return getattr(self._context, name)
 
     def kv(self, layer: int) -> KV:
-        return KV(*(None if part is None else part[:, self._heads] for part in self._context.kv(layer)))  # type: ignore[arg-type]
+        return self._of_rank(self._context.kv(layer))
+
+    def sinks(self, layer: int, count: int) -> KV:
+        return self._of_rank(self._context.sinks(layer, count))
+
+    def _of_rank(self, kv: KV) -> KV:
+        return KV(*(None if part is None else part[:, self._heads] for part in kv))  # type: ignore[arg-type]
 
 
 def _heads_of_rank(config: VllmConfig) -> slice | None:
