@@ -22,6 +22,7 @@ from bench.variants import glossary, stdlib
 from droidspeak_ops.demo.measure import MAX_ANSWER_TOKENS, glossary_examples
 from droidspeak_ops.demo.run import load_glossary_variant
 from droidspeak_ops.example import TextExample, by_context
+from droidspeak_ops.fitting.training import STEPS
 from droidspeak_ops.hf.decoder import Decoder
 from droidspeak_ops.hf.pretrained import SMOLLM2, cache_folder, load_pretrained
 from droidspeak_ops.metrics import METRICS
@@ -31,6 +32,9 @@ LENGTHS = (3_300,) * 9 + (6_600,) + (3_300,) * 9 + (13_000,)
 TEST_CONTEXTS = 64
 """Contexts of the glossary's test split, and as many as are drawn of the others."""
 CALIBRATION_CONTEXTS = 13
+"""Contexts that regressions and shares alone are fitted to."""
+TRAINING_CONTEXTS, TRAINING_CHARACTERS = 64, 1_700
+"""Contexts that maps are also trained on, where there are as many, and their length: many short ones teach more."""
 CALIBRATION_QUESTIONS = 8  # to a context
 CORRECTED_BANDS = ((3, 8), (9, 14), (15, 20), (21, 26))
 """Bands whose starts the maps correct."""
@@ -56,8 +60,12 @@ class Task:
     ask: Callable[[str, random.Random], TextExample] | None = None
     first_turn: bool = False
 
-    def examples(self, split: str, contexts: int) -> list[TextExample]:
-        """Return examples of so many contexts of a split: one question each to test on, several to calibrate on."""
+    def examples(self, split: str, contexts: int, characters: int | None = None) -> list[TextExample]:
+        """Return examples of so many contexts of a split: one question each to test on, several to calibrate on.
+
+        Args:
+            characters: of a context, where contexts are drawn; None for those of :data:`LENGTHS`.
+        """
         rng = random.Random(zlib.crc32(split.encode()))
         if self.draw is None:
             texts = glossary_examples(split)  # type: ignore[arg-type]
@@ -66,7 +74,8 @@ class Task:
                 return [self.ask(context, rng) for context in kept]
             return [example for example in texts if example.context in kept]
         questions = 1 if split == "test" else CALIBRATION_QUESTIONS
-        drawn = (self.draw(split, LENGTHS[number % len(LENGTHS)], questions, rng) for number in range(contexts))
+        lengths = LENGTHS if characters is None else (characters,)
+        drawn = (self.draw(split, lengths[number % len(lengths)], questions, rng) for number in range(contexts))
         return [example for examples in drawn for example in examples]
 
     def score(self, given: str, expected: str) -> float:
@@ -170,9 +179,10 @@ class LoadedPair:
         """Digests of the sender's weights and of the receiver's."""
         return [str(Decoder(model).fingerprint(weights=True).weights) for model in (self.sender, self.receiver)]
 
-    def examples(self, split: str, contexts: int) -> list[ds.Example]:
+    def examples(self, split: str, contexts: int, characters: int | None = None) -> list[ds.Example]:
         """Return the task's examples of so many contexts of a split."""
-        return [each.encode(self.tokenizer, self.receiver.device) for each in self.named.task.examples(split, contexts)]
+        texts = self.named.task.examples(split, contexts, characters)
+        return [each.encode(self.tokenizer, self.receiver.device) for each in texts]
 
     def known(self, text: TextExample) -> int:
         """Return how many tokens of an example's suffix are known when the cache is filled."""
@@ -206,19 +216,34 @@ class Fitted(NamedTuple):
     tokens: int
 
 
-def fitted_maps(pair: LoadedPair, contexts: int = CALIBRATION_CONTEXTS) -> Fitted:
+class Calibration(NamedTuple):
+    """Contexts that maps are fitted to, as :meth:`Task.examples` draws them, and the steps that they are trained for."""
+
+    contexts: int
+    characters: int | None
+    steps: int
+
+
+RIDGE = Calibration(CALIBRATION_CONTEXTS, None, 0)
+TRAINED = Calibration(TRAINING_CONTEXTS, TRAINING_CHARACTERS, STEPS)
+
+
+def fitted_maps(pair: LoadedPair, calibration: Calibration = TRAINED) -> Fitted:
     """Fit maps to a pair, or read them where they were fitted to these weights before."""
-    identity = hashlib.sha256("".join(pair.weights).encode()).hexdigest()[:16]
-    path = cache_folder() / "variants" / f"maps-{pair.named.name}-{contexts}-{identity}.safetensors"
+    identity = hashlib.sha256("".join([*pair.weights, repr(tuple(calibration))]).encode()).hexdigest()[:16]
+    path = cache_folder() / "variants" / f"maps-{pair.named.name}-{calibration.contexts}-{identity}.safetensors"
     note = path.with_suffix(".txt")
     if note.exists():
         with suppress(ValueError):  # of maps in a format of before, or damaged
             seconds, tokens = note.read_text().split()
             return Fitted(ds.Maps.load(path), float(seconds), int(tokens))
     path.parent.mkdir(parents=True, exist_ok=True)
-    examples = pair.examples("calibration", contexts)
+    examples = pair.examples("calibration", calibration.contexts, calibration.characters)
     began = time.perf_counter()
-    maps = ds.fit(pair.sender, pair.receiver, examples, bands=CORRECTED_BANDS)
+    maps = ds.fit(
+        pair.sender, pair.receiver, examples, bands=CORRECTED_BANDS, steps=calibration.steps,
+        folder=path.with_suffix(".fitting"),
+    )  # fmt: skip
     fitted = Fitted(maps, time.perf_counter() - began, context_tokens(examples))
     maps.save(path)
     note.write_text(f"{fitted.seconds} {fitted.tokens}")

@@ -40,7 +40,7 @@ from rich.progress import track
 import droidspeak_ops as ds
 from bench import selected_page
 from bench.common import Row, answer_logits, checkout, divergence, parser, read_csv, setting, show, write_csv
-from bench.pairs import CASES, TEST_CONTEXTS, LoadedPair, fitted_maps
+from bench.pairs import CASES, RIDGE, TEST_CONTEXTS, LoadedPair, fitted_maps
 from bench.paper.choice import best_within
 from bench.paper.paper import frontiers_of
 from bench.selectors import Selector, mean_attention, random_windows
@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         case = CASES[name]
         ways = _chosen(args.ways, [*WAYS, *profiled(*frontiers_of(args.results / case.pair.name))], options)
         pair = case.pair.load()
-        maps, folder = fitted_maps(pair).maps, args.folder / name
+        maps, folder = fitted_maps(pair, RIDGE).maps, args.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         if args.only == "judge":
             pair = replace(pair, named=replace(pair.named, task=case.task))

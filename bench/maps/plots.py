@@ -11,8 +11,11 @@ from bench.common import Row, error_bars, read_csv
 
 WAYS = {
     "reuse": "#b8b8b8",
+    "fitted by ridge": "#c6dbef",
     "fitted, no hidden states": "#9ecae1",
     "fitted": "#3182bd",
+    "recent 10 % over fitted": "#08306b",
+    "selected 10 % over fitted": "#31a354",
     "band": "#fdae6b",
     "band corrected, rest fitted": "#a63603",
 }
@@ -44,7 +47,7 @@ def _pairs(rows: Sequence[Row], path: Path) -> None:
     axes.set_title(
         "Held-out contexts, 95 % bootstrap intervals; a band is [15, 20), all else runs no layer", fontsize=10
     )
-    axes.legend(fontsize=8, ncols=3, frameon=False)
+    axes.legend(fontsize=8, ncols=4, frameon=False)
     axes.set_ylim(0, 1.45)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -44,7 +44,17 @@ from bench.common import (
 )
 from bench.maps import plots
 from bench.maps.layers import errors_by_layer, of_rank
-from bench.pairs import CALIBRATION_CONTEXTS, CODE, GLOSSARY, LONG, PAIRS, LoadedPair, context_tokens, fitted_maps
+from bench.pairs import (
+    CALIBRATION_CONTEXTS,
+    CODE,
+    GLOSSARY,
+    LONG,
+    PAIRS,
+    RIDGE,
+    LoadedPair,
+    context_tokens,
+    fitted_maps,
+)
 from droidspeak_ops.example import by_context
 from droidspeak_ops.fitting.run import FOLDS
 from droidspeak_ops.profiling.timing import SUFFIX_TOKENS, first_token, timed
@@ -55,8 +65,8 @@ REST = ds.Plan(project="rest")
 RANKS = (8, 32, 128)
 DELIMITERS = ("\n", ":", ",", ".", "(", ")", "<|im_end|>")
 STUDIED_CONTEXTS = 6  # of each split, of which errors are measured layer by layer
-ANSWERED = 12  # test contexts whose answers are generated and scored, for the time it takes
-ANSWERED_WAYS = ("reuse", "fitted", "band corrected, rest fitted")
+ANSWERED = 40  # test contexts whose answers are generated and scored, for the time it takes
+ANSWERED_WAYS = ("reuse", "fitted", "recent 10 % over fitted", "selected 10 % over fitted")
 TIMED_TOKENS = 2048
 ROUNDS = 9
 
@@ -77,23 +87,27 @@ class Way:
         """Return the context as the receiver gets it."""
         return context if self.holds_hidden else replace(context, hidden_states={})
 
-    def fill(self, receiver: Any, context: ds.SharedContext) -> ds.MixedCache:
+    def fill(self, receiver: Any, context: ds.SharedContext, prompt_ids: torch.Tensor) -> ds.MixedCache:
         """Return the receiver's cache of a context that holds hidden states at every layer."""
-        return ds.partial_prefill(receiver, self.context(context), self.plan, maps=self.maps)
+        return ds.partial_prefill(receiver, self.context(context), self.plan, prompt_ids=prompt_ids, maps=self.maps)
 
 
 REUSE = Way(ds.Plan())
 
 
-def ways_with(maps: ds.Maps) -> dict[str, Way]:
+def ways_with(maps: ds.Maps, ridge: ds.Maps) -> dict[str, Way]:
     """Return the ways that a pair is measured with: the paper's, then ours."""
     return {
         "reuse": REUSE,
         "projected": Way(REST),
         "band": Way(ds.Plan([BAND])),
+        "fitted by ridge": Way(REST, ridge),
+        "fitted by ridge, no hidden states": Way(REST, ridge, holds_hidden=False),
         "fitted": Way(REST, maps),
         "fitted, no hidden states": Way(REST, maps, holds_hidden=False),
         "band corrected, rest fitted": Way(ds.Plan([BAND], project="rest"), maps),
+        "recent 10 % over fitted": Way(ds.Plan(project="rest", select=0.1, selector="recent"), maps),
+        "selected 10 % over fitted": Way(ds.Plan(project="rest", select=0.1), maps),
     }
 
 
@@ -106,7 +120,8 @@ def divergences(
         context = pair.capture(example.context)
         own = answer_logits(pair.receiver, example)
         for name, way in ways.items():
-            found[name].append(divergence(own, answer_logits(pair.receiver, example, way.fill(pair.receiver, context))))
+            cache = way.fill(pair.receiver, context, example.prompt)
+            found[name].append(divergence(own, answer_logits(pair.receiver, example, cache)))
     return found
 
 
@@ -118,7 +133,7 @@ def measure_pair(name: str, contexts: int) -> list[Row]:
     pair = PAIRS[name].load()
     fitted = fitted_maps(pair)
     test = pair.examples("test", contexts)
-    ways = ways_with(fitted.maps)
+    ways = ways_with(fitted.maps, fitted_maps(pair, RIDGE).maps)
     found = divergences(pair, ways, test, f"{name}: test contexts")
     scores = answer_scores(pair, {way: ways[way] for way in ANSWERED_WAYS}, contexts, f"{name}: answers")
     lengths = [example.context.shape[1] for example in test]
@@ -144,6 +159,7 @@ def measure_pair(name: str, contexts: int) -> list[Row]:
             **mean_and_interval("kl", kl),
             **ratio_and_interval("of_reuse", kl, found["reuse"]),
             **ratio_and_interval("of_band", kl, found["band"]),
+            **ratio_and_interval("of_ridge", kl, found["fitted by ridge"]),
             "of_reuse_long": of_reuse_long(kl),
             "score": scores.get(way, ""),
             **of_pair,
@@ -159,7 +175,8 @@ def answer_scores(pair: LoadedPair, ways: dict[str, Way], contexts: int, descrip
     for text in track(texts, description=description):
         example = text.encode(pair.tokenizer, pair.receiver.device)
         context = pair.capture(example.context)
-        caches = {"full prefill": None, **{name: way.fill(pair.receiver, context) for name, way in ways.items()}}
+        filled = {name: way.fill(pair.receiver, context, example.prompt) for name, way in ways.items()}
+        caches = {"full prefill": None, **filled}
         for name, cache in caches.items():
             totals[name] += pair.named.task.score(pair.answer(example, cache), text.answer)
     return {name: f"{total / len(texts):.3f}" for name, total in totals.items()}
@@ -237,7 +254,7 @@ def measure_layers(name: str) -> list[Row]:
         for split in ("calibration", "test")
     )
     delimiters = torch.tensor([pair.tokenizer(text).input_ids[-1] for text in DELIMITERS])
-    rows = errors_by_layer(pair.sender, pair.receiver, fitted_maps(pair).maps, calibration, test, delimiters)
+    rows = errors_by_layer(pair.sender, pair.receiver, fitted_maps(pair, RIDGE).maps, calibration, test, delimiters)
     return [{"pair": name, **row} for row in rows]
 
 
@@ -247,14 +264,14 @@ def measure_cost(name: str) -> list[Row]:
     ids = pair.text(TIMED_TOKENS + SUFFIX_TOKENS)
     context = pair.capture(ids[:, :TIMED_TOKENS])
     full = partial(first_token, pair.receiver, context, ids, None)
-    project = partial(Way(REST).fill, pair.receiver, context)
+    project = partial(Way(REST).fill, pair.receiver, context, ids)
     rows: list[Row] = []
-    for name_of_way, way in ways_with(fitted_maps(pair).maps).items():
-        if way.plan.bands:
+    for name_of_way, way in ways_with(fitted_maps(pair).maps, fitted_maps(pair, RIDGE).maps).items():
+        if way.plan.bands or way.plan.select:
             continue
         held = way.context(context)
         start = partial(first_token, pair.receiver, held, ids, way.plan, maps=way.maps)
-        fill = partial(way.fill, pair.receiver, context)
+        fill = partial(way.fill, pair.receiver, context, ids)
         needed = replace(held, hidden_states={}) if way is REUSE else held
         rows.append(
             {

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ..example import by_context
 from ..fitting.run import fit
+from ..fitting.training import STEPS
 from ..prefill.plan import Plan
 from ..prefill.schedule import resolve
 from .inputs import Inputs, count_tokens
@@ -28,7 +29,8 @@ def run(options: argparse.Namespace) -> None:
         resolve(Plan([band]), inputs.receiver.num_layers)
     sender, receiver = inputs.load()
     inputs.announce(options.prog, receiver, _PREFILLS, _TOKENS_OF_SOLVING)
-    maps = fit(sender, receiver, inputs.examples, bands=options.band)
+    steps = STEPS if options.steps is None else options.steps
+    maps = fit(sender, receiver, inputs.examples, bands=options.band, steps=steps, folder=options.folder)
     maps.save(out)
     contexts = by_context(inputs.examples)
     mapped, mapped_without_hidden = (

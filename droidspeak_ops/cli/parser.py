@@ -100,6 +100,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="band of an intended plan, such as 15:20; repeatable",
     )
     fitting.add_argument(
+        "--steps",
+        type=argument(at_least(0)),
+        help="of training in each layer, behind the regressions; 0 for these alone (default: 140)",
+    )
+    fitting.add_argument(
+        "--folder",
+        type=argument(output_folder),
+        help="where the run keeps what it has read and trained, to go on after it was killed (default: a temporary one)",
+    )
+    fitting.add_argument(
         "--out",
         type=argument(output_file),
         default="maps.safetensors",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,18 +13,23 @@ from rich.progress import Progress
 
 from ..context.context import SharedContext
 from ..context.parts import SINKS
-from ..example import Example, by_context, check_examples
+from ..example import Example, by_context, check_examples, examples_digest
 from ..hf.decoder import Decoder, PreTrainedModel
 from ..hf.passes import check_takes_masks
 from ..hf.receiver import partial_prefill
 from ..hf.sender import capture
-from ..prefill.maps import Affine, Domain, Maps
+from ..metrics import kl_divergence
+from ..prefill.maps import Affine, Domain, LayerMap, Maps
 from ..prefill.plan import Plan
 from ..prefill.schedule import Source
 from ..progress import bars
+from . import training
+from .contexts import StoredContexts
 from .pair import FITTED, Key, Pair
+from .reading import Readings
 from .ridge import NormalEquations
 from .shares import STEPS, Interpolations, KLObjective, Shares, learn_shares
+from .training import Workplace, is_held_out, train
 
 FOLDS = 3
 STRENGTHS = (0.001, 0.01, 0.03, 0.1, 1.0)
@@ -32,6 +38,8 @@ CORRECTION_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Candidate shares of a correction."""
 
 _MAX_KL_RATIO = 0.98  # of the divergence with maps to that without, for the maps to be used
+_ALL, _ALL_SELECTED = Plan(project="rest"), Plan(project="rest", select=0.1)
+_EXAMPLES_SELECTED_FOR = 2  # of a context, each of which has tokens of its own recomputed
 _MIN_SHARE = 0.02  # a layer whose shares are both smaller is reused
 
 
@@ -41,17 +49,26 @@ def fit(
     examples: Sequence[Example],
     *,
     bands: Sequence[tuple[int, int]] = (),
+    steps: int = training.STEPS,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
     show_progress: bool = True,
 ) -> Maps:
-    """Fit maps that predict the receiver's K/V from what the sender has, and learn how much of them each layer should use.
+    """Fit maps that predict the receiver's K/V from what the sender has, and train them on what its suffixes read from those.
 
     Contexts are split into three folds. The shares (mixing weights) of the layers are learnt with maps that are fitted to the
-    other two folds, on contexts that the regression has not seen. The returned maps are fitted to all contexts.
+    other two folds, on contexts that the regression has not seen. From the maps that are then fitted to all contexts each layer
+    is trained on its attention's output. One of five contexts is held out, and says whether that has helped.
 
     Args:
         sender, receiver: models that fit together; neither is changed.
         examples: at least three contexts like those that the maps are for; several examples may share a context.
         bands: bands of the plans that the maps are for. The hidden states that they start from are corrected if that helps.
+        steps: of the training, in each layer; 0 for regressions and shares alone.
+        seed: of the training.
+        folder: where contexts, what suffixes read of them, and layers that are trained are kept until maps are returned; a run
+            that was killed goes on there. It takes the bytes of both models' K and V and of the sender's hidden states, and
+            half as much again. None for a temporary folder.
         show_progress: whether to draw progress bars on stderr.
 
     Returns:
@@ -70,63 +87,137 @@ def fit(
         raise ValueError(f"examples: expected contexts of more than {SINKS} tokens, got one of {shortest}")
     check_examples(examples)
     check_takes_masks(receiver)
+    if steps < 0:
+        raise ValueError(f"steps: expected 0 or more, got {steps}")
     plans = [Plan([band], project="rest") for band in bands]
     pair = Pair(Decoder(sender), Decoder(receiver), [plan.bands[0][0] for plan in plans])
-    with bars(show_progress) as progress, torch.no_grad():
+    run = {
+        "pair": [each.weights for each in pair.fingerprints],
+        "examples": examples_digest(examples),
+        "bands": list(map(list, bands)),
+        "steps": steps,
+        "seed": seed,
+    }
+    with Workplace(folder, run) as work, bars(show_progress) as progress, torch.no_grad():
         folds = [pair.equations() for _ in range(FOLDS)]
-        contexts, objectives = [], []
+        sent, received = (
+            StoredContexts(work.folder / "contexts" / role, receiver.device) for role in ("sender", "receiver")
+        )
+        readings, objectives = Readings(pair, sent, work.folder / "readings"), []
         for number, group in enumerate(progress.track(groups, description="Reading contexts")):
             sender_context, receiver_context = (
                 capture(model, group[0].context, layers=pair.layers) for model in (sender, receiver)
             )
             pair.add(folds[number % FOLDS], sender_context, receiver_context)
-            if number < STEPS:  # the others are only summed, so that memory does not grow with their number
-                contexts.append(sender_context)
-                objectives.append(KLObjective(pair.receiver, receiver_context, group))
+            if steps or number < STEPS:
+                sent.append(sender_context)
+            if steps:
+                readings.add(receiver_context, group)
+            if number < STEPS:  # the others are only summed and trained on
+                received.append(replace(receiver_context, hidden_states={}))
+                objectives.append(KLObjective(pair.receiver, received, number, group))
         fits = {source: _fit_layers(pair, source, folds, progress) for source in FITTED}
-        shares, used = _learn(pair, fits, contexts, objectives, progress)
-        domain = _domain(pair, folds, contexts)
-        maps = _maps(pair, {source: each.on_all for source, each in fits.items()}, shares, used, domain)
-        plans = [plan for plan in plans if plan.bands[0][0] in pair.starts]
-        if not plans:
-            return maps
+        of_domain = [fold[pair.domain_layer, "fitted_kv"] for fold in folds]
+        del folds  # together as large as a model
+        shares, used = _learn(pair, fits, sent, objectives, progress)
+        domain = _domain(pair, of_domain, sent, len(objectives))
+        on_all = {source: each.on_all for source, each in fits.items()}
+        maps = _maps(pair, on_all, shares, used, domain)
         # Corrections are chosen on the first fold, with maps and corrections that are fitted to the others.
         unseen = _maps(pair, {source: each.without_fold[0] for source, each in fits.items()}, shares, used, domain)
-        first_fold = list(zip(contexts[::FOLDS], objectives[::FOLDS], strict=True))
+        if steps:
+            start = {(layer, source): pair.layer_map((layer, source), on_all[source][layer], shares[layer])
+                     for source in FITTED for layer in pair.layers}  # fmt: skip
+            trained = train(readings, start, steps, seed, work, partial(progress.track, description="Training maps"))
+            held_out = [number for number in range(len(objectives)) if is_held_out(number, len(groups))]
+            better = _better(maps, trained, _Judged(pair, sent, objectives, groups, held_out), progress)
+            maps, unseen = better, (unseen if better is maps else better)
         corrections = {}
+        plans = [plan for plan in plans if plan.bands[0][0] in pair.starts]
+        first_fold = _Judged(pair, sent, objectives, groups, range(0, len(objectives), FOLDS))
         for plan in progress.track(plans, description="Choosing corrections"):
-            start = plan.bands[0][0]
-            share = _correction_share(pair, plan, unseen, fits["fitted"].without_fold[0][start], first_fold)
+            start_layer = plan.bands[0][0]
+            share = _correction_share(plan, unseen, fits["fitted"].without_fold[0][start_layer], first_fold)
             if share:
-                corrections[start] = pair.correction(fits["fitted"].on_all[start], share)
+                corrections[start_layer] = pair.correction(fits["fitted"].on_all[start_layer], share)
+        work.clear()
         return replace(maps, corrections=corrections)
 
 
-def _correction_share(
-    pair: Pair,
-    plan: Plan,
-    maps: Maps,
-    fit: Affine,
-    contexts: Sequence[tuple[SharedContext, KLObjective]],
-) -> float:
+class _Judged(NamedTuple):
+    """Contexts by which maps are judged, of which one at a time is in memory."""
+
+    pair: Pair
+    contexts: Sequence[SharedContext]
+    objectives: Sequence[KLObjective]
+    groups: Sequence[Sequence[Example]]
+    numbers: Sequence[int]
+
+    def kl(self, plan: Plan, maps: Maps, source: Source = "fitted") -> float:
+        """Return the divergence of contexts that a plan fills; with `source` ``"fitted_kv"`` without hidden states."""
+        total = 0.0
+        for number in self.numbers:
+            cache = partial_prefill(self.pair.receiver.model, self._context(number, source), plan, maps=maps)
+            total += float(self.objectives[number].kl([(layer.keys, layer.values) for layer in cache.layers]))
+        return total
+
+    def kl_selected(self, maps: Maps, source: Source) -> float:
+        """Return the divergence with all mapped that is, and a tenth of the tokens recomputed for each example."""
+        model, total = self.pair.receiver.model, 0.0
+        for number in self.numbers:
+            context = self._context(number, source)
+            for which, example in enumerate(self.groups[number][:_EXAMPLES_SELECTED_FOR]):
+                cache = partial_prefill(model, context, _ALL_SELECTED, prompt_ids=example.prompt, maps=maps)
+                ids = torch.cat((example.prompt, example.answer[:, :-1]), dim=1)[:, cache.get_seq_length() :]
+                logits = model(
+                    ids, past_key_values=cache, use_cache=True, logits_to_keep=example.answer.shape[1]
+                ).logits
+                total += float(kl_divergence(self.objectives[number].reference([which]), logits[0].float()).mean())
+        return total
+
+    def _context(self, number: int, source: Source) -> SharedContext:
+        context = self.contexts[number]
+        return replace(context, hidden_states={}) if source == "fitted_kv" else context
+
+
+def _better(maps: Maps, trained: Mapping[Key, LayerMap], judged: _Judged, progress: Progress) -> Maps:
+    """Return `maps` with the trained ones of each source with which contexts diverge less than with those that they have.
+
+    That is asked of plans that repair no tokens, and once more of those that do.
+    """
+    for source in progress.track(FITTED, description="Validating training"):
+        of_source = {key: each for key, each in trained.items() if key[1] == source}
+        choices: tuple[Source, ...] = ("project", *[source for _ in of_source])
+        name = "choices" if source == "fitted" else "choices_without_hidden"
+        changed = replace(maps, layers={**maps.layers, **of_source}, **{name: choices})  # type: ignore[arg-type]
+        if judged.kl(_ALL, changed, source) < _MAX_KL_RATIO * judged.kl(_ALL, maps, source):
+            maps = changed
+        repairing = replace(maps, repaired={**maps.repaired, **of_source})
+        if judged.kl_selected(repairing, source) < _MAX_KL_RATIO * judged.kl_selected(maps, source):
+            maps = repairing
+    return maps
+
+
+def _correction_share(plan: Plan, maps: Maps, fit: Affine, judged: _Judged) -> float:
     """Return the share of the correction at the start of the plan's band with which contexts diverge least."""
     start = plan.bands[0][0]
 
     def kl(share: float) -> float:
-        corrected = replace(maps, corrections={start: pair.correction(fit, share)})
-        total = 0.0
-        for context, objective in contexts:
-            cache = partial_prefill(pair.receiver.model, context, plan, maps=corrected)
-            total += float(objective.kl([(layer.keys, layer.values) for layer in cache.layers]))
-        return total
+        return judged.kl(plan, replace(maps, corrections={start: judged.pair.correction(fit, share)}))
 
     return min(CORRECTION_SHARES, key=kl)
 
 
-def _domain(pair: Pair, folds: Sequence[Mapping[Key, NormalEquations]], contexts: Sequence[SharedContext]) -> Domain:
-    """Domain of the contexts, with a limit from the distances of contexts that are left out of it."""
-    sums = [fold[pair.domain_layer, "fitted_kv"] for fold in folds]
-    by_fold = [(others, contexts[number::FOLDS]) for number, others in enumerate(_without_each(sums))]
+def _domain(pair: Pair, sums: Sequence[NormalEquations], contexts: Sequence[SharedContext], count: int) -> Domain:
+    """Domain of the contexts, with a limit from the distances of the first `count` when they are left out of it.
+
+    Args:
+        sums: of each fold, of :attr:`Pair.domain_layer` from K/V.
+    """
+    by_fold = [
+        (others, [contexts[each] for each in range(number, count, FOLDS)])
+        for number, others in enumerate(_without_each(sums))
+    ]
     return pair.domain(NormalEquations.total(sums), by_fold)
 
 

@@ -54,21 +54,24 @@ class KLObjective:
 
     Args:
         decoder: the receiver.
-        receiver_context: the context as the receiver itself reads it.
+        contexts: as the receiver itself has read them, of which one is looked at when it is needed.
+        number: which.
         examples: the examples of the context.
     """
 
-    def __init__(self, decoder: Decoder, receiver_context: SharedContext, examples: Sequence[Example]) -> None:
-        self._decoder, self._examples = decoder, examples
-        self._tokens, self.device = receiver_context.tokens.shape[1], receiver_context.tokens.device
-        self._pass = Pass(decoder, receiver_context.tokens.shape)
-        self._receiver_kv = [receiver_context.kv(layer)[:2] for layer in range(decoder.num_layers)]
+    def __init__(
+        self, decoder: Decoder, contexts: Sequence[SharedContext], number: int, examples: Sequence[Example]
+    ) -> None:
+        self._decoder, self._contexts, self._number, self._examples = decoder, contexts, number, examples
+        shape = contexts[number].tokens.shape
+        self._tokens, self.device = shape[1], decoder.device
+        self._pass = Pass(decoder, shape)
         self._references: dict[int, torch.Tensor] = {}
 
     def kl_of_shares(self, interpolations: Interpolations, shares: Shares, visit: int = 0) -> torch.Tensor:
         """Return :meth:`kl` with K/V interpolated by `shares`."""
         mixed = [self._mix(layer, parts, shares[layer]) for layer, parts in sorted(interpolations.items())]
-        return self.kl([self._receiver_kv[0], *mixed], visit)
+        return self.kl([self._contexts[self._number].kv(0)[:2], *mixed], visit)
 
     def kl(self, keys_values: Sequence[KeysValues], visit: int = 0) -> torch.Tensor:
         """Return the mean KL divergence from full prefill over the answer tokens of some examples, in nats.
@@ -79,14 +82,16 @@ class KLObjective:
         """
         total = len(self._examples)
         which = [(visit * EXAMPLES_PER_STEP + number) % total for number in range(min(EXAMPLES_PER_STEP, total))]
-        return kl_divergence(self._reference(which), self._log_probabilities(keys_values, which)).mean()
+        return kl_divergence(self.reference(which), self._log_probabilities(keys_values, which)).mean()
 
     @torch.no_grad()
-    def _reference(self, which: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities of examples after full prefill, computed at first use."""
+    def reference(self, which: Sequence[int]) -> torch.Tensor:
+        """Return log-probabilities of the answer tokens of some examples after full prefill, computed at first use."""
         new = [number for number in which if number not in self._references]
         if new:
-            computed = self._log_probabilities(self._receiver_kv, new)
+            context = self._contexts[self._number]
+            own = [context.kv(layer)[:2] for layer in range(self._decoder.num_layers)]
+            computed = self._log_probabilities(own, new)
             lengths = [self._examples[number].answer.shape[1] for number in new]
             self._references |= dict(zip(new, computed.split(lengths), strict=True))
         return torch.cat([self._references[number] for number in which])

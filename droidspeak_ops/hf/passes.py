@@ -93,15 +93,16 @@ class Pass:
             **given,
         )
 
-    def project(self, layer: int, hidden_states: torch.Tensor) -> KV:
-        """K and V of a layer from what enters it, of as many of the last tokens as it keeps."""
+    def project(self, layer: int, hidden_states: torch.Tensor, rows: int | None = None) -> KV:
+        """K and V of a layer from what enters it, of the last `rows` tokens, or of as many as it keeps."""
         decoder, (batch, tokens, _) = self._decoder, hidden_states.shape
+        if rows is None:
+            rows = rows_held(tokens, decoder.windows[layer])
         if not decoder.is_its_weights[layer]:
             alone = Cache(layers=[empty_layer(window) for window in decoder.windows[: layer + 1]])
             self.run(layer, hidden_states, alone)
             held: Any = alone.layers[layer]
             return KV(held.keys, held.values)
-        rows = rows_held(tokens, decoder.windows[layer])
         shape = (batch, decoder.num_kv_heads, rows, decoder.head_dim)
         kv = KV(*(torch.empty(shape, dtype=decoder.dtype, device=decoder.device) for _ in "kv"))
         slots = torch.arange(batch * rows, device=decoder.device)

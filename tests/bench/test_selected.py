@@ -43,7 +43,7 @@ def pair() -> pairs.LoadedPair:
 @pytest.fixture(scope="module")
 def maps(pair: pairs.LoadedPair) -> ds.Maps:
     some = [ds.Example.cut(tokens(160)) for _ in range(6)]
-    return ds.fit(pair.sender, pair.receiver, some, bands=[(2, 5)], show_progress=False)
+    return ds.fit(pair.sender, pair.receiver, some, bands=[(2, 5)], steps=0, show_progress=False)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def cases(pair: pairs.LoadedPair, maps: ds.Maps, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(module, "MAX_ANSWER_TOKENS", 3)
     monkeypatch.setattr(selected, "profiled", lambda *frontiers: [selected.Way(str(plan), plan) for plan in bands])
     monkeypatch.setattr(selected, "frontiers_of", lambda folder: ())
-    monkeypatch.setattr(selected, "fitted_maps", lambda of: pairs.Fitted(maps, 0.0, 0))
+    monkeypatch.setattr(selected, "fitted_maps", lambda of, calibration: pairs.Fitted(maps, 0.0, 0))
     monkeypatch.setattr(pairs.NamedPair, "load", lambda self: pair)
     return tmp_path
 

@@ -31,7 +31,7 @@ def pair() -> tuple:
 @pytest.fixture(scope="module")
 def maps(pair) -> ds.Maps:
     torch.manual_seed(1)
-    return ds.fit(*pair, examples(16), show_progress=False)
+    return ds.fit(*pair, examples(16), steps=0, show_progress=False)
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def without_hidden(context: ds.SharedContext) -> ds.SharedContext:
 def test_maps_help_on_other_contexts(family: str) -> None:
     sender = tiny(family, LAYERS)
     receiver = fine_tuned(sender, 0.1)
-    fitted = ds.fit(sender, receiver, examples(12, 200), show_progress=False)
+    fitted = ds.fit(sender, receiver, examples(12, 200), steps=0, show_progress=False)
     held_out = examples(6, 200)
     reused = divergence(sender, receiver, ds.Plan(), None, held_out)
     assert divergence(sender, receiver, ALL, fitted, held_out) < 0.9 * reused
@@ -75,7 +75,7 @@ def test_packed_examples_are_as_if_alone(family: str, attention: str) -> None:
     some = [ds.Example(context, tokens(given), tokens(answered)) for given, answered in ((3, 1), (12, 4), (1, 9))]
     own = ds.capture(model, context)
     keys_values = [own.kv(layer)[:2] for layer in range(LAYERS)]
-    objective = KLObjective(Decoder(model), own, some)
+    objective = KLObjective(Decoder(model), [own], 0, some)
     together = objective._log_probabilities(keys_values, range(3))
     alone = []
     for example in some:
@@ -87,7 +87,7 @@ def test_packed_examples_are_as_if_alone(family: str, attention: str) -> None:
 
 def test_maps_of_equal_models_change_nothing() -> None:
     model = tiny_llama(head_dim=16, layers=LAYERS)
-    fitted = ds.fit(model, model, examples(4), show_progress=False)
+    fitted = ds.fit(model, model, examples(4), steps=0, show_progress=False)
     assert divergence(model, model, ALL, fitted, examples(3)) < 1e-7
 
 
@@ -98,7 +98,7 @@ def test_another_projection_alone_is_projected() -> None:
     with torch.no_grad():
         for name in ("k_proj", "v_proj"):
             getattr(receiver.model.layers[3].self_attn, name).weight.add_(0.1 * torch.randn(32, 48))
-    fitted = ds.fit(sender, receiver, examples(6), show_progress=False)
+    fitted = ds.fit(sender, receiver, examples(6), steps=0, show_progress=False)
     assert fitted.choices[3] in ("project", "fitted")
     held_out = examples(3)
     reused = divergence(sender, receiver, ds.Plan(), None, held_out)
@@ -185,7 +185,7 @@ def test_bands_start_from_corrected_states() -> None:
     sender = tiny_llama(head_dim=16, layers=LAYERS)
     receiver = fine_tuned(sender, 0.1)
     band = (2, 4)
-    maps = ds.fit(sender, receiver, examples(12, 200), bands=[band], show_progress=False)
+    maps = ds.fit(sender, receiver, examples(12, 200), bands=[band], steps=0, show_progress=False)
     assert set(maps.corrections) == {2}
     context = ds.capture(sender, tokens(60, batch=2), layers=range(LAYERS))
     plan = ds.Plan([band], project="rest")
@@ -209,7 +209,7 @@ def test_bands_start_from_corrected_states() -> None:
 def test_no_correction_where_there_is_nothing_to_correct(family: str, band: tuple[int, int]) -> None:
     """OLMo 2 has no input norm; and what enters layer 0 are the receiver's own embeddings."""
     sender = tiny(family, LAYERS)
-    maps = ds.fit(sender, fine_tuned(sender, 0.1), examples(3), bands=[band], show_progress=False)
+    maps = ds.fit(sender, fine_tuned(sender, 0.1), examples(3), bands=[band], steps=0, show_progress=False)
     assert maps.corrections == {}
 
 
@@ -225,13 +225,13 @@ def test_examples_of_one_context_are_read_once(pair, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fitting, "capture", lambda *args, **kw: (read.append(args[1]), original(*args, **kw))[1])
     cut = examples(3)
     more = [ds.Example(each.context, tokens(5 + number), tokens(3)) for number, each in enumerate(cut)]
-    ds.fit(*pair, [*cut, *more], show_progress=False)
+    ds.fit(*pair, [*cut, *more], steps=0, show_progress=False)
     assert len(read) == 2 * 3
 
 
 def test_the_same_examples_give_the_same_maps(pair) -> None:
     cut = examples(3)
-    one, other = (ds.fit(*pair, cut, show_progress=False) for _ in range(2))
+    one, other = (ds.fit(*pair, cut, steps=0, show_progress=False) for _ in range(2))
     assert one.choices == other.choices
     for key, each in one.layers.items():
         assert_bitwise_equal(each.k_weight, other.layers[key].k_weight)
@@ -272,11 +272,11 @@ def test_contexts_beyond_those_that_shares_need_are_summed_and_let_go(pair, monk
     monkeypatch.setattr(fitting, "capture", noted)
     monkeypatch.setattr(fitting, "learn_shares", counted)
     monkeypatch.setattr(fitting, "STEPS", 3)
-    few = ds.fit(*pair, cut, show_progress=False)
+    few = ds.fit(*pair, cut, steps=0, show_progress=False)
     # Those of the sender for the shares, and both of the last context, which the loop's names still hold.
     assert held[0] <= 3 + 2
     monkeypatch.undo()
-    first = ds.fit(*pair, cut[:3], show_progress=False)
+    first = ds.fit(*pair, cut[:3], steps=0, show_progress=False)
     assert not torch.equal(few.domain.mean, first.domain.mean), "the regressions are of all contexts"
 
 
@@ -291,7 +291,7 @@ def test_a_pair_in_bfloat16() -> None:
     torch.manual_seed(5)
     sender = tiny_llama(head_dim=16, layers=LAYERS).bfloat16()
     receiver = fine_tuned(sender, 0.1)
-    fitted = ds.fit(sender, receiver, examples(8), bands=[(2, 4)], show_progress=False)
+    fitted = ds.fit(sender, receiver, examples(8), bands=[(2, 4)], steps=0, show_progress=False)
     assert {each.k_weight.dtype for each in fitted.layers.values()} == {torch.bfloat16}
     held_out = examples(3)
     reused = divergence(sender, receiver, ds.Plan(), None, held_out)
@@ -304,7 +304,7 @@ def test_unmerged_adapters_of_the_sender_itself() -> None:
         r=4, target_modules=["k_proj", "v_proj", "q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
     )
     sender, receiver = base, get_peft_model(fine_tuned(base, 0.0), config).eval()
-    fitted = ds.fit(sender, receiver, examples(8), bands=[(2, 4)], show_progress=False)
+    fitted = ds.fit(sender, receiver, examples(8), bands=[(2, 4)], steps=0, show_progress=False)
     held_out = examples(3)
     assert divergence(sender, receiver, ALL, fitted, held_out) < divergence(sender, receiver, ds.Plan(), None, held_out)
 
@@ -358,12 +358,12 @@ def test_maps_of_another_pair_are_refused(pair, maps) -> None:
 @pytest.mark.parametrize("count", [0, 2])
 def test_too_few_contexts(pair, count: int) -> None:
     with pytest.raises(ValueError, match=f"examples: expected at least 3 contexts, got {count}"):
-        ds.fit(*pair, examples(count), show_progress=False)
+        ds.fit(*pair, examples(count), steps=0, show_progress=False)
 
 
 def test_contexts_that_are_no_longer_than_the_sinks(pair) -> None:
     with pytest.raises(ValueError, match="examples: expected contexts of more than 4 tokens, got one of 4"):
-        ds.fit(*pair, [ds.Example.cut(tokens(37), 32), *examples(3)], show_progress=False)
+        ds.fit(*pair, [ds.Example.cut(tokens(37), 32), *examples(3)], steps=0, show_progress=False)
 
 
 @pytest.mark.parametrize("field", ["suffix", "answer"])
@@ -371,7 +371,7 @@ def test_an_example_that_lacks_something(pair, field: str) -> None:
     cut = examples(3)
     cut[1] = cut[1]._replace(**{field: tokens(4)[:, :0]})
     with pytest.raises(ValueError, match=rf"expected the {field} of example 1 .* got torch.int64 \(1, 0\)"):
-        ds.fit(*pair, cut, show_progress=False)
+        ds.fit(*pair, cut, steps=0, show_progress=False)
 
 
 def test_text_too_short_to_cut() -> None:
@@ -381,7 +381,7 @@ def test_text_too_short_to_cut() -> None:
 
 def test_a_band_that_is_none(pair) -> None:
     with pytest.raises(ValueError, match="bands"):
-        ds.fit(*pair, examples(3), bands=[(3, 2)], show_progress=False)
+        ds.fit(*pair, examples(3), bands=[(3, 2)], steps=0, show_progress=False)
 
 
 def test_attention_without_masks_is_refused(pair) -> None:
@@ -390,12 +390,12 @@ def test_attention_without_masks_is_refused(pair) -> None:
     with pytest.raises(
         ds.UnsupportedModelError, match="expected 'sdpa' or 'eager', .* got attention 'flash_attention_2'"
     ):
-        ds.fit(pair[0], receiver, examples(3), show_progress=False)
+        ds.fit(pair[0], receiver, examples(3), steps=0, show_progress=False)
 
 
 def test_a_pair_that_does_not_fit_is_refused(pair) -> None:
     with pytest.raises(ds.ReuseError, match="num_hidden_layers is 4 and 5"):
-        ds.fit(pair[0], tiny_llama(head_dim=16, layers=5), examples(3), show_progress=False)
+        ds.fit(pair[0], tiny_llama(head_dim=16, layers=5), examples(3), steps=0, show_progress=False)
 
 
 # --- the command ---------------------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_the_command_fits_and_writes_maps(pair, tmp_path, capsys) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{number}" for number in tokens(400)[0].tolist()), encoding="utf-8")
     out = tmp_path / "maps.safetensors"
-    main(["fit", sender, receiver, str(text), "--tokens", "100", "--band", "2:4", "--out", str(out)])
+    main(["fit", sender, receiver, str(text), "--tokens", "100", "--band", "2:4", "--steps", "3", "--out", str(out)])
     said = " ".join(capsys.readouterr().out.split())
     assert "268 tokens of 4 contexts" in said
     maps = ds.Maps.load(out)

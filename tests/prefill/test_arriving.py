@@ -66,7 +66,7 @@ def maps() -> ds.Maps:
     """Each layer of another source."""
     torch.manual_seed(1)
     examples = [ds.Example.cut(tokens(160), 32) for _ in range(8)]
-    fitted = ds.fit(*pair("llama"), examples, bands=[(2, 4)], show_progress=False)
+    fitted = ds.fit(*pair("llama"), examples, bands=[(2, 4)], steps=0, show_progress=False)
     choices = ("project", "fitted", "fitted", "reuse", "fitted_kv", "fitted")
     return dataclasses.replace(fitted, choices=choices, layers=fitted.repaired)
 

@@ -19,7 +19,7 @@ def fitted() -> tuple:
     """A sender, a receiver and maps of theirs."""
     sender, receiver = tiny_pair(LAYERS)
     some = [ds.Example.cut(tokens(160)) for _ in range(16)]
-    return sender, receiver, ds.fit(sender, receiver, some, show_progress=False)
+    return sender, receiver, ds.fit(sender, receiver, some, steps=0, show_progress=False)
 
 
 def test_a_context_of_another_kind_is_reused() -> None:
@@ -27,7 +27,7 @@ def test_a_context_of_another_kind_is_reused() -> None:
     sender = tiny_llama(head_dim=16, layers=LAYERS)
     receiver = fine_tuned(sender, 0.1)
     of_few_words = [ds.Example.cut(tokens(200) % 8) for _ in range(12)]
-    maps = ds.fit(sender, receiver, of_few_words, bands=[(2, 4)], show_progress=False)
+    maps = ds.fit(sender, receiver, of_few_words, bands=[(2, 4)], steps=0, show_progress=False)
     assert "fitted" in maps.choices
     assert maps.corrections
     for plan in (ALL, ds.Plan([(2, 4)], project="rest"), ds.Plan(project=[1, 2])):

@@ -25,7 +25,7 @@ def pair() -> tuple:
 def maps(pair) -> ds.Maps:
     torch.manual_seed(1)
     cut = [ds.Example.cut(tokens(160), 32) for _ in range(12)]
-    return ds.fit(*pair, cut, bands=[(2, 4)], show_progress=False)
+    return ds.fit(*pair, cut, bands=[(2, 4)], steps=0, show_progress=False)
 
 
 @pytest.fixture(scope="session")
