@@ -103,7 +103,7 @@ class Target(NamedTuple):
 def fitting(folder: Path) -> Run:
     """Return a run that fits maps and saves them."""
     pair, examples = tiny_pair(KINDS["plain"]), tiny_examples(3)
-    return lambda: fit(*pair, examples, show_progress=False).save(folder / RESULT)
+    return lambda: fit(*pair, examples, steps=2, show_progress=False).save(folder / RESULT)
 
 
 def profiling(folder: Path) -> Run:
@@ -150,7 +150,7 @@ def targets(inputs: Path) -> dict[str, Target]:
     sender, receiver = tiny_pair(KINDS["plain"])
     examples = tiny_examples(4)
     made = {
-        ds.Maps: [fit(sender, receiver, examples[:count], show_progress=False) for count in (4, 3)],
+        ds.Maps: [fit(sender, receiver, examples[:count], steps=2, show_progress=False) for count in (4, 3)],
         ds.SharedContext: [
             ds.capture(sender, torch.randint(101, (1, tokens)), layers=range(LAYERS)) for tokens in (400, 300)
         ],

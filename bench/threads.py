@@ -149,7 +149,9 @@ def inputs_of(kind: Kind) -> Inputs:
     sender, receiver = tiny_pair(kind)
     examples = tiny_examples(4)
     contexts = [ds.capture(sender, each.context, layers=range(LAYERS)) for each in examples]
-    maps = [ds.fit(sender, receiver, examples[:count], bands=[(1, 3)], show_progress=False) for count in (4, 3)]
+    maps = [
+        ds.fit(sender, receiver, examples[:count], bands=[(1, 3)], steps=2, show_progress=False) for count in (4, 3)
+    ]
     frontiers = [
         ds.profile(sender, receiver, examples[:3], maps=each, costs=COSTS, show_progress=False)
         for each in (None, maps[0])
@@ -190,7 +192,7 @@ def jobs_of(sender: Any, receiver: Any, inputs: Inputs, folder: Path) -> Jobs:
         return generate(example, copy.deepcopy(cache))
 
     def fit() -> str:
-        return ds.fit(sender, receiver, examples, bands=[(1, 3)], show_progress=False).digest()
+        return ds.fit(sender, receiver, examples, bands=[(1, 3)], steps=2, show_progress=False).digest()
 
     def profile(used: ds.Maps | None) -> str:
         return repr(ds.profile(sender, receiver, examples[:3], maps=used, costs=COSTS, show_progress=False))

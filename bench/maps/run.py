@@ -8,7 +8,8 @@ Kullback-Leibler divergence, in nats, of the next-token distributions from those
 suffix's last token on, with the answer's tokens given; `of_reuse` and `of_band` are ratios of its mean to that of plain reuse,
 and of the same band alone; `low` and `high` are where 95 % of 10,000 bootstrap values over contexts lie.
 
-- `pairs`: every pair, on held-out test contexts. What is fitted is kept beside the variants and used by the other parts.
+- `pairs`: every pair, on held-out test contexts, with maps that are trained and with regressions and shares alone, which all
+  other parts are of. What is fitted is kept beside the variants.
 - `tokens`: calibration tokens against gain.
 - `transfer`: maps calibrated on another domain.
 - `rank`: maps of low rank.
@@ -198,7 +199,7 @@ def measure_tokens(name: str, contexts: int, sizes: Sequence[int]) -> list[Row]:
     for size in sizes:
         examples = cut_to_tokens(groups, size)
         began = time.perf_counter()
-        maps = ds.fit(pair.sender, pair.receiver, examples)
+        maps = ds.fit(pair.sender, pair.receiver, examples, steps=0)
         calibration = {"tokens": context_tokens(examples), "fit_seconds": f"{time.perf_counter() - began:.0f}"}
         for way, holds_hidden in (("fitted", True), ("fitted, no hidden states", False)):
             ways[f"{way}, {size}"] = Way(REST, maps, holds_hidden)
@@ -225,8 +226,8 @@ def measure_transfer(name: str, contexts: int) -> list[Row]:
     """Measure the maps of a pair, and others that were calibrated on another's domain, on the test contexts of both."""
     pair = PAIRS[name].load()
     elsewhere = replace(pair, named=replace(pair.named, task=CODE if pair.named.task is GLOSSARY else GLOSSARY))
-    abroad = ds.fit(pair.sender, pair.receiver, elsewhere.examples("calibration", CALIBRATION_CONTEXTS))
-    ways = {"own domain": Way(REST, fitted_maps(pair).maps), "other domain": Way(REST, abroad)}
+    abroad = ds.fit(pair.sender, pair.receiver, elsewhere.examples("calibration", CALIBRATION_CONTEXTS), steps=0)
+    ways = {"own domain": Way(REST, fitted_maps(pair, RIDGE).maps), "other domain": Way(REST, abroad)}
     rows: list[Row] = []
     for domain, source in zip(ways, (pair, elsewhere), strict=True):
         found = divergences(source, {"reuse": REUSE, **ways}, source.examples("test", contexts), f"{name}: {domain}")
@@ -239,7 +240,7 @@ def measure_transfer(name: str, contexts: int) -> list[Row]:
 def measure_rank(name: str, contexts: int) -> list[Row]:
     """Measure maps whose difference from what they replace is cut to a rank."""
     pair = PAIRS[name].load()
-    maps = fitted_maps(pair).maps
+    maps = fitted_maps(pair, RIDGE).maps
     ways = {"full": Way(REST, maps)}
     ways |= {str(rank): Way(REST, of_rank(pair.sender, pair.receiver, maps, rank)) for rank in RANKS}
     found = divergences(pair, {"reuse": REUSE, **ways}, pair.examples("test", contexts), f"{name}: test contexts")

@@ -47,7 +47,7 @@ from bench.common import (
     without_interval,
     write_csv,
 )
-from bench.pairs import LONG, PAIRS, TEST_CONTEXTS, TRAINED, LoadedPair, fitted_maps
+from bench.pairs import LONG, PAIRS, RIDGE, TEST_CONTEXTS, LoadedPair, fitted_maps
 from bench.paper import results_page
 from bench.paper.choice import measure_choice, measure_expectations
 from bench.paper.ways import SPEEDS, Way, best_at, ways_of
@@ -87,7 +87,7 @@ class Comparison:
     @cached_property
     def maps(self) -> ds.Maps:
         """The maps that are fitted to them."""
-        return fitted_maps(self.pair, TRAINED._replace(contexts=self.args.calibrated, steps=self.args.steps)).maps
+        return fitted_maps(self.pair, RIDGE._replace(contexts=self.args.calibrated)).maps
 
     @cached_property
     def test(self) -> list[ds.Example]:
@@ -301,8 +301,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     options.add_argument(
         "--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="PAIR", help=", ".join(PAIRS)
     )
-    options.add_argument("--calibrated", type=int, default=TRAINED.contexts, help="contexts that maps are fitted to")
-    options.add_argument("--steps", type=int, default=TRAINED.steps, help="that maps are trained for")
+    options.add_argument("--calibrated", type=int, default=RIDGE.contexts, help="contexts that maps are fitted to")
     options.add_argument("--profiled", type=int, default=24, help="contexts that plans are chosen by, a third held out")
     options.add_argument("--judged", type=int, default=36, help="contexts that they are judged on")
     options.add_argument("--answered", type=int, default=36, help="of those, contexts whose answers are scored")
