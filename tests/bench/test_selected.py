@@ -15,7 +15,7 @@ from bench.common import Row, read_csv, write_csv
 from bench.selectors import mean_attention, random_windows
 from bench.variants import glossary
 from droidspeak_ops.example import TextExample
-from droidspeak_ops.hf import selecting
+from droidspeak_ops.prefill import select
 from droidspeak_ops.prefill.schedule import resolve
 from droidspeak_ops.profiling.frontier import Point
 
@@ -131,7 +131,7 @@ def test_peaks_of_each_layer_are_what_selection_takes_the_largest_of(
     assert by_layer.shape == (4, 80) and by_layer.min() >= 0 and by_layer.max() <= 1
     assert not by_layer[:, :4].any() and len(by_layer.amax(1).unique()) == 4
     taken = []
-    monkeypatch.setattr(selecting, "around_peaks", lambda scores, count: taken.append(scores) or torch.arange(count))
+    monkeypatch.setattr(select, "around_peaks", lambda scores, count: taken.append(scores) or torch.arange(count))
     ds.partial_prefill(pair.receiver, pair.capture(example.context), ds.Plan(select=2), prompt_ids=example.prompt)
     assert torch.equal(taken[0], by_layer[2:4].amax(0)), "of six layers the two in the middle"
 
