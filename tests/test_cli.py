@@ -394,8 +394,7 @@ def test_ctrl_c_of_a_profile_keeps_the_journal_that_it_resumes_from(here, monkey
     # As main, but for a context that takes as long as it takes to be interrupted.
     slow = """if True:
         import sys, time
-        from droidspeak_ops.cli import main, serve
-from droidspeak_ops.cli.parser import make_parser
+        from droidspeak_ops.cli import main
         from droidspeak_ops.profiling import run
         measure, done = run.measure_context, []
         def measure_context(*args):
