@@ -60,7 +60,7 @@ class Scheduling:
     def __init__(self, config: VllmConfig, settings: Settings, block_size: int) -> None:
         transfer, dtype = config.kv_transfer_config, config.model_config.dtype
         self._captures, self._reuses, self._block_size = transfer.is_kv_producer, transfer.is_kv_consumer, block_size
-        self._store = settings.open_store()
+        self._settings, self._store = settings, settings.open_store()
         self._own = _fingerprint(config.model_config.model, dtype)
         self._plans = settings.read_plans()
         self._senders = {name: _fingerprint(each.model, dtype) for name, each in settings.senders.items()}
@@ -74,25 +74,25 @@ class Scheduling:
         self._filled: dict[str, set[int]] = {}
         self._failed: set[str] = set()
         self._refused: dict[str, str] = {}
+        self._waiting: set[str] = set()
         self.counts = Counts()
 
     def add(self, request: Any) -> None:
         """Decide what a new request reuses, and isolate its pages; or that it is captured."""
         try:
             asked = Asked.by(request.kv_transfer_params)
-            if asked is None:
-                return
-            if asked.capture:
+            if asked is not None and asked.capture:
                 self._capture(request, asked)
-            elif self._reuses:
+            elif asked is not None and self._reuses:
                 self._match(request, asked)
         except (ValueError, OSError, ImportError) as error:  # ReuseErrors among them
             logger.warning("%s runs as it is: %s", request.request_id, error)
             self._refused[request.request_id] = str(error)
             self.counts.add("refused_requests", 1)
+        self._waiting.add(request.request_id)
 
     def _match(self, request: Any, asked: Asked) -> None:
-        plan = asked.plan_among(self._plans)
+        plan = asked.plan_among(self._plans, self._settings.default_plan(len(self._waiting)))
         if plan is None or not self._senders:
             return
         _check_plain(request)
@@ -162,6 +162,7 @@ class Scheduling:
     def work(self, scheduled: Any) -> Work:
         """Return the work of a step."""
         loads, self._loads = self._loads, []
+        self._waiting.difference_update(each.req_id for each in scheduled.scheduled_new_reqs)
         return Work(loads, self._chunks(scheduled) if self._captured else [])
 
     def _chunks(self, scheduled: Any) -> list[Chunk]:
@@ -187,6 +188,7 @@ class Scheduling:
     def finished(self, request: Any) -> dict[str, Any] | None:
         """Forget a request, and return what its output says of it."""
         request_id = request.request_id
+        self._waiting.discard(request_id)
         match, refused = self._matches.pop(request_id, None), self._refused.pop(request_id, None)
         context = self._captured.pop(request_id, None)
         filled = self._filled.pop(request_id, None) is not None

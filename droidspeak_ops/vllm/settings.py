@@ -38,7 +38,12 @@ class Settings:
         senders: whose contexts are reused, by the names that requests use; the first is the default.
         plans: as :meth:`Plan.to_json` writes them, or files of such, by the names that requests use. ``"default"`` is for
             requests that name none; without it they run as they are.
+        by_queue: names of plans that take the place of ``"default"`` while requests wait, by the least number that do; the
+            largest number that is reached counts (paper, appendix B).
         hidden_layers: at which contexts are captured with hidden states.
+
+    Raises:
+        ValueError: `by_queue` has a negative number, or a name that is not among `plans`.
     """
 
     store: str
@@ -47,7 +52,15 @@ class Settings:
     budget: int | None = None
     senders: dict[str, Sender] = field(default_factory=dict)
     plans: dict[str, Any] = field(default_factory=dict)
+    by_queue: dict[int, str] = field(default_factory=dict)
     hidden_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for waiting, name in self.by_queue.items():
+            if waiting < 0:
+                raise ValueError(f"by_queue: expected 0 or more requests that wait, got {waiting}")
+            if name not in self.plans:
+                raise ValueError(f"by_queue: expected a plan among {sorted(self.plans)}, got {name!r}")
 
     @classmethod
     def of(cls, kv_transfer_config: Any) -> Settings:
@@ -74,6 +87,11 @@ class Settings:
             else schema.convert(plan, Plan, f"plans: {name}")
             for name, plan in self.plans.items()
         }
+
+    def default_plan(self, waiting: int) -> str:
+        """Return the name of the plan for requests that name none, while so many others wait."""
+        reached = [least for least in self.by_queue if least <= waiting]
+        return self.by_queue[max(reached)] if reached else "default"
 
 
 @dataclass(frozen=True)
@@ -107,14 +125,14 @@ class Asked:
             raise ValueError(f"kv_transfer_params: expected prefix_tokens of 1 or more, got {found.prefix_tokens}")
         return found
 
-    def plan_among(self, plans: Mapping[str, Plan]) -> Plan | None:
-        """Return the plan that is asked for, or the default; None where there is none.
+    def plan_among(self, plans: Mapping[str, Plan], default: str) -> Plan | None:
+        """Return the plan that is asked for, or the one of the default's name; None where there is none.
 
         Raises:
             ValueError: it is no plan, or not among `plans`.
         """
         if self.plan is None:
-            return plans.get("default")
+            return plans.get(default)
         if not isinstance(self.plan, str):
             return schema.convert(self.plan, Plan, f"kv_transfer_params: {REQUEST}: plan")
         if self.plan not in plans:

@@ -77,6 +77,12 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], message: str) -
         ({}, "kv_connector_extra_config: expected the field store, got none"),
         ({"store": "x", "sender": "y"}, "expected the fields store, .*, got .'sender'."),
         ({"store": "x", "senders": {"a": {"maps": "m"}}}, "expected the field model, got none at senders"),
+        (
+            {"store": "x", "plans": {"good": {}}, "by_queue": {"4": "cheap"}},
+            "by_queue: expected a plan among .'good'., got 'cheap'",
+        ),
+        ({"store": "x", "plans": {"good": {}}, "by_queue": {"-1": "good"}}, "by_queue: expected 0 or more .*, got -1"),
+        ({"store": "x", "by_queue": {"few": "good"}}, "expected int.* at by_queue"),
         ({"store": "x", "hidden_layers": ["1"]}, "expected int, got str at hidden_layers"),
     ],
 )
@@ -91,10 +97,19 @@ def test_plans_are_files_or_values(tmp_path: Path) -> None:
     settings = Settings("x", plans={"default": str(tmp_path / "plan.json"), "other": {"project": "rest"}})
     plans = settings.read_plans()
     assert plans == {"default": plan, "other": ds.Plan(project="rest")}
-    assert Asked().plan_among(plans) == Asked(plan="default").plan_among(plans) == plan
-    assert Asked(plan={"bands": [[0, 1]]}).plan_among(plans) == ds.Plan(bands=[(0, 1)])
+    assert Asked().plan_among(plans, "default") == Asked(plan="default").plan_among(plans, "other") == plan
+    assert Asked().plan_among(plans, "other") == ds.Plan(project="rest") and Asked().plan_among({}, "default") is None
+    assert Asked(plan={"bands": [[0, 1]]}).plan_among(plans, "default") == ds.Plan(bands=[(0, 1)])
     with pytest.raises(ValueError, match="plans: other: expected array, got int at bands"):
         Settings("x", plans={"other": {"bands": [3]}}).read_plans()
+
+
+def test_a_longer_queue_has_another_default() -> None:
+    plans = {"good": {"bands": [[0, 1]]}, "cheap": {}}
+    extra = {"store": "x", "plans": plans, "by_queue": {"2": "good", "10": "cheap"}}
+    settings = Settings.of(SimpleNamespace(kv_connector_extra_config=extra))
+    expected = {0: "default", 1: "default", 2: "good", 9: "good", 10: "cheap", 99: "cheap"}
+    assert {waiting: settings.default_plan(waiting) for waiting in expected} == expected
 
 
 def test_the_plugin_may_be_called_again() -> None:

@@ -188,6 +188,45 @@ def test_plans_have_names(receiver: Engine, llama: Pair) -> None:
     assert found.tokens == llama.expected(ids, suffix, PLANS["two"])
 
 
+def test_a_longer_queue_has_another_plan(receiver: Engine, llama: Pair) -> None:
+    """Of requests that name none, by those that wait when they arrive; what runs or has ended does not wait."""
+    ids, suffixes = llama.stored(128), [llama.tokens(9) for _ in range(4)]
+    receiver.call(set_by_queue, {0: "two", 2: "reuse"})
+    try:
+        found = receiver.generate([(prompt(ids, suffix), {}) for suffix in suffixes])
+        (later,) = receiver.generate([(prompt(ids, suffixes[0]), {})])
+        (named, *_) = receiver.generate([(prompt(ids, suffix), asking(PLANS["first"])) for suffix in suffixes])
+    finally:
+        receiver.call(set_by_queue, {})
+    expected = [PLANS[name] for name in ("two", "two", "reuse", "reuse", "two", "first")]
+    assert [each.said["plan"] for each in (*found, later, named)] == [str(plan) for plan in expected]
+    for each, suffix, plan in zip(found, suffixes, expected, strict=False):
+        assert each.tokens == llama.expected(ids, suffix, plan)
+
+
+def test_a_request_that_is_aborted_waits_no_more(receiver: Engine) -> None:
+    assert receiver.call(waiting_before_and_after_an_abort) == (1, 0)
+
+
+def waiting_before_and_after_an_abort(engine: Any) -> tuple[int, ...]:
+    from types import SimpleNamespace
+
+    scheduling = scheduling_of(engine)
+    request = SimpleNamespace(request_id="aborted", kv_transfer_params={"droidspeak": None})
+    found = []
+    for happens in (scheduling.add, scheduling.finished):
+        happens(request)
+        found.append(len(scheduling._waiting))
+    return tuple(found)
+
+
+def set_by_queue(engine: Any, by_queue: dict[int, str]) -> None:
+    from dataclasses import replace
+
+    scheduling = scheduling_of(engine)
+    scheduling._settings = replace(scheduling._settings, by_queue=by_queue)
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
