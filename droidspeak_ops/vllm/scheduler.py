@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..prefill.schedule import check_pair, resolve
 from .counters import Counts
 from .messages import Chunk, Load, Work
 from .settings import REQUEST, Asked, Settings
+from .waiting import within
 
 logger = init_logger(__name__)
 
@@ -106,7 +108,10 @@ class Scheduling:
         sender, maps = self._senders[name], self._maps.get(name)
         check_pair(plan, maps, sender, self._own)
         prompt = self._head(request, asked)
-        if prompt is None or (context := self._store.find(torch.tensor([prompt]), sender)) is None:
+        if prompt is None:
+            return
+        (context,) = within(self._settings.read_seconds, [partial(self._store.find, torch.tensor([prompt]), sender)])
+        if context is None:
             return
         context.check_hidden(resolve(plan, context.num_layers, maps, context.hidden_layers).hidden_layers)
         length = context.tokens.shape[1]

@@ -40,10 +40,11 @@ class Settings:
             requests that name none; without it they run as they are.
         by_queue: names of plans that take the place of ``"default"`` while requests wait, by the least number that do; the
             largest number that is reached counts (paper, appendix B).
+        read_seconds: that a context may take to be found, and to be read, before its request runs as it is.
         hidden_layers: at which contexts are captured with hidden states.
 
     Raises:
-        ValueError: `by_queue` has a negative number, or a name that is not among `plans`.
+        ValueError: `by_queue` has a negative number, or a name that is not among `plans`; `read_seconds` are not positive.
     """
 
     store: str
@@ -53,9 +54,12 @@ class Settings:
     senders: dict[str, Sender] = field(default_factory=dict)
     plans: dict[str, Any] = field(default_factory=dict)
     by_queue: dict[int, str] = field(default_factory=dict)
+    read_seconds: float = 10.0
     hidden_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.read_seconds > 0:
+            raise ValueError(f"read_seconds: expected a positive number, got {self.read_seconds}")
         for waiting, name in self.by_queue.items():
             if waiting < 0:
                 raise ValueError(f"by_queue: expected 0 or more requests that wait, got {waiting}")

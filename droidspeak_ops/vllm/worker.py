@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .loader import LoadedModel, loaded_model
 from .messages import Load
 from .pages import PagedLayers
 from .settings import Settings
+from .waiting import within
 
 logger = init_logger(__name__)
 
@@ -43,7 +45,7 @@ class Filling:
         self._model: LoadedModel = loaded_model(config)
         self._block_size, self._chunk = block_size, config.scheduler_config.max_num_batched_tokens
         self._device = torch.device(config.device_config.device)
-        self._store = settings.open_store()
+        self._store, self._read_seconds = settings.open_store(), settings.read_seconds
         self._maps = {name: Maps.load(each.maps) for name, each in settings.senders.items() if each.maps}
         self._heads = _heads_of_rank(config)
         self._invalid: set[int] = set()
@@ -80,14 +82,14 @@ class Filling:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                found = self._store.find(tokens, load.sender)
+                (found,) = within(self._read_seconds, [partial(self._store.find, tokens, load.sender)])
                 if found is None or found.tokens.shape[1] != load.length:
                     raise ValueError(f"context: expected {load.length} tokens, got none any more")
                 self._model.check_sizes(found.sender)
                 context = found.to(self._device)
                 schedule = resolve_over(load.plan, context, self._maps.get(load.sender_name))
                 context.prefetch(schedule.reads)
-                context.wait(schedule.reads)
+                within(self._read_seconds, [partial(context.wait, [each]) for each in schedule.reads])
             for warning in caught:
                 logger.warning("%s: %s", load.request_id, warning.message)
         except (ValueError, OSError) as error:  # ReuseErrors among them

@@ -83,6 +83,7 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], message: str) -
         ),
         ({"store": "x", "plans": {"good": {}}, "by_queue": {"-1": "good"}}, "by_queue: expected 0 or more .*, got -1"),
         ({"store": "x", "by_queue": {"few": "good"}}, "expected int.* at by_queue"),
+        ({"store": "x", "read_seconds": 0}, "read_seconds: expected a positive number, got 0"),
         ({"store": "x", "hidden_layers": ["1"]}, "expected int, got str at hidden_layers"),
     ],
 )

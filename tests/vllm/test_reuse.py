@@ -267,19 +267,24 @@ def test_a_request_is_left_as_it_is(receiver: Engine, llama: Pair) -> None:
         assert found == (llama.expected(of, suffix, None, count=4), {})
 
 
-@pytest.mark.parametrize("fault", ["damaged", "removed"])
+@pytest.mark.parametrize("fault", ["damaged", "removed", "slow to open", "slow to read"])
 def test_a_context_that_cannot_be_read_is_not_reused(fault: str, receiver: Engine, llama: Pair) -> None:
-    """The request runs as it is, beside others."""
+    """Or not in time: the request runs as it is, beside others."""
     ids, other, suffix = llama.stored(128), llama.stored(128), llama.tokens(9)
     path = next(path for path in Path(llama.store.url).glob("*/*") if holds(path, llama, ids))
     if fault == "damaged":
         content = bytearray(path.read_bytes())
         content[-5] ^= 1
         path.write_bytes(content)
-    else:
+    elif fault == "removed":
         receiver.call(remove_before_reading, str(path))
+    else:
+        receiver.call(stall_once, fault)
     wishes = [(prompt(each, suffix), asking(PLANS["middle"])) for each in (ids, other)]
-    broken, whole = receiver.generate(wishes)
+    try:
+        broken, whole = receiver.generate(wishes)
+    finally:
+        receiver.call(stall_once, None)
     assert broken.said == {"refused": "the context could not be read"}
     assert broken.tokens == llama.expected(ids, suffix, None)
     assert whole.said["loaded"] and whole.tokens == llama.expected(other, suffix, PLANS["middle"])
@@ -300,6 +305,64 @@ def remove_before_reading(engine: Any, path: str) -> None:
         return read(load)
 
     filling._read = removing
+
+
+def stall_once(engine: Any, fault: str | None) -> None:
+    """Have the first context that a worker reads take for ever: its file to be opened, or one of its tensors to be read."""
+    import threading
+    from types import SimpleNamespace
+
+    filling = filling_of(engine)
+    if fault is None:
+        if isinstance(filling._store, SimpleNamespace):
+            filling._store.release()
+            filling._store, filling._read_seconds = filling._store.stalled, 10.0
+        return
+    store, stalled, waits = filling._store, [], threading.Event()
+
+    def find(*asked: Any) -> Any:
+        if stalled:
+            return store.find(*asked)
+        stalled.append(True)
+        if fault == "slow to open":
+            waits.wait()
+            return None
+        found = store.find(*asked)
+        fetch = found.keys_values.reader._fetch
+        found.keys_values.reader._fetch = lambda name: fetch(name) if name != "kv.5.values" else waits.wait()
+        return found
+
+    filling._store = SimpleNamespace(find=find, release=waits.set, stalled=store)
+    filling._read_seconds = 2.0
+
+
+def test_a_context_that_is_not_found_in_time_is_not_reused(receiver: Engine, llama: Pair) -> None:
+    """The scheduler waits no longer than workers do."""
+    ids, suffix = llama.stored(128), llama.tokens(9)
+    receiver.call(find_nothing, True)
+    try:
+        (found,) = receiver.generate([(prompt(ids, suffix), asking(PLANS["reuse"]))])
+    finally:
+        receiver.call(find_nothing, False)
+    assert found.said == {"refused": "store: expected to read it within 0.2 s, got no answer"}
+    assert found.tokens == llama.expected(ids, suffix, None)
+
+
+def find_nothing(engine: Any, stalls: bool) -> None:
+    import threading
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    scheduling = scheduling_of(engine)
+    if stalls:
+        waits = threading.Event()
+        scheduling._store = SimpleNamespace(
+            find=lambda *_: waits.wait() and None, release=waits.set, stalled=scheduling._store
+        )
+    else:
+        scheduling._store.release()
+        scheduling._store = scheduling._store.stalled
+    scheduling._settings = replace(scheduling._settings, read_seconds=0.2 if stalls else 10.0)
 
 
 def test_a_context_that_could_not_be_read_is_not_tried_again(receiver: Engine) -> None:
