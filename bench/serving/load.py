@@ -17,8 +17,8 @@ from bench.variants import glossary
 from droidspeak_ops.demo.measure import MAX_ANSWER_TOKENS, glossary_examples
 from droidspeak_ops.example import TextExample
 
-CHARACTERS = (3_300, 6_600)
-"""The least and the most of contexts that are drawn: about 1,000 to 2,000 tokens."""
+CHARACTERS = (4_000, 7_000)
+"""The least and the most of contexts that are drawn: about 900 to 2,000 tokens."""
 SECONDS = 900  # that an answer may take, under the highest load
 
 

@@ -3,7 +3,7 @@
     python -m bench.variants.train code
     python -m bench.serving --folder docs/serving --python FOLDER/bin/python    # FOLDER as tools/test_vllm.sh made it
 
-A sender, the base of a pair, captures test contexts of 1,000 to 2,000 tokens first, which it would read for its own work
+A sender, the base of a pair, captures test contexts of 900 to 2,000 tokens first, which it would read for its own work
 anyway; that is not timed. Then two servers of the receiver answer the same requests: `off` is plain vLLM, `on` is told the
 plan. They stand side by side, but are asked one after the other, for each seed and rate in turn: so each has the whole machine,
 and what changes about that meets both. Each load finds empty prefix caches. Requests arrive by a Poisson process, for a seed at
@@ -25,7 +25,6 @@ import argparse
 import asyncio
 import math
 import shlex
-import signal
 import statistics
 import sys
 import tempfile
@@ -282,7 +281,6 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     options.add_argument("--page", type=Path, help="a page of text with marks between which a table is put")
     args = options.parse_args(argv)
     plan = None if args.plan is None else ds.Plan.from_json(args.plan.read_bytes())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers are killed on the way out
     requests = []
     for name in args.pairs:
         with tempfile.TemporaryDirectory(prefix="serving-") as scratch:
