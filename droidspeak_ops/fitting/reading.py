@@ -1,4 +1,4 @@
-"""What a receiver's suffix reads from the K and V of a context, layer by layer, and what maps are to make of that."""
+"""Readings: attention of a receiver's suffixes over the K and V of contexts, layer by layer, which maps are trained to give."""
 
 from __future__ import annotations
 
