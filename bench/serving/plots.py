@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from bench.common import Row, interval
 from bench.paper.results_page import put_between
@@ -29,8 +30,13 @@ def draw(rates: Sequence[Row], path: Path) -> None:
                 label = f"{LABELS[way]}, {column.removesuffix('_ms')}"
                 axes.plot(at, seconds, style, marker="o", ms=4, color=colour, label=label)
         axes.set_title(f"pair '{pair}', {questions} to a context", fontsize=10)
+        ticks = sorted({float(row["rate"]) for row in rates})
         axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
         axes.set_xlabel("requests per second")
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set_ylabel("seconds to first token")
