@@ -1,4 +1,4 @@
-"""What overlapped: spans of reading a context and of filling a cache with it, by thread."""
+"""A trace of what overlapped: spans of reading a context and of filling a cache with it, by thread."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Request:
 
     @property
     def body(self) -> dict[str, Any]:
-        """What is posted."""
+        """The JSON that is posted."""
         asked = {} if self.wish is None else {"kv_transfer_params": {"droidspeak": self.wish}}
         return {"prompt": self.prompt, "max_tokens": self.tokens, "temperature": 0, "stream": True, **asked}
 

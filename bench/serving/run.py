@@ -54,7 +54,7 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB of each server, for 45,000 
 
 
 class Load(NamedTuple):
-    """What both servers are asked.
+    """A load that both servers are put under.
 
     Args:
         seed: of the contexts, and of the order and times of arrivals.

@@ -111,7 +111,7 @@ def _mib(stored: list[Stored]) -> str:
 
 
 def _ago(used: float) -> str:
-    """How long ago that was, in the largest unit that it has one of."""
+    """Return the time since then, in the largest unit that it has one of."""
     seconds = max(time.time() - used, 0.0)
     units = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
     size, unit = next((each for each in units if seconds >= each[0]), units[-1])

@@ -71,7 +71,7 @@ class SharedContext:
 
     @property
     def _parts(self) -> Parts:
-        """What all parts must be like; sizes that the sender does not know are those of the first layer."""
+        """The checks of all parts; sizes that the sender does not know are those of the first layer."""
         sizes = [self.sender.size(name) for name in ("num_key_value_heads", "head_dim")]
         if None in sizes:
             shape = self.keys_values[0].keys.shape

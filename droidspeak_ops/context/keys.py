@@ -48,7 +48,7 @@ class Chain:
         for start in range(0, len(self._bytes) - 8 * BLOCK + 1, 8 * BLOCK):
             blocks.append(_hash(blocks[-1].encode() + self._bytes[start : start + 8 * BLOCK]))
         self.blocks = tuple(blocks[1:])
-        """Of each head of whole blocks."""
+        """The hash of each head of whole blocks."""
 
     @property
     def num_tokens(self) -> int:

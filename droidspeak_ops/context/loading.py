@@ -121,7 +121,7 @@ class LoadingContext(SharedContext):
         return sinks if what == "sinks" and sinks else self.keys_values
 
     def _arriving(self, reads: Iterable[tuple[str, int]]) -> Iterator[tuple[Any, int]]:
-        """What is read of parts that are not in memory."""
+        """Yield the parts that are not in memory, and the layers that are read of them."""
         for what, layer in reads:
             if what == "hidden":
                 self.check_hidden([layer])

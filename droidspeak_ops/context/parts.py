@@ -1,4 +1,4 @@
-"""What the parts of a context must be like, by its tokens and by who made it."""
+"""Checks of the parts of a context, by its tokens and by who made it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Arriving:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What K/V, hidden states and rotations of a context must be like.
+    """Shapes, dtypes and device that K/V, hidden states and rotations of a context must have.
 
     Args:
         tokens: int64 ``[B, T]``; all parts lie on their device.

@@ -203,7 +203,7 @@ class _Remote:
         ]
 
     def sweep(self) -> None:
-        """What is put is there as a whole or not at all."""
+        """Do nothing: a file that is put is there as a whole or not at all."""
 
 
 @contextmanager

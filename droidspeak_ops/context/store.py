@@ -247,7 +247,7 @@ def _name(chain: Chain, length: int) -> str:
 
 
 def _head(chain: Chain, name: str, num_tokens: int, blocks: tuple[str, ...]) -> int:
-    """How many of a prompt's tokens a file serves that holds `num_tokens` tokens, and heads that end with `blocks`."""
+    """Count a prompt's tokens that a file serves which holds `num_tokens` tokens, and heads that end with `blocks`."""
     if num_tokens < chain.num_tokens and name == _name(chain, num_tokens):
         return num_tokens
     return min(chain.shared(blocks), (chain.num_tokens - 1) // BLOCK * BLOCK)

@@ -49,7 +49,7 @@ class Gate:
 
     @property
     def counts(self) -> Mapping[Plan, int]:
-        """How many caches each plan has given so far, :data:`FULL_PREFILL` among them."""
+        """The number of caches that each plan has given so far, :data:`FULL_PREFILL` among them."""
         with self._lock:
             return {plan: self._counts[plan] for plan in (*self._plans, FULL_PREFILL)}
 

@@ -1,4 +1,4 @@
-"""What the connector counts, for vLLM's log and its Prometheus endpoint."""
+"""Counters of the connector, for vLLM's log and its Prometheus endpoint."""
 
 from __future__ import annotations
 

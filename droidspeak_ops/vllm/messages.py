@@ -1,4 +1,4 @@
-"""What the scheduler's half of the connector tells the worker's half, with each step of the engine."""
+"""Messages from the scheduler's half of the connector to the worker's half, with each step of the engine."""
 
 from __future__ import annotations
 

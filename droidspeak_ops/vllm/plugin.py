@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes, by the entry point ``vllm.general_plugins``: it makes names known."""
+"""The entry point ``vllm.general_plugins``, which vLLM calls in each of its processes: it makes names known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the connector is told: by the server's configuration, and by each request."""
+"""Settings of the connector: by the server's configuration, and by each request."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for: ``kv_transfer_params={"droidspeak": {...}}``.
+    """The wish of a request: ``kv_transfer_params={"droidspeak": {...}}``.
 
     Args:
         plan: a plan as :meth:`Plan.to_json` writes it, or the name of one that the server was told; None for the default.

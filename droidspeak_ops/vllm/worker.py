@@ -50,7 +50,7 @@ class Filling:
         self._heads = _heads_of_rank(config)
         self._invalid: set[int] = set()
         self.counts = Counts()
-        """Of this rank; those of one stand for all."""
+        """Counts of this rank; those of one stand for all."""
 
     @torch.inference_mode()
     def fill(self, loads: Sequence[Load]) -> None:

@@ -103,7 +103,7 @@ def url() -> Iterator[str]:
 
 
 def test_requests_are_sent_when_they_are_due(url: str) -> None:
-    """Whether or not others are answered by then."""
+    """Also before others are answered."""
     Streaming.gate = threading.Barrier(2)
     requests = [load.Request([1, 2]), load.Request([3], {"capture": True}, tokens=1)]
     answers = asyncio.run(load.play(url, requests, [0.0, 0.1]))
@@ -176,7 +176,7 @@ def _server(code: str, scratch: Path, *arguments: str) -> servers.Server:
 
 
 def _ends(process: int) -> bool:
-    """Whether a process is gone, or one that nobody has waited for, soon."""
+    """Return whether a process is soon gone, or one that nobody has waited for."""
     for _ in range(100):
         try:
             if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":

@@ -116,7 +116,7 @@ def test_sinks_of_another_form_are_named(
 
 
 def assert_old_or_none(store: ds.ContextStore, old: ds.SharedContext | None, tokens: torch.Tensor) -> None:
-    """What was there is, and nothing else, under whatever name."""
+    """Assert that what was there is, and nothing else, under whatever name."""
     found = ds.ContextStore(store.url).load(tokens, SENDER)
     if old is None:
         assert found is None

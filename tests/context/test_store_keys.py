@@ -1,4 +1,4 @@
-"""What a store finds contexts by: heads of their tokens, their sender and their tenant."""
+"""Keys that a store finds contexts by: heads of their tokens, their sender and their tenant."""
 
 import dataclasses
 import os

@@ -43,7 +43,7 @@ def test_of_a_receiver_that_is_the_sender_every_cache_is_good(family: str) -> No
 
 
 def test_the_deviation_is_the_distance_of_what_was_there() -> None:
-    """Of the selected tokens over all layers, by hand."""
+    """The selected tokens' over all layers, by hand."""
     sender = tiny("llama", LAYERS)
     receiver = fine_tuned(sender, 0.3)
     prompt = tokens(CONTEXT + SUFFIX)

@@ -110,7 +110,7 @@ class Pair:
 
 
 def asking(plan: ds.Plan, **more: Any) -> dict[str, Any]:
-    """What a request asks for that is to be served by a plan."""
+    """Return the wish of a request that is to be served by a plan."""
     return {"plan": json.loads(plan.to_json()), **more}
 
 

@@ -1,4 +1,4 @@
-"""What the connector is told, and refuses to be told."""
+"""Settings of the connector, and those that it refuses."""
 
 from pathlib import Path
 from types import SimpleNamespace

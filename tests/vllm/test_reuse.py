@@ -155,7 +155,7 @@ def test_selected_tokens_are_of_one_prompt(receiver: Engine, llama: Pair) -> Non
 
 
 def test_whole_blocks_of_a_context_are_reused(receiver: Engine, llama: Pair) -> None:
-    """What of it lies in a page with other tokens is the receiver's own."""
+    """Its tokens in a page with others are the receiver's own."""
     ids, suffix = llama.stored(BLOCK_SIZE * 3 + 7), llama.tokens(9)
     (found,) = receiver.generate([(prompt(ids, suffix), asking(PLANS["middle"]))])
     cut = BLOCK_SIZE * 3
@@ -189,7 +189,7 @@ def test_plans_have_names(receiver: Engine, llama: Pair) -> None:
 
 
 def test_a_longer_queue_has_another_plan(receiver: Engine, llama: Pair) -> None:
-    """Of requests that name none, by those that wait when they arrive; what runs or has ended does not wait."""
+    """Requests that name none get it by those that wait when they arrive; what runs or has ended does not wait."""
     ids, suffixes = llama.stored(128), [llama.tokens(9) for _ in range(4)]
     receiver.call(set_by_queue, {0: "two", 2: "reuse"})
     try:
