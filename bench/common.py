@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import droidspeak_ops as ds
 from droidspeak_ops import machine, metrics
 from droidspeak_ops.profiling import bootstrap
 
@@ -118,18 +117,6 @@ def read_csv(path: Path) -> list[Row]:
 
 
 @torch.no_grad()
-def answer_logits(receiver: Any, example: ds.Example, cache: Any = None) -> torch.Tensor:
-    """Return a receiver's logits ``[N, vocabulary]`` at each token of the answer, in float32.
-
-    Args:
-        cache: of the example's context or of more of its prompt, and appended to; None for full prefill.
-    """
-    held = 0 if cache is None else cache.get_seq_length()
-    ids = torch.cat((example.prompt, example.answer[:, :-1]), dim=1)
-    out = receiver(ids[:, held:], past_key_values=cache, use_cache=True, logits_to_keep=example.answer.shape[1])
-    return out.logits[0].float()
-
-
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> float:
     """Return the mean divergence from a reference at the tokens of an answer, in nats."""
     return metrics.kl_divergence(reference, logits).mean().item()

@@ -31,7 +31,6 @@ from rich.progress import track
 import droidspeak_ops as ds
 from bench.common import (
     Row,
-    answer_logits,
     default_device,
     divergence,
     mean_and_interval,
@@ -42,6 +41,7 @@ from bench.common import (
     write_csv,
 )
 from bench.pairs import PAIRS
+from droidspeak_ops.metrics import answer_logits
 
 PLAIN, FULL, UNCHANGED, TURNED, NOT_TURNED = "float32", "full prefill", "unchanged", "turned", "not turned"
 FORMATS = {PLAIN: None, "fp8 (e4m3fn)": torch.float8_e4m3fn, "int8": torch.int8}

@@ -39,7 +39,7 @@ from rich.progress import track
 
 import droidspeak_ops as ds
 from bench import selected_page
-from bench.common import Row, answer_logits, checkout, divergence, parser, read_csv, setting, show, write_csv
+from bench.common import Row, checkout, divergence, parser, read_csv, setting, show, write_csv
 from bench.pairs import CASES, RIDGE, TEST_CONTEXTS, LoadedPair, fitted_maps
 from bench.paper.choice import best_within
 from bench.paper.paper import frontiers_of
@@ -47,7 +47,7 @@ from bench.selectors import Selector, mean_attention, random_windows
 from droidspeak_ops.demo.measure import MAX_ANSWER_TOKENS
 from droidspeak_ops.example import TextExample, examples_digest
 from droidspeak_ops.files import replacing
-from droidspeak_ops.metrics import exact_match
+from droidspeak_ops.metrics import answer_logits, exact_match
 from droidspeak_ops.profiling.frontier import Frontier
 from droidspeak_ops.profiling.timing import first_token, next_logits, timed
 

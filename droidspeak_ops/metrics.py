@@ -7,8 +7,22 @@ from typing import Any
 
 import torch
 
+from .example import Example
+
 Metric = Callable[[str, str], float]
 """Score of an answer, given the expected one."""
+
+
+def answer_logits(receiver: Any, example: Example, cache: Any = None) -> torch.Tensor:
+    """Return a receiver's logits ``[N, vocabulary]`` at each token of the answer, in float32.
+
+    Args:
+        cache: of the example's context or of more of its prompt, and appended to; None for full prefill.
+    """
+    held = 0 if cache is None else cache.get_seq_length()
+    ids = torch.cat((example.prompt, example.answer[:, :-1]), dim=1)
+    out = receiver(ids[:, held:], past_key_values=cache, use_cache=True, logits_to_keep=example.answer.shape[1])
+    return out.logits[0].float()
 
 
 def kl_divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,6 @@ from rich.progress import track
 import droidspeak_ops as ds
 from bench.common import (
     Row,
-    answer_logits,
     divergence,
     mean_and_interval,
     parser,
@@ -53,6 +52,7 @@ from bench.paper.choice import measure_choice, measure_expectations
 from bench.paper.ways import SPEEDS, Way, best_at, ways_of
 from droidspeak_ops.files import remove_journal
 from droidspeak_ops.hf.decoder import Decoder
+from droidspeak_ops.metrics import answer_logits
 from droidspeak_ops.profiling.candidates import Candidates
 from droidspeak_ops.profiling.frontier import Frontier
 from droidspeak_ops.profiling.report import write_report

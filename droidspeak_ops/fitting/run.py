@@ -18,7 +18,7 @@ from ..hf.decoder import Decoder, PreTrainedModel
 from ..hf.passes import check_takes_masks
 from ..hf.receiver import partial_prefill
 from ..hf.sender import capture
-from ..metrics import kl_divergence
+from ..metrics import answer_logits, kl_divergence
 from ..prefill.maps import Affine, Domain, LayerMap, Maps
 from ..prefill.plan import Plan
 from ..prefill.schedule import Source
@@ -168,11 +168,8 @@ class _Judged(NamedTuple):
             context = self._context(number, source)
             for which, example in enumerate(self.groups[number][:_EXAMPLES_SELECTED_FOR]):
                 cache = partial_prefill(model, context, _ALL_SELECTED, prompt_ids=example.prompt, maps=maps)
-                ids = torch.cat((example.prompt, example.answer[:, :-1]), dim=1)[:, cache.get_seq_length() :]
-                logits = model(
-                    ids, past_key_values=cache, use_cache=True, logits_to_keep=example.answer.shape[1]
-                ).logits
-                total += float(kl_divergence(self.objectives[number].reference([which]), logits[0].float()).mean())
+                found = answer_logits(model, example, cache)
+                total += float(kl_divergence(self.objectives[number].reference([which]), found).mean())
         return total
 
     def _context(self, number: int, source: Source) -> SharedContext:

@@ -106,18 +106,21 @@ class Workplace:
     """A folder for what a fit has read and trained, from which it goes on after being killed; use it in a ``with`` statement.
 
     Args:
-        folder: made if it is not there; None for a temporary one.
+        folder: made if it is not there; None for a temporary one. All in it is the run's own, and removed in the end.
         run: identifies the run.
 
     Raises:
-        ValueError: another run holds the folder, or it is that of another.
+        ValueError: another run holds the folder, or it is that of another, or holds something else.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, run: dict[str, Any]) -> None:
         self._temporary = tempfile.TemporaryDirectory() if folder is None else None
         self.folder = Path(folder or self._temporary.name)  # type: ignore[union-attr]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(self.folder / "fit.jsonl", run)
+        journal = self.folder / "fit.jsonl"
+        if not journal.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"folder: expected an empty one, or that of a fit which was killed, got {self.folder}")
+        self._journal = Journal(journal, run)
         for name in ("contexts", "readings", "trained"):
             (self.folder / name).mkdir(exist_ok=True)
 

@@ -19,7 +19,7 @@ logger = init_logger(__name__)
 
 
 class _Parts:
-    """The parts of a context that are there so far: by layer chunks of K and V ``[N, K, D]``, and of hidden states ``[N, C]``."""
+    """Parts of a context that are there so far: by layer chunks of K and V ``[N, K, D]``, and of hidden states ``[N, C]``."""
 
     def __init__(self, layers: int, tapped: Sequence[int]) -> None:
         self.tokens = 0

@@ -15,6 +15,7 @@ from support.models import fine_tuned, tiny_llama, tokens
 import droidspeak_ops as ds
 from bench import common
 from droidspeak_ops import machine
+from droidspeak_ops.metrics import answer_logits
 
 
 def test_the_machine_is_described_in_texts_and_counts() -> None:
@@ -73,12 +74,10 @@ def test_answers_over_a_cache_are_those_of_full_prefill() -> None:
     receiver = tiny_llama()
     example = ds.Example(tokens(20), tokens(4), tokens(3))
     own, others = (ds.capture(model, example.context) for model in (receiver, fine_tuned(receiver)))
-    reference = common.answer_logits(receiver, example)
+    reference = answer_logits(receiver, example)
     assert reference.shape == (3, receiver.config.vocab_size)
     divergences = [
-        common.divergence(
-            reference, common.answer_logits(receiver, example, ds.partial_prefill(receiver, each, ds.Plan()))
-        )
+        common.divergence(reference, answer_logits(receiver, example, ds.partial_prefill(receiver, each, ds.Plan())))
         for each in (own, others)
     ]
     assert abs(divergences[0]) < 1e-9 < 1e-3 < divergences[1]

@@ -195,6 +195,14 @@ def test_two_runs_do_not_share_a_folder(tmp_path) -> None:
         Workplace(tmp_path, {"run": 1})
 
 
+def test_a_folder_with_files_of_others_is_refused(tmp_path) -> None:
+    """It would be cleared in the end."""
+    (tmp_path / "contexts").mkdir()
+    with pytest.raises(ValueError, match="folder: expected an empty one, or that of a fit which was killed"):
+        Workplace(tmp_path, {"run": 1})
+    assert (tmp_path / "contexts").is_dir()
+
+
 def test_the_receiver_takes_no_gradient(tmp_path) -> None:
     sender = tiny_llama(layers=LAYERS)
     receiver = fine_tuned(sender, 0.1)
