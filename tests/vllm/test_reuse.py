@@ -1,6 +1,8 @@
 """A receiver inside vLLM: the same tokens as by transformers, and nobody is served what another asked for."""
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +63,9 @@ def test_plain_and_mixed_requests_of_one_batch(receiver: Engine, llama: Pair) ->
 def test_a_plain_request_is_not_served_mixed_pages(isolated: bool, receiver: Engine, llama: Pair) -> None:
     """Without its salt a mixed request leaves pages that the plain one behind it takes for its own."""
     ids, suffix = llama.stored(128), llama.tokens(9)
-    receiver.call(set_isolation, isolated)
-    try:
+    with changed(receiver, set_isolation, isolated, True):
         (mixed,) = receiver.generate([(prompt(ids, suffix), asking(PLANS["reuse"]))])
         (plain,) = receiver.generate([(prompt(ids, suffix), ...)])
-    finally:
-        receiver.call(set_isolation, True)
     own = llama.expected(ids, suffix, None)
     assert mixed.tokens == llama.expected(ids, suffix, PLANS["reuse"]) != own
     assert (plain.tokens == own) == isolated
@@ -98,6 +97,16 @@ def scheduling_of(engine: Any) -> Any:
     return engine.llm_engine.engine_core.engine_core.scheduler.connector._scheduling
 
 
+@contextmanager
+def changed(engine: Engine, change: Callable[..., Any], to: Any, back: Any) -> Iterator[None]:
+    """Have something of an engine be otherwise for a while."""
+    engine.call(change, to)
+    try:
+        yield
+    finally:
+        engine.call(change, back)
+
+
 def filling_of(_: Any) -> Any:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
@@ -106,11 +115,8 @@ def filling_of(_: Any) -> Any:
 
 def test_a_request_that_lost_its_salt_is_not_mixed(receiver: Engine, llama: Pair) -> None:
     ids, suffix = llama.stored(128), llama.tokens(9)
-    receiver.call(lose_salt, True)
-    try:
+    with changed(receiver, lose_salt, True, False):
         (found,) = receiver.generate([(prompt(ids, suffix), asking(PLANS["reuse"]))])
-    finally:
-        receiver.call(lose_salt, False)
     assert found.tokens == llama.expected(ids, suffix, None)
 
 
@@ -191,13 +197,10 @@ def test_plans_have_names(receiver: Engine, llama: Pair) -> None:
 def test_a_longer_queue_has_another_plan(receiver: Engine, llama: Pair) -> None:
     """Requests that name none get it by those that wait when they arrive; what runs or has ended does not wait."""
     ids, suffixes = llama.stored(128), [llama.tokens(9) for _ in range(4)]
-    receiver.call(set_by_queue, {0: "two", 2: "reuse"})
-    try:
+    with changed(receiver, set_by_queue, {0: "two", 2: "reuse"}, {}):
         found = receiver.generate([(prompt(ids, suffix), {}) for suffix in suffixes])
         (later,) = receiver.generate([(prompt(ids, suffixes[0]), {})])
         (named, *_) = receiver.generate([(prompt(ids, suffix), asking(PLANS["first"])) for suffix in suffixes])
-    finally:
-        receiver.call(set_by_queue, {})
     expected = [PLANS[name] for name in ("two", "two", "reuse", "reuse", "two", "first")]
     assert [each.said["plan"] for each in (*found, later, named)] == [str(plan) for plan in expected]
     for each, suffix, plan in zip(found, suffixes, expected, strict=False):
@@ -339,11 +342,8 @@ def stall_once(engine: Any, fault: str | None) -> None:
 def test_a_context_that_is_not_found_in_time_is_not_reused(receiver: Engine, llama: Pair) -> None:
     """The scheduler waits no longer than workers do."""
     ids, suffix = llama.stored(128), llama.tokens(9)
-    receiver.call(find_nothing, True)
-    try:
+    with changed(receiver, find_nothing, True, False):
         (found,) = receiver.generate([(prompt(ids, suffix), asking(PLANS["reuse"]))])
-    finally:
-        receiver.call(find_nothing, False)
     assert found.said == {"refused": "store: expected to read it within 0.2 s, got no answer"}
     assert found.tokens == llama.expected(ids, suffix, None)
 
