@@ -7,6 +7,7 @@ import shlex
 import sys
 
 import pytest
+import torch
 from support.cli import PAIR
 
 import droidspeak_ops as ds

@@ -1,0 +1,43 @@
+"""The command line that ``droidspeak serve`` gives to vLLM."""
+
+import json
+
+import pytest
+
+from droidspeak_ops.cli import serve
+from droidspeak_ops.cli.parser import make_parser
+
+
+@pytest.mark.parametrize(
+    ("options", "role", "extra"),
+    [
+        (["--capture", "--hidden-layers", "3,1"], "kv_producer", {"hidden_layers": [1, 3]}),
+        (
+            ["--sender", "base", "--maps", "m", "--plan", "p"],
+            "kv_consumer",
+            {"senders": {"sender": {"model": "base", "maps": "m"}}, "plans": {"default": "p"}},
+        ),
+        (["--sender", "base", "--capture"], "kv_both", {"senders": {"sender": {"model": "base"}}}),
+    ],
+)
+def test_serve_tells_vllm_what_it_is_to_do(options: list[str], role: str, extra: dict) -> None:
+    parsed = make_parser().parse_args(["serve", "tuned", "--store", "s", *options, "--vllm=--port 8001"])
+    command = serve.command_of(parsed)
+    told = dict(zip(command[3::2], command[4::2], strict=True))
+    assert (told["--model"], told["--load-format"], told["--port"]) == ("tuned", "droidspeak", "8001")
+    transfer = json.loads(told["--kv-transfer-config"])
+    assert (transfer["kv_role"], transfer["kv_load_failure_policy"]) == (role, "recompute")
+    assert transfer["kv_connector_extra_config"] == {"store": "s"} | extra
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "expected --capture, --sender or both"),
+        (["--capture", "--plan", "p"], "--maps, --plan: expected them with --sender"),
+        (["--sender", "base", "--hidden-layers", "1"], "--hidden-layers: expected it with --capture"),
+    ],
+)
+def test_serve_refuses_half_a_role(options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        serve.command_of(make_parser().parse_args(["serve", "tuned", "--store", "s", *options]))
