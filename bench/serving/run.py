@@ -39,18 +39,30 @@ from rich.progress import track
 
 import droidspeak_ops as ds
 from bench.common import Row, checkout, mean_and_interval, parser, ratio_and_interval, setting, show, write_csv
-from bench.pairs import PAIRS, NamedPair, load_variant
+from bench.pairs import PAIRS, NamedPair, fitted_maps
 from bench.serving import plots
 from bench.serving.load import Request, arrivals, draw_contexts, interleaved, play
 from bench.serving.servers import Server, plain, sharing
 from droidspeak_ops.files import replacing
 
-PLANS = {"lora": ds.Plan(select=48), "full": ds.Plan(select=0.1, selector="recent")}
-"""By pair the plan that is best in docs/selected.md, of those that need no maps."""
+
+class Sharing(NamedTuple):
+    """How a pair shares contexts: its plan, and whether maps of K and V that were fitted to the pair are there, too."""
+
+    plan: ds.Plan
+    is_fitted: bool
+
+
+SHARED = {"lora": Sharing(ds.Plan(select=48), False), "full": Sharing(ds.Plan(project="rest"), True)}
+"""By pair what is best in docs/selected.md and docs/maps.md, with contexts of K and V alone."""
+PLAN, MAPS = "plan.json", "maps.safetensors"
 LIMIT = 2.0
 """Times plain vLLM's median time to first token at the lowest rate, at which knees are compared."""
 OPTIONS = ("--dtype", "float32", "--max-model-len", "4096", "--enable-prefix-caching")
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB of each server, for 45,000 tokens
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB of each server, for 45,000 tokens
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # all cores compute; by itself vLLM keeps one free, of two half of the speed
+}
 
 
 class Load(NamedTuple):
@@ -72,19 +84,24 @@ class Bench:
 
     Args:
         pair: whose variants are written to folders, as vLLM reads models.
-        plan: of the server that shares.
+        sharing: of the server that shares.
         args: of the command.
         scratch: folder for models, contexts and what servers write.
     """
 
-    def __init__(self, pair: NamedPair, plan: ds.Plan, args: argparse.Namespace, scratch: Path) -> None:
-        self._pair, self._plan, self._args, self._scratch = pair, plan, args, scratch
+    def __init__(self, pair: NamedPair, sharing: Sharing, args: argparse.Namespace, scratch: Path) -> None:
+        self._pair, self._args, self._scratch = pair, args, scratch
         self._store = ds.ContextStore(scratch / "contexts")
-        for variant in (pair.sender, pair.receiver):
-            model, self._tokenizer = load_variant(variant)
+        loaded = pair.load()
+        self._tokenizer = loaded.tokenizer
+        for variant, model in ((pair.sender, loaded.sender), (pair.receiver, loaded.receiver)):
             model.save_pretrained(scratch / variant)
             self._tokenizer.save_pretrained(scratch / variant)
-        self._hidden_layers = plan.hidden_layers(model.config.num_hidden_layers)
+        (scratch / PLAN).write_text(sharing.plan.to_json())
+        self._hidden_layers = sharing.plan.hidden_layers(loaded.num_layers)
+        if sharing.is_fitted:
+            fitted_maps(loaded).maps.save(scratch / MAPS)
+            self._hidden_layers = ()
         contexts = -(-args.requests // min(args.questions))
         self._contexts = {
             seed: draw_contexts(pair.task, contexts, max(args.questions), seed) for seed in range(args.seeds)
@@ -97,9 +114,12 @@ class Bench:
             RuntimeError: a server does not start, or contexts were not captured or not reused.
         """
         self._capture()
-        plan, args = self._scratch / "plan.json", self._args
-        plan.write_text(self._plan.to_json())
-        shares = ("--store", self._store.url, "--sender", str(self._scratch / self._pair.sender), "--plan", str(plan))
+        args = self._args
+        shares = [
+            "--store", self._store.url, "--sender", str(self._scratch / self._pair.sender), "--plan", str(self._scratch / PLAN),
+        ]  # fmt: skip
+        if (maps := self._scratch / MAPS).exists():
+            shares += ["--maps", str(maps)]
         receiver = str(self._scratch / self._pair.receiver)
         with ExitStack() as stack:
             servers = {
@@ -109,6 +129,7 @@ class Bench:
             for server in servers.values():
                 server.wait()
                 self._answer(server, Load(0, min(args.questions), math.inf), 2)  # warm-up
+            self._check_reuse(servers["on"])
             loads = [
                 Load(seed, questions, rate)
                 for seed in range(args.seeds)
@@ -121,10 +142,13 @@ class Bench:
                 for name, server in servers.items()
                 for row in self._answer(server, load, args.requests)
             ]
-            counted = servers["on"].counted()
+            self._check_reuse(servers["on"])
+        return rows
+
+    def _check_reuse(self, server: Server) -> None:
+        counted = server.counted()
         if counted["failed_contexts"] or counted["refused_requests"] or not counted["contexts"]:
             raise RuntimeError(f"{self._pair.name}: expected requests that reuse contexts, got {counted}")
-        return rows
 
     def _capture(self) -> None:
         contexts = {each[0].context for drawn in self._contexts.values() for each in drawn}
@@ -271,8 +295,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     options.add_argument(
         "--python", default=sys.executable, help="of an environment with vLLM, where this one has none"
     )
-    options.add_argument("--pairs", nargs="+", choices=PLANS, default=list(PLANS), metavar="PAIR")
-    options.add_argument("--plan", type=Path, help="JSON file of the plan, in place of those of the pairs")
+    options.add_argument("--pairs", nargs="+", choices=SHARED, default=list(SHARED), metavar="PAIR")
+    options.add_argument("--plan", type=Path, help="JSON file of a plan without maps, in place of how pairs share")
     options.add_argument("--rates", nargs="+", type=float, default=[0.125, 0.25, 0.5, 1, 2, 4], help="per second")
     options.add_argument("--requests", type=int, default=24, help="for each seed and rate")
     options.add_argument("--questions", nargs="+", type=int, default=[1, 4], help="of each context")
@@ -280,11 +304,11 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     options.add_argument("--vllm", type=shlex.split, default=[], help="more options of all servers, in one argument")
     options.add_argument("--page", type=Path, help="a page of text with marks between which a table is put")
     args = options.parse_args(argv)
-    plan = None if args.plan is None else ds.Plan.from_json(args.plan.read_bytes())
+    told = None if args.plan is None else Sharing(ds.Plan.from_json(args.plan.read_bytes()), False)
     requests = []
     for name in args.pairs:
         with tempfile.TemporaryDirectory(prefix="serving-") as scratch:
-            requests += Bench(PAIRS[name], plan or PLANS[name], args, Path(scratch)).run()
+            requests += Bench(PAIRS[name], told or SHARED[name], args, Path(scratch)).run()
     rates = by_rate(requests)
     rows = summary(requests, rates)
     args.folder.mkdir(parents=True, exist_ok=True)

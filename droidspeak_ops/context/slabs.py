@@ -1,22 +1,31 @@
 """Memory for tensors that are read one after the other: slabs in huge pages, which several tensors share.
 
-To touch new memory in pages of 4 KiB for the first time takes several times as long as to read a file from the page cache.
+To touch new memory for the first time takes several times as long as to read a file from the page cache, above all in pages of
+4 KiB. So slabs are used again, and a process that reads one context after the other touches little new memory.
 """
 
 from __future__ import annotations
 
 import mmap
 import threading
+import weakref
+from collections import deque
 from contextlib import suppress
+
+import numpy as np
 
 SLAB = 32 << 20
 """Bytes of a slab: many huge pages, and no more than that is held for the sake of one tensor."""
+SPARE = 8
+"""The most slabs that are kept to be used again, when nothing holds a piece of them any more."""
 _PAGE = 4096
 _LINE = 64
 
 
 class Slabs:
-    """Hands out memory, each piece once; a slab is freed when nothing holds a piece of it. Threads may share it.
+    """Hands out memory, each piece once; a slab is given back when nothing holds a piece of it. Threads may share it.
+
+    What a piece holds at first is undefined.
 
     Args:
         most: bytes that will be taken in all; a little more is allowed.
@@ -53,9 +62,25 @@ def _place_for(start: int, used: int) -> int:
     return place + _LINE if 0 < (place - start) % _PAGE < _LINE else place
 
 
+_spare: deque[mmap.mmap] = deque(maxlen=SPARE)
+
+
 def _slab(nbytes: int) -> memoryview:
-    slab = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE)
+    """Return a slab, which goes to the spare ones when nothing holds a piece of it; one of another size is freed."""
+    if nbytes != SLAB:
+        return memoryview(_mapped(nbytes))
+    try:
+        slab = _spare.pop()
+    except IndexError:
+        slab = _mapped(nbytes)
+    array = np.frombuffer(slab, np.uint8)
+    weakref.finalize(array, _spare.append, slab).atexit = False
+    return memoryview(array)
+
+
+def _mapped(nbytes: int) -> mmap.mmap:
+    mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux alone
         with suppress(OSError):  # a kernel without them
-            slab.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(slab)
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped

@@ -88,8 +88,8 @@ class DroidSpeakConnector(KVConnectorBase_V1):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         work = self._get_connector_metadata()
-        if self._filling is not None and isinstance(work, Work):
-            self._filling.fill(work.loads)
+        if self._filling is not None and isinstance(work, Work) and work.load is not None:
+            self._filling.fill(work.load)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Pages are filled before the step runs."""

@@ -62,5 +62,5 @@ class Chunk:
 class Work(KVConnectorMetadata):
     """The work of a step."""
 
-    loads: list[Load] = field(default_factory=list)
+    load: Load | None = None
     chunks: list[Chunk] = field(default_factory=list)

@@ -72,7 +72,7 @@ class Scheduling:
 
         self._matches: dict[str, Match] = {}
         self._captured: dict[str, list[int]] = {}
-        self._loads: list[Load] = []
+        self._load: Load | None = None
         self._filled: dict[str, set[int]] = {}
         self._failed: set[str] = set()
         self._refused: dict[str, str] = {}
@@ -143,12 +143,17 @@ class Scheduling:
             most = min(most, asked.prefix_tokens)
         return list(request.prompt_token_ids[: most + 1]) if most >= self._block_size else None
 
-    def matched(self, request: Any, computed: int) -> int:
-        """Return how many tokens behind those that are cached already a context fills."""
+    def matched(self, request: Any, computed: int) -> int | None:
+        """Return how many tokens behind those that are cached already a context fills.
+
+        None has a request asked about again in the next step: a step fills the pages of one, whose first token would be late if
+        it waited for the contexts of others.
+        """
         match = self._matches.get(request.request_id)
         if match is None or request.request_id in self._failed or request.cache_salt != match.salt:
             return 0
-        return max(0, match.stop - computed)
+        tokens = max(0, match.stop - computed)
+        return None if tokens and self._load else tokens
 
     def allocated(self, request: Any, blocks: Any, tokens: int) -> None:
         """Have a context fill the pages that a request was given."""
@@ -157,18 +162,17 @@ class Scheduling:
         match = self._matches[request.request_id]
         held = list(blocks.get_block_ids()[0][: match.stop // self._block_size])
         prompt = list(request.prompt_token_ids[: None if match.plan.select else match.length + 1])
-        load = Load(
+        self._load = Load(
             request.request_id, prompt, match.length, match.sender, match.sender_name,
             match.plan, match.sender.rope != self._own.rope, match.stop - tokens, match.stop, held,
         )  # fmt: skip
-        self._loads.append(load)
-        self._filled[request.request_id] = set(held[load.start // self._block_size :])
+        self._filled[request.request_id] = set(held[self._load.start // self._block_size :])
 
     def work(self, scheduled: Any) -> Work:
         """Return the work of a step."""
-        loads, self._loads = self._loads, []
+        load, self._load = self._load, None
         self._waiting.difference_update(each.req_id for each in scheduled.scheduled_new_reqs)
-        return Work(loads, self._chunks(scheduled) if self._captured else [])
+        return Work(load, self._chunks(scheduled) if self._captured else [])
 
     def _chunks(self, scheduled: Any) -> list[Chunk]:
         cached = scheduled.scheduled_cached_reqs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -53,22 +52,19 @@ class Filling:
         """Counts of this rank; those of one stand for all."""
 
     @torch.inference_mode()
-    def fill(self, loads: Sequence[Load]) -> None:
-        """Read all contexts, and then fill the pages of those that all ranks could read."""
-        if not loads:
-            return
+    def fill(self, load: Load) -> None:
+        """Read a context, and fill the pages of its request if all ranks could read it."""
         begun = time.perf_counter()
-        contexts = [self._read(load) for load in loads]
+        found = self._read(load)
         read = time.perf_counter()
         self.counts.add("read_seconds", read - begun)
-        for load, context, is_read in zip(loads, contexts, _on_all_ranks([*map(bool, contexts)]), strict=True):
-            if is_read and context is not None:
-                self._fill(load, *context)
-                self.counts.add("contexts", 1)
-                self.counts.add("context_tokens", load.stop - load.start)
-            else:
-                self._invalid.update(load.blocks[load.start // self._block_size :])
-                self.counts.add("failed_contexts", 1)
+        if _on_all_ranks(found is not None) and found is not None:
+            self._fill(load, *found)
+            self.counts.add("contexts", 1)
+            self.counts.add("context_tokens", load.stop - load.start)
+        else:
+            self._invalid.update(load.blocks[load.start // self._block_size :])
+            self.counts.add("failed_contexts", 1)
         self.counts.add("fill_seconds", time.perf_counter() - read)
 
     def take_invalid(self) -> set[int]:
@@ -161,11 +157,11 @@ def _heads_of_rank(config: VllmConfig) -> slice | None:
     return slice(first, first + count)
 
 
-def _on_all_ranks(ours: Sequence[bool]) -> list[bool]:
-    """For each place whether it is true on all ranks: what one of them lacks none of them may run, or others wait for it."""
+def _on_all_ranks(ours: bool) -> bool:
+    """Return whether something is true on all ranks: what one of them lacks none of them may run, or others wait for it."""
     group = get_tp_group()
     if group.world_size == 1:
-        return list(ours)
+        return ours
     agreed = torch.tensor(ours, dtype=torch.int32)
     torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN, group.cpu_group)
-    return agreed.bool().tolist()
+    return bool(agreed)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import pytest
 from support.models import tiny_pair
 
+from bench import pairs
 from bench.common import Row, read_csv
 from bench.pairs import PAIRS
 from bench.serving import load, plots, run, servers
@@ -299,7 +300,7 @@ def stored(url: str, monkeypatch: pytest.MonkeyPatch) -> list[None]:
     Asked.url, Asked.told, Asked.counts = url, {}, {"contexts": 9, "failed_contexts": 0, "refused_requests": 0}
     sender, receiver = tiny_pair(6)
     monkeypatch.setattr(run, "Server", Asked)
-    monkeypatch.setattr(run, "load_variant", lambda name: (sender if name == "base" else receiver, Words()))
+    monkeypatch.setattr(pairs, "load_variant", lambda name: (sender if name == "base" else receiver, Words()))
     monkeypatch.setattr(run.ds.ContextStore, "stored", lambda _: found)
     return found
 
@@ -325,6 +326,21 @@ def test_the_command(stored: list[None], tmp_path: Path) -> None:
     shares = make_parser().parse_args(shared[3:])
     assert (shares.store, shares.sender, shares.capture) == (parsed.store, parsed.model, False)
     assert plain[4] == shares.model != parsed.model and "droidspeak" not in " ".join(plain)
+
+
+def test_maps_go_with_contexts_of_keys_and_values_alone(
+    stored: list[None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Maps:
+        def save(self, path: Path) -> None:
+            path.write_text("maps")
+
+    monkeypatch.setattr(run, "fitted_maps", lambda pair: pairs.Fitted(Maps(), 0.0, 0))
+    stored += [None] * 8
+    run.main([*ARGUMENTS.replace("lora", "full").split(), "--folder", str(tmp_path)])
+    sender, shared = (make_parser().parse_args(Asked.told[f"server {name}"][3:]) for name in ("sender", "on"))
+    assert (sender.capture, sender.hidden_layers, sender.maps) == (True, [], None)
+    assert Path(shared.maps).name == "maps.safetensors" and Path(shared.plan).name == "plan.json"
 
 
 def test_both_ways_are_asked_the_same(stored: list[None], tmp_path: Path) -> None:

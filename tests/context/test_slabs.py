@@ -6,14 +6,21 @@ import os
 import random
 import re
 import weakref
+from collections import deque
 from pathlib import Path
 
 import pytest
+import torch
 
 import droidspeak_ops as ds
 from bench.small_contexts import make_context, make_tokens
 from droidspeak_ops.context import slabs
 from droidspeak_ops.context.slabs import SLAB, Slabs
+
+
+@pytest.fixture(autouse=True)
+def _none_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "_spare", deque(maxlen=slabs.SPARE))
 
 
 def address(piece: memoryview) -> int:
@@ -43,6 +50,25 @@ def test_a_slab_is_freed_with_its_last_piece() -> None:
     assert first() is not None
     del pieces[0]
     assert first() is None and second() is not None
+
+
+def test_a_slab_is_used_again_when_nothing_holds_a_piece_of_it() -> None:
+    """By others too, as contexts come and go; tensors hold pieces."""
+    first, held = Slabs(SLAB).take(10, 0), torch.frombuffer(Slabs(SLAB).take(10, 0), dtype=torch.uint8)
+    held.fill_(1)
+    place = address(first)
+    del first
+    again, new = Slabs(10**12).take(20, 0), Slabs(SLAB).take(20, 0)
+    assert address(again) == place not in (held.data_ptr(), address(new))
+    again[:], new[:] = bytes(20), bytes(20)
+    assert held.eq(1).all()
+
+
+def test_few_slabs_are_kept_for_later() -> None:
+    pieces = [Slabs(SLAB).take(1, 0) for _ in range(slabs.SPARE + 2)]
+    assert len(slabs._spare) == 0
+    pieces.clear()
+    assert len(slabs._spare) == slabs.SPARE
 
 
 @pytest.mark.parametrize(("most", "nbytes", "size"), [(1000, 10, 1000), (10**12, 10, SLAB), (100, SLAB + 5, SLAB + 5)])
