@@ -164,7 +164,7 @@ class Bench:
             raise RuntimeError(f"{self._pair.name}: expected {len(contexts)} captured contexts, got {stored}")
 
     def _server(self, name: str, command: Callable[[Sequence[str]], list[str]]) -> Server:
-        return Server(command, [*OPTIONS, *self._args.vllm], self._scratch / f"server {name}", ENVIRONMENT)
+        return Server(command, [*OPTIONS, *self._args.vllm], self._scratch / f"server-{name}", ENVIRONMENT)
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False).input_ids

@@ -44,7 +44,7 @@ class Server:
     Args:
         command: makes its command line, given options of vLLM.
         options: more of them; the port is one that is free.
-        scratch: folder for its log, and for what vLLM writes.
+        scratch: folder for its log, and for what vLLM writes; without blanks in its name, which compilers are told it by.
         environment: variables beside those of this process.
     """
 

@@ -319,7 +319,7 @@ def test_the_command(stored: list[None], tmp_path: Path) -> None:
     assert all(row["setting"] and float(row["first_token_seconds"]) > 0 for row in requests)
     assert (tmp_path / "out" / "serving.png").exists()
 
-    sender, plain, shared = (Asked.told[f"server {name}"] for name in ("sender", "off", "on"))
+    sender, plain, shared = (Asked.told[f"server-{name}"] for name in ("sender", "off", "on"))
     assert all("--enforce-eager" in " ".join(each) and each[0] == "py" for each in (sender, plain, shared))
     parsed = make_parser().parse_args(sender[3:])
     assert (parsed.capture, parsed.hidden_layers, parsed.sender) == (True, [2], None)
@@ -338,7 +338,7 @@ def test_maps_go_with_contexts_of_keys_and_values_alone(
     monkeypatch.setattr(run, "fitted_maps", lambda pair: pairs.Fitted(Maps(), 0.0, 0))
     stored += [None] * 8
     run.main([*ARGUMENTS.replace("lora", "full").split(), "--folder", str(tmp_path)])
-    sender, shared = (make_parser().parse_args(Asked.told[f"server {name}"][3:]) for name in ("sender", "on"))
+    sender, shared = (make_parser().parse_args(Asked.told[f"server-{name}"][3:]) for name in ("sender", "on"))
     assert (sender.capture, sender.hidden_layers, sender.maps) == (True, [], None)
     assert Path(shared.maps).name == "maps.safetensors" and Path(shared.plan).name == "plan.json"
 

@@ -36,7 +36,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     def serving(model: str, *arguments: str) -> Server:
         command = partial(sharing, sys.executable, model, arguments)
-        servers.append(Server(command, OPTIONS, tmp_path / f"server {len(servers)}", ENVIRONMENT))
+        servers.append(Server(command, OPTIONS, tmp_path / f"server-{len(servers)}", ENVIRONMENT))
         servers[-1].wait()
         return servers[-1]
 
