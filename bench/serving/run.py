@@ -121,14 +121,13 @@ class Bench:
         if (maps := self._scratch / MAPS).exists():
             shares += ["--maps", str(maps)]
         receiver = str(self._scratch / self._pair.receiver)
+        commands = {"off": partial(plain, args.python, receiver), "on": partial(sharing, args.python, receiver, shares)}
+        servers: dict[str, Server] = {}
         with ExitStack() as stack:
-            servers = {
-                "off": stack.enter_context(self._server("off", partial(plain, args.python, receiver))),
-                "on": stack.enter_context(self._server("on", partial(sharing, args.python, receiver, shares))),
-            }
-            for server in servers.values():
-                server.wait()
-                self._answer(server, Load(0, min(args.questions), math.inf), 2)  # warm-up
+            for name, command in commands.items():  # one after the other: each compiles with all cores
+                servers[name] = stack.enter_context(self._server(name, command))
+                servers[name].wait()
+                self._answer(servers[name], Load(0, min(args.questions), math.inf), 2)  # warm-up
             self._check_reuse(servers["on"])
             loads = [
                 Load(seed, questions, rate)
@@ -157,14 +156,14 @@ class Bench:
         if self._hidden_layers:
             arguments += ["--hidden-layers", ",".join(map(str, self._hidden_layers))]
         sender = partial(sharing, self._args.python, str(self._scratch / self._pair.sender), arguments)
-        with self._server("sender", sender) as server:
+        with self._server("sender", sender, "--enforce-eager") as server:
             server.wait()
             asyncio.run(play(server.url, requests, [0.0] * len(requests)))
         if (stored := len(self._store.stored())) != len(contexts):
             raise RuntimeError(f"{self._pair.name}: expected {len(contexts)} captured contexts, got {stored}")
 
-    def _server(self, name: str, command: Callable[[Sequence[str]], list[str]]) -> Server:
-        return Server(command, [*OPTIONS, *self._args.vllm], self._scratch / f"server-{name}", ENVIRONMENT)
+    def _server(self, name: str, command: Callable[[Sequence[str]], list[str]], *options: str) -> Server:
+        return Server(command, [*OPTIONS, *options, *self._args.vllm], self._scratch / f"server-{name}", ENVIRONMENT)
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False).input_ids

@@ -15,7 +15,7 @@ from typing import Self
 
 import httpx2
 
-SECONDS = 240  # until a server has started, or has answered
+SECONDS = 480  # until a server has compiled its model and started, or has answered
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import TypeVar
@@ -146,6 +148,30 @@ def layers(text: str) -> list[int]:
     except ValueError:
         raise ValueError(f"expected layers with commas between them, such as 10,15, got {text}") from None
     return list(Plan(project=found).project)  # type: ignore[arg-type]
+
+
+def seconds(text: str) -> float:
+    """Return seconds.
+
+    Raises:
+        ValueError: they are none, or not positive.
+    """
+    with suppress(ValueError):
+        if 0 < (found := float(text)) < math.inf:
+            return found
+    raise ValueError(f"expected a positive number of seconds, got {text!r}")
+
+
+def busy_plan(text: str) -> tuple[int, str]:
+    """Return from ``WAITING=FILE`` the number of requests, and the file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    waiting, _, file = text.partition("=")
+    if not file:
+        raise ValueError(f"expected a number of requests and a file, such as 8=cheap.json, got {text!r}")
+    return at_least(1)(waiting), file
 
 
 def targets(text: str) -> list[str]:

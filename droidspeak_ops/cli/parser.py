@@ -13,11 +13,13 @@ from .arguments import (
     argument,
     at_least,
     band,
+    busy_plan,
     layers,
     number_of_contexts,
     output_file,
     output_folder,
     png_file,
+    seconds,
     size,
     targets,
     whole_number,
@@ -169,6 +171,19 @@ def make_parser() -> argparse.ArgumentParser:
     serving.add_argument("--sender", help="local path or hub name of the model whose contexts are reused")
     serving.add_argument("--maps", help="maps from it to this model, from droidspeak fit")
     serving.add_argument("--plan", help="JSON file of the plan of requests that name none")
+    serving.add_argument(
+        "--busy-plan",
+        type=argument(busy_plan),
+        action="append",
+        default=[],
+        metavar="WAITING=FILE",
+        help="JSON file of the plan that takes its place while so many requests wait; may be given for several numbers",
+    )
+    serving.add_argument(
+        "--read-seconds",
+        type=argument(seconds),
+        help="that a context may take to be found, and to be read, before its request runs as it is (default: 10)",
+    )
     serving.add_argument("--capture", action="store_true", help="capture contexts of requests that ask for it")
     serving.add_argument(
         "--hidden-layers",

@@ -29,16 +29,23 @@ def command_of(options: argparse.Namespace) -> list[str]:
     """
     if not options.capture and options.sender is None:
         raise ValueError("expected --capture, --sender or both, got neither")
-    if options.sender is None and (options.maps or options.plan):
-        raise ValueError("--maps, --plan: expected them with --sender, got none")
+    if options.sender is None and (options.maps or options.plan or options.busy_plan):
+        raise ValueError("--maps, --plan, --busy-plan: expected them with --sender, got none")
     if options.hidden_layers and not options.capture:
         raise ValueError("--hidden-layers: expected it with --capture, got none")
-    extra = {"store": options.store, "namespace": options.namespace, "hidden_layers": options.hidden_layers}
+    extra = {
+        "store": options.store,
+        "namespace": options.namespace,
+        "hidden_layers": options.hidden_layers,
+        "read_seconds": options.read_seconds,
+    }
     if options.sender is not None:
         sender = {"model": options.sender, "maps": options.maps}
         extra["senders"] = {"sender": {name: value for name, value in sender.items() if value is not None}}
-        if options.plan is not None:
-            extra["plans"] = {"default": options.plan}
+        busy = {f"from {waiting} waiting": (waiting, file) for waiting, file in options.busy_plan}
+        extra["plans"] = {"default": options.plan} if options.plan else {}
+        extra["plans"] |= {name: file for name, (_, file) in busy.items()}
+        extra["by_queue"] = {waiting: name for name, (waiting, _) in busy.items()}
     role = "kv_consumer" if not options.capture else "kv_producer" if options.sender is None else "kv_both"
     transfer = {
         "kv_connector": CONNECTOR,

@@ -40,6 +40,10 @@ MISTAKES = {
     "demo --examples 99": "demo: error: examples: expected 1 to 64, the shipped ones, got 99",
     "demo --sender shallow --receiver shallow": "demo: error: shallow: expected a model of 6 layers or more, got 3",
     "compile --targets sm_1": "compile: error: argument --targets: targets: expected some of .* got",
+    "serve tuned --store s --busy-plan cheap": "--busy-plan: expected a number of requests and a file, such as 8=cheap.json",
+    "serve tuned --store s --busy-plan 0=cheap": "serve: error: argument --busy-plan: expected 1 or more, got 0",
+    "serve tuned --store s --read-seconds 0": "argument --read-seconds: expected a positive number of seconds, got '0'",
+    "serve tuned --store s --read-seconds nan": "argument --read-seconds: expected a positive number of seconds, got 'nan'",
     # outputs
     f"fit {PAIR} --out folder": "argument --out: expected a file, got folder, which is a folder",
     f"fit {PAIR} --out none/maps": "argument --out: expected a file in a folder that exists, got none/maps",

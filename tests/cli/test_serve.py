@@ -18,6 +18,16 @@ from droidspeak_ops.cli.parser import make_parser
             {"senders": {"sender": {"model": "base", "maps": "m"}}, "plans": {"default": "p"}},
         ),
         (["--sender", "base", "--capture"], "kv_both", {"senders": {"sender": {"model": "base"}}}),
+        (
+            ["--sender", "base", "--plan", "p", "--busy-plan", "2=q", "--busy-plan", "8=a=b", "--read-seconds", "0.5"],
+            "kv_consumer",
+            {
+                "senders": {"sender": {"model": "base"}},
+                "plans": {"default": "p", "from 2 waiting": "q", "from 8 waiting": "a=b"},
+                "by_queue": {"2": "from 2 waiting", "8": "from 8 waiting"},
+                "read_seconds": 0.5,
+            },
+        ),
     ],
 )
 def test_serve_tells_vllm_what_it_is_to_do(options: list[str], role: str, extra: dict) -> None:
@@ -34,7 +44,8 @@ def test_serve_tells_vllm_what_it_is_to_do(options: list[str], role: str, extra:
     ("options", "message"),
     [
         ([], "expected --capture, --sender or both"),
-        (["--capture", "--plan", "p"], "--maps, --plan: expected them with --sender"),
+        (["--capture", "--plan", "p"], "--maps, --plan, --busy-plan: expected them with --sender"),
+        (["--capture", "--busy-plan", "2=p"], "--maps, --plan, --busy-plan: expected them with --sender"),
         (["--sender", "base", "--hidden-layers", "1"], "--hidden-layers: expected it with --capture"),
     ],
 )

@@ -28,23 +28,35 @@ PLANS = {
 
 
 class Pair:
-    """A sender and a receiver of a family with what a server of either is told: folders, a store, maps."""
+    """A sender and a receiver with what a server of either is told: folders, a store, maps.
 
-    def __init__(self, family: str, folder: Path) -> None:
+    Args:
+        sender_folder, receiver_folder: of the models with their tokenizers.
+        folder: for the rest.
+    """
+
+    def __init__(self, sender_folder: str, receiver_folder: str, folder: Path) -> None:
+        self.sender_folder, self.receiver_folder, self.folder = sender_folder, receiver_folder, folder
+        self._random = torch.Generator().manual_seed(0)
+        (self.sender, self.tokenizer), (self.receiver, _) = map(load_pretrained, (sender_folder, receiver_folder))
+        self.store = ds.ContextStore(folder / "store")
+
+    @classmethod
+    def of_family(cls, family: str, folder: Path) -> Pair:
+        """Return a tiny pair of a family."""
         torch.manual_seed(0)
         windows = {} if family == "llama" else {"sliding_window": None}
         sender = tiny(family, LAYERS, hidden_size=128, head_dim=32, **windows)  # the least that vLLM serves on a CPU
-        self.folder, self._random = folder, torch.Generator().manual_seed(0)
-        self.sender_folder = save_with_tokenizer(sender, folder / "sender")
-        self.receiver_folder = save_with_tokenizer(fine_tuned(sender, 0.3), folder / "receiver")
-        (self.sender, self.tokenizer), (self.receiver, _) = map(
-            load_pretrained, (self.sender_folder, self.receiver_folder)
+        folders = (
+            save_with_tokenizer(model, folder / role)
+            for role, model in (("sender", sender), ("receiver", fine_tuned(sender, 0.3)))
         )
-        self.store = ds.ContextStore(folder / "store")
+        return cls(*folders, folder)
 
     def captured(self, ids: torch.Tensor, model: str = "sender") -> ds.SharedContext:
         """The context of tokens as transformers captures it, of the sender or of the receiver."""
-        return ds.capture(getattr(self, model), ids, layers=range(1, LAYERS), tokenizer=self.tokenizer)
+        layers = range(1, self.sender.config.num_hidden_layers)
+        return ds.capture(getattr(self, model), ids, layers=layers, tokenizer=self.tokenizer)
 
     def tokens(self, count: int) -> torch.Tensor:
         """Tokens that no other test of the engine is given."""

@@ -19,7 +19,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
 
     def of(family: str) -> Pair:
         if family not in made:
-            made[family] = Pair(family, tmp_path_factory.mktemp(family))
+            made[family] = Pair.of_family(family, tmp_path_factory.mktemp(family))
         return made[family]
 
     return of
