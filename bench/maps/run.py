@@ -67,7 +67,9 @@ RANKS = (8, 32, 128)
 DELIMITERS = ("\n", ":", ",", ".", "(", ")", "<|im_end|>")
 STUDIED_CONTEXTS = 6  # of each split, of which errors are measured layer by layer
 ANSWERED = 40  # test contexts whose answers are generated and scored, for the time it takes
-ANSWERED_WAYS = ("reuse", "fitted", "recent 10 % over fitted", "selected 10 % over fitted")
+ANSWERED_WAYS = (
+    "reuse", "fitted", "fitted, no hidden states", "recent 10 % over fitted", "selected 10 % over fitted",
+)  # fmt: skip
 TIMED_WAYS = ("reuse", "projected", "fitted", "fitted, no hidden states")
 TIMED_TOKENS = 2048
 ROUNDS = 9

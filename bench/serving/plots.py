@@ -48,7 +48,7 @@ def write(rows: Sequence[Row], page: Path) -> None:
     """Put a table of the summary into a page."""
     columns = (
         "pair | questions to a context | first token, plain | shared | faster | requests per second at the knee, plain | "
-        "shared | times | score, plain | shared | of plain's"
+        "shared | times | most answers per second, plain | shared | times | score, plain | shared | of plain's"
     )
     lines = [f"| {columns} |", "|---" * len(columns.split("|")) + "|"]
     for row in rows:
@@ -63,6 +63,9 @@ def write(rows: Sequence[Row], page: Path) -> None:
             row["off_knee"],
             f"{least}{row['on_knee']}",
             times,
+            row["off_most"],
+            row["on_most"],
+            row["most_ratio"],
             *scores,
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -14,8 +14,9 @@ cached, too.
 - `requests.csv`: every request. Its seconds are from when it was due, so that waiting counts.
 - `rates.csv`: by rate, the median and the 95th percentile of the times to first token, and answers per second.
 - `summary.csv`: the times at the lowest rate. The knee, which is the rate up to which the median time to first token is no more
-  than twice that of `off` at the lowest rate, by interpolation between rates; `at_least` if it is so at all of them. And the
-  task's score of answers at the lowest rate, with bootstrap intervals over questions.
+  than twice that of `off` at the lowest rate, by interpolation between rates; `at_least` if it is so at all of them. A load
+  ends, so that a server is past what it can serve for a while before its median is: `most` is what it answered per second, at
+  the rate where that was most. And the task's score of answers at the lowest rate, with bootstrap intervals over questions.
 - `serving.png`, and with ``--page`` a table in a page of text.
 """
 
@@ -264,6 +265,7 @@ def summary(requests: Sequence[Row], rates: Sequence[Row]) -> list[Row]:
             next(float(row["p50_ms"]) for row in of_rates[way] if row["rate"] == lowest) for way in ("off", "on")
         )
         knees = {way: knee(of_rates[way], LIMIT * off) for way in of_rates}
+        most = {way: max(float(row["answers_per_second"]) for row in of_rates[way]) for way in of_rates}
         scores = {
             way: [float(row["score"]) for row in of_requests[way] if row["rate"] == lowest] for way in of_requests
         }
@@ -278,6 +280,9 @@ def summary(requests: Sequence[Row], rates: Sequence[Row]) -> list[Row]:
                 "on_knee": f"{knees['on'].rate:.3f}",
                 "knee_ratio": f"{knees['on'].rate / knees['off'].rate:.2f}" if knees["off"].is_reached else "",
                 "at_least": not knees["on"].is_reached,
+                "off_most": f"{most['off']:.3f}",
+                "on_most": f"{most['on']:.3f}",
+                "most_ratio": f"{most['on'] / most['off']:.2f}",
                 **mean_and_interval("off_score", scores["off"]),
                 **mean_and_interval("on_score", scores["on"]),
                 **ratio_and_interval("of_off", scores["on"], scores["off"]),

@@ -115,7 +115,7 @@ def fit(
                 readings.add(receiver_context, group)
             if number < STEPS:  # the others are only summed and trained on
                 received.append(replace(receiver_context, hidden_states={}))
-                objectives.append(KLObjective(pair.receiver, received, number, group))
+                objectives.append(KLObjective(pair.receiver, received, number, group, work.folder / "references"))
         fits = {source: _fit_layers(pair, source, folds, progress) for source in FITTED}
         of_domain = [fold[pair.domain_layer, "fitted_kv"] for fold in folds]
         del folds  # together as large as a model
@@ -261,7 +261,8 @@ def _fit_layers(
         without_each = _without_each(sums)
         strength = _strength(without_each[0], sums[0], pair.blocks((layer, source)))
         for without_fold, equations in zip(fits.without_fold, without_each, strict=True):
-            without_fold[layer] = equations.solve(strength)
+            fit = equations.solve(strength)
+            without_fold[layer] = Affine(fit.weight.float(), fit.bias.float())  # all they are for is float32
         fits.on_all[layer] = NormalEquations.total(sums).solve(strength)
     return fits
 
@@ -308,8 +309,8 @@ def _learn(
         before = after = 0.0
         for number in range(0, len(objectives), FOLDS):
             parts = interpolations(source, number)
-            before += float(objectives[number].kl_of_shares(parts, zeros))
-            after += float(objectives[number].kl_of_shares(parts, shares))
+            before += float(sum(objectives[number].terms_of_shares(parts, zeros)))
+            after += float(sum(objectives[number].terms_of_shares(parts, shares)))
         return after < _MAX_KL_RATIO * before
 
     return shares, {source for source in progress.track(FITTED, description="Validating maps") if helps(source)}

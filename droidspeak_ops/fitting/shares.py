@@ -6,14 +6,17 @@ layer, are learnt by gradient descent on the divergence of the receiver's next t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
+from safetensors.torch import load_file, save_file
 
 from ..context.context import SharedContext, last
 from ..example import Example
+from ..files import replacing
 from ..hf.decoder import Decoder
 from ..hf.passes import KeysValues, PackedSuffixes, Pass
 from ..metrics import kl_divergence
@@ -23,7 +26,10 @@ STEPS = 24
 """Optimizer steps, one context each."""
 EXAMPLES_PER_STEP = 6
 """Most examples of a context in one step; they are packed into one row."""
+_EXAMPLES_PER_GRAPH = 2
+"""Of those, as many as are differentiated together: their activations in all layers are in memory."""
 
+_REFERENCE = "log_probabilities"
 _LEARNING_RATE, _START = 0.3, 0.3
 _LOWEST, _HIGHEST = -0.25, 1.5
 
@@ -57,21 +63,31 @@ class KLObjective:
         contexts: as the receiver itself has read them, of which one is looked at when it is needed.
         number: which.
         examples: the examples of the context.
+        folder: where the next tokens after the receiver's own prefill are kept, which are of the whole vocabulary.
     """
 
     def __init__(
-        self, decoder: Decoder, contexts: Sequence[SharedContext], number: int, examples: Sequence[Example]
+        self,
+        decoder: Decoder,
+        contexts: Sequence[SharedContext],
+        number: int,
+        examples: Sequence[Example],
+        folder: Path,
     ) -> None:
         self._decoder, self._contexts, self._number, self._examples = decoder, contexts, number, examples
+        self._folder = folder
         shape = contexts[number].tokens.shape
         self._tokens, self.device = shape[1], decoder.device
         self._pass = Pass(decoder, shape)
-        self._references: dict[int, torch.Tensor] = {}
 
-    def kl_of_shares(self, interpolations: Interpolations, shares: Shares, visit: int = 0) -> torch.Tensor:
-        """Return :meth:`kl` with K/V interpolated by `shares`."""
-        mixed = [self._mix(layer, parts, shares[layer]) for layer, parts in sorted(interpolations.items())]
-        return self.kl([self._contexts[self._number].kv(0)[:2], *mixed], visit)
+    def terms_of_shares(self, interpolations: Interpolations, shares: Shares, visit: int = 0) -> Iterator[torch.Tensor]:
+        """Yield terms whose sum is :meth:`kl` with K/V interpolated by `shares`, each with a graph of its own."""
+        which = self._examples_of(visit)
+        count = sum(self._examples[number].answer.shape[1] for number in which)
+        for start in range(0, len(which), _EXAMPLES_PER_GRAPH):
+            mixed = [self._mix(layer, parts, shares[layer]) for layer, parts in sorted(interpolations.items())]
+            keys_values = [self._contexts[self._number].kv(0)[:2], *mixed]
+            yield self._kl(keys_values, which[start : start + _EXAMPLES_PER_GRAPH]).sum() / count
 
     def kl(self, keys_values: Sequence[KeysValues], visit: int = 0) -> torch.Tensor:
         """Return the mean KL divergence from full prefill over the answer tokens of some examples, in nats.
@@ -80,21 +96,32 @@ class KLObjective:
             keys_values: K and V ``[1, K, N, D]`` of the context, by layer.
             visit: selects :data:`EXAMPLES_PER_STEP` of the examples; the next visit takes the following ones.
         """
+        return self._kl(keys_values, self._examples_of(visit)).mean()
+
+    def _kl(self, keys_values: Sequence[KeysValues], which: Sequence[int]) -> torch.Tensor:
+        return kl_divergence(self.reference(which), self._log_probabilities(keys_values, which))
+
+    def _examples_of(self, visit: int) -> list[int]:
         total = len(self._examples)
-        which = [(visit * EXAMPLES_PER_STEP + number) % total for number in range(min(EXAMPLES_PER_STEP, total))]
-        return kl_divergence(self.reference(which), self._log_probabilities(keys_values, which)).mean()
+        return [(visit * EXAMPLES_PER_STEP + number) % total for number in range(min(EXAMPLES_PER_STEP, total))]
 
     @torch.no_grad()
     def reference(self, which: Sequence[int]) -> torch.Tensor:
         """Return log-probabilities of the answer tokens of some examples after full prefill, computed at first use."""
-        new = [number for number in which if number not in self._references]
+        new = [number for number in which if not self._path(number).exists()]
         if new:
             context = self._contexts[self._number]
             own = [context.kv(layer)[:2] for layer in range(self._decoder.num_layers)]
             computed = self._log_probabilities(own, new)
             lengths = [self._examples[number].answer.shape[1] for number in new]
-            self._references |= dict(zip(new, computed.split(lengths), strict=True))
-        return torch.cat([self._references[number] for number in which])
+            for number, part in zip(new, computed.split(lengths), strict=True):
+                with replacing(self._path(number)) as scratch:
+                    save_file({_REFERENCE: part.contiguous()}, scratch)
+        device = str(self.device)
+        return torch.cat([load_file(self._path(number), device)[_REFERENCE] for number in which])
+
+    def _path(self, example: int) -> Path:
+        return self._folder / f"{self._number:05}.{example}.safetensors"
 
     def _mix(self, layer: int, parts: Interpolation, shares: torch.Tensor) -> KeysValues:
         """K and V ``[1, K, N, D]`` of a layer with `shares` ``[2]``."""
@@ -143,9 +170,9 @@ def learn_shares(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=STEPS)
     for step in track(range(STEPS)):
         visit, index = divmod(step, len(objectives))
-        kl = objectives[index].kl_of_shares(interpolations(index), shares, visit)
-        for each, gradient in zip(shares.values(), torch.autograd.grad(kl, list(shares.values())), strict=True):
-            each.grad = gradient  # and none of the receiver's weights
+        optimizer.zero_grad()
+        for term in objectives[index].terms_of_shares(interpolations(index), shares, visit):
+            term.backward(inputs=list(shares.values()))  # and none of the receiver's weights
         optimizer.step()
         schedule.step()
         with torch.no_grad():

@@ -34,6 +34,7 @@ IN_MEMORY = 64
 HELD_OUT = 5
 """One of so many contexts is not trained on, and says whether training has helped."""
 
+_FOLDERS = ("contexts", "readings", "references", "trained")
 _BETAS, _WARM_UP = (0.9, 0.99), 10
 _MAX_LOSS_RATIO = 0.98  # of the loss on contexts held out after training to that before, for a layer to be changed
 
@@ -121,7 +122,7 @@ class Workplace:
         if not journal.exists() and any(self.folder.iterdir()):
             raise ValueError(f"folder: expected an empty one, or that of a fit which was killed, got {self.folder}")
         self._journal = Journal(journal, run)
-        for name in ("contexts", "readings", "trained"):
+        for name in _FOLDERS:
             (self.folder / name).mkdir(exist_ok=True)
 
     def trained(self, layer: int, source: str) -> LayerMap | None:
@@ -138,7 +139,7 @@ class Workplace:
 
     def clear(self) -> None:
         """Remove all that the run has kept."""
-        for name in ("contexts", "readings", "trained"):
+        for name in _FOLDERS:
             shutil.rmtree(self.folder / name)
         self._journal.close()
         remove_journal(self.folder / "fit.jsonl")

@@ -1,6 +1,7 @@
 """Fitted maps: what they are made of, what they are refused for, and that they help where they should."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_maps_help_on_other_contexts(family: str) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_oss"])
-def test_packed_examples_are_as_if_alone(family: str, attention: str) -> None:
+def test_packed_examples_are_as_if_alone(family: str, attention: str, tmp_path: Path) -> None:
     """Also where sliding windows end inside the context, inside the suffix, and where layers differ in it."""
     if (family, attention) == ("gpt_oss", "sdpa"):
         pytest.skip("transformers has no SDPA for gpt_oss")
@@ -75,7 +76,7 @@ def test_packed_examples_are_as_if_alone(family: str, attention: str) -> None:
     some = [ds.Example(context, tokens(given), tokens(answered)) for given, answered in ((3, 1), (12, 4), (1, 9))]
     own = ds.capture(model, context)
     keys_values = [own.kv(layer)[:2] for layer in range(LAYERS)]
-    objective = KLObjective(Decoder(model), [own], 0, some)
+    objective = KLObjective(Decoder(model), [own], 0, some, tmp_path)
     together = objective._log_probabilities(keys_values, range(3))
     alone = []
     for example in some:
@@ -83,6 +84,9 @@ def test_packed_examples_are_as_if_alone(family: str, attention: str) -> None:
         logits = model(ids, logits_to_keep=example.answer.shape[1]).logits
         alone.append(logits[0].detach().log_softmax(-1))
     assert_close(together.detach(), torch.cat(alone), torch.float32, operations=64)
+    kept = objective.reference([2, 0])
+    assert_close(kept, torch.cat((together[5:], together[:1])).detach(), torch.float32, operations=64)
+    assert torch.equal(objective.reference([0]), kept[-1:])
 
 
 def test_maps_of_equal_models_change_nothing() -> None:
