@@ -75,7 +75,7 @@ def _slab(nbytes: int) -> memoryview:
         slab = _mapped(nbytes)
     array = np.frombuffer(slab, np.uint8)
     weakref.finalize(array, _spare.append, slab).atexit = False
-    return memoryview(array)
+    return array.data
 
 
 def _mapped(nbytes: int) -> mmap.mmap:
