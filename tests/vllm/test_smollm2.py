@@ -46,9 +46,9 @@ def test_greedy_tokens_are_those_of_transformers(smollm2: Pair, start: Callable[
     )
     wishes = [*map(asking, PLANS.values()), None]
     found = engine.generate([(prompt(ids, suffix), wish) for wish in wishes], count=TOKENS)
-    for (name, plan), each in zip(PLANS.items(), found, strict=False):
-        assert each.said == {"context_tokens": CONTEXT, "sender": "base", "plan": str(plan), "loaded": True}
-        assert each.tokens == smollm2.generated(captured, suffix, plan, count=TOKENS), name
+    answers = {name: smollm2.generated(captured, suffix, plan, count=TOKENS) for name, plan in PLANS.items()}
+    for (name, answer), each in zip(answers.items(), found, strict=False):
+        assert each.said == {"context_tokens": CONTEXT, "sender": "base", "plan": str(PLANS[name]), "loaded": True}
+        assert each.tokens[: len(answer)] == answer, name  # engines of these tests go on behind an answer's end
     own = smollm2.expected(ids, suffix, None, count=TOKENS)
-    assert found[-1].tokens == own == found[list(PLANS).index("all")].tokens
-    assert found[list(PLANS).index("reused")].tokens != own
+    assert found[-1].tokens[: len(own)] == own == answers["all"] != answers["reused"]
