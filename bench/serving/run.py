@@ -62,7 +62,7 @@ LIMIT = 2.0
 OPTIONS = ("--dtype", "float32", "--max-model-len", "4096", "--enable-prefix-caching")
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB of each server, for 45,000 tokens
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # all cores compute; by itself vLLM keeps one free, of two half of the speed
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # all cores compute; vLLM by itself keeps one of them free, here every other one
 }
 
 

@@ -122,6 +122,8 @@ class Workplace:
         if not journal.exists() and any(self.folder.iterdir()):
             raise ValueError(f"folder: expected an empty one, or that of a fit which was killed, got {self.folder}")
         self._journal = Journal(journal, run)
+        # Next tokens are computed anew, in the same packs: half of a pack, kept by a run that was killed, would change bits.
+        shutil.rmtree(self.folder / "references", ignore_errors=True)
         for name in _FOLDERS:
             (self.folder / name).mkdir(exist_ok=True)
 
