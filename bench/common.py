@@ -116,7 +116,6 @@ def read_csv(path: Path) -> list[Row]:
 # --- quality ----------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> float:
     """Return the mean divergence from a reference at the tokens of an answer, in nats."""
     return metrics.kl_divergence(reference, logits).mean().item()

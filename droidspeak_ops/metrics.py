@@ -13,6 +13,7 @@ Metric = Callable[[str, str], float]
 """Score of an answer, given the expected one."""
 
 
+@torch.no_grad()
 def answer_logits(receiver: Any, example: Example, cache: Any = None) -> torch.Tensor:
     """Return a receiver's logits ``[N, vocabulary]`` at each token of the answer, in float32.
 

@@ -75,7 +75,7 @@ def test_answers_over_a_cache_are_those_of_full_prefill() -> None:
     example = ds.Example(tokens(20), tokens(4), tokens(3))
     own, others = (ds.capture(model, example.context) for model in (receiver, fine_tuned(receiver)))
     reference = answer_logits(receiver, example)
-    assert reference.shape == (3, receiver.config.vocab_size)
+    assert reference.shape == (3, receiver.config.vocab_size) and not reference.requires_grad
     divergences = [
         common.divergence(reference, answer_logits(receiver, example, ds.partial_prefill(receiver, each, ds.Plan())))
         for each in (own, others)
