@@ -47,16 +47,15 @@ from bench.serving.servers import Server, plain, sharing
 from droidspeak_ops.files import replacing
 
 
-class Sharing(NamedTuple):
+class Shared(NamedTuple):
     """How a pair shares contexts: its plan, and whether maps of K and V that were fitted to the pair are there, too."""
 
     plan: ds.Plan
     is_fitted: bool
 
 
-SHARED = {"lora": Sharing(ds.Plan(select=48), False), "full": Sharing(ds.Plan(project="rest"), True)}
+SHARED = {"lora": Shared(ds.Plan(select=48), False), "full": Shared(ds.Plan(project="rest"), True)}
 """By pair what is best in docs/selected.md and docs/maps.md, with contexts of K and V alone."""
-PLAN, MAPS = "plan.json", "maps.safetensors"
 LIMIT = 2.0
 """Times plain vLLM's median time to first token at the lowest rate, at which knees are compared."""
 OPTIONS = ("--dtype", "float32", "--max-model-len", "4096", "--enable-prefix-caching")
@@ -85,12 +84,12 @@ class Bench:
 
     Args:
         pair: whose variants are written to folders, as vLLM reads models.
-        sharing: of the server that shares.
+        shared: how the pair shares contexts.
         args: of the command.
         scratch: folder for models, contexts and what servers write.
     """
 
-    def __init__(self, pair: NamedPair, sharing: Sharing, args: argparse.Namespace, scratch: Path) -> None:
+    def __init__(self, pair: NamedPair, shared: Shared, args: argparse.Namespace, scratch: Path) -> None:
         self._pair, self._args, self._scratch = pair, args, scratch
         self._store = ds.ContextStore(scratch / "contexts")
         loaded = pair.load()
@@ -98,10 +97,13 @@ class Bench:
         for variant, model in ((pair.sender, loaded.sender), (pair.receiver, loaded.receiver)):
             model.save_pretrained(scratch / variant)
             self._tokenizer.save_pretrained(scratch / variant)
-        (scratch / PLAN).write_text(sharing.plan.to_json())
-        self._hidden_layers = sharing.plan.hidden_layers(loaded.num_layers)
-        if sharing.is_fitted:
-            fitted_maps(loaded).maps.save(scratch / MAPS)
+        plan, maps = scratch / "plan.json", scratch / "maps.safetensors"
+        plan.write_text(shared.plan.to_json())
+        self._shares = ["--store", self._store.url, "--sender", str(scratch / pair.sender), "--plan", str(plan)]
+        self._hidden_layers = shared.plan.hidden_layers(loaded.num_layers)
+        if shared.is_fitted:
+            fitted_maps(loaded).maps.save(maps)
+            self._shares += ["--maps", str(maps)]
             self._hidden_layers = ()
         contexts = -(-args.requests // min(args.questions))
         self._contexts = {
@@ -116,13 +118,11 @@ class Bench:
         """
         self._capture()
         args = self._args
-        shares = [
-            "--store", self._store.url, "--sender", str(self._scratch / self._pair.sender), "--plan", str(self._scratch / PLAN),
-        ]  # fmt: skip
-        if (maps := self._scratch / MAPS).exists():
-            shares += ["--maps", str(maps)]
         receiver = str(self._scratch / self._pair.receiver)
-        commands = {"off": partial(plain, args.python, receiver), "on": partial(sharing, args.python, receiver, shares)}
+        commands = {
+            "off": partial(plain, args.python, receiver),
+            "on": partial(sharing, args.python, receiver, self._shares),
+        }
         servers: dict[str, Server] = {}
         with ExitStack() as stack:
             for name, command in commands.items():  # one after the other: each compiles with all cores
@@ -308,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     options.add_argument("--vllm", type=shlex.split, default=[], help="more options of all servers, in one argument")
     options.add_argument("--page", type=Path, help="a page of text with marks between which a table is put")
     args = options.parse_args(argv)
-    told = None if args.plan is None else Sharing(ds.Plan.from_json(args.plan.read_bytes()), False)
+    told = None if args.plan is None else Shared(ds.Plan.from_json(args.plan.read_bytes()), False)
     requests = []
     for name in args.pairs:
         with tempfile.TemporaryDirectory(prefix="serving-") as scratch:

@@ -42,10 +42,9 @@ def command_of(options: argparse.Namespace) -> list[str]:
     if options.sender is not None:
         sender = {"model": options.sender, "maps": options.maps}
         extra["senders"] = {"sender": {name: value for name, value in sender.items() if value is not None}}
-        busy = {f"from {waiting} waiting": (waiting, file) for waiting, file in options.busy_plan}
-        extra["plans"] = {"default": options.plan} if options.plan else {}
-        extra["plans"] |= {name: file for name, (_, file) in busy.items()}
-        extra["by_queue"] = {waiting: name for name, (waiting, _) in busy.items()}
+        extra["plans"] = {} if options.plan is None else {"default": options.plan}
+        extra["plans"] |= {f"from {waiting} waiting": file for waiting, file in options.busy_plan}
+        extra["by_queue"] = {waiting: f"from {waiting} waiting" for waiting, _ in options.busy_plan}
     role = "kv_consumer" if not options.capture else "kv_producer" if options.sender is None else "kv_both"
     transfer = {
         "kv_connector": CONNECTOR,

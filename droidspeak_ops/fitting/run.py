@@ -309,8 +309,8 @@ def _learn(
         before = after = 0.0
         for number in range(0, len(objectives), FOLDS):
             parts = interpolations(source, number)
-            before += float(sum(objectives[number].terms_of_shares(parts, zeros)))
-            after += float(sum(objectives[number].terms_of_shares(parts, shares)))
+            before += float(objectives[number].kl_of_shares(parts, zeros))
+            after += float(objectives[number].kl_of_shares(parts, shares))
         return after < _MAX_KL_RATIO * before
 
     return shares, {source for source in progress.track(FITTED, description="Validating maps") if helps(source)}

@@ -80,13 +80,16 @@ class KLObjective:
         self._tokens, self.device = shape[1], decoder.device
         self._pass = Pass(decoder, shape)
 
-    def terms_of_shares(self, interpolations: Interpolations, shares: Shares, visit: int = 0) -> Iterator[torch.Tensor]:
+    def kl_of_shares(self, interpolations: Interpolations, shares: Shares) -> torch.Tensor:
+        """Return :meth:`kl` with K/V interpolated by `shares`."""
+        return self.kl([self._contexts[self._number].kv(0)[:2], *self._mixed(interpolations, shares)])
+
+    def terms_of_shares(self, interpolations: Interpolations, shares: Shares, visit: int) -> Iterator[torch.Tensor]:
         """Yield terms whose sum is :meth:`kl` with K/V interpolated by `shares`, each with a graph of its own."""
-        which = self._examples_of(visit)
+        which, first = self._examples_of(visit), self._contexts[self._number].kv(0)[:2]
         count = sum(self._examples[number].answer.shape[1] for number in which)
         for start in range(0, len(which), _EXAMPLES_PER_GRAPH):
-            mixed = [self._mix(layer, parts, shares[layer]) for layer, parts in sorted(interpolations.items())]
-            keys_values = [self._contexts[self._number].kv(0)[:2], *mixed]
+            keys_values = [first, *self._mixed(interpolations, shares)]
             yield self._kl(keys_values, which[start : start + _EXAMPLES_PER_GRAPH]).sum() / count
 
     def kl(self, keys_values: Sequence[KeysValues], visit: int = 0) -> torch.Tensor:
@@ -122,6 +125,9 @@ class KLObjective:
 
     def _path(self, example: int) -> Path:
         return self._folder / f"{self._number:05}.{example}.safetensors"
+
+    def _mixed(self, interpolations: Interpolations, shares: Shares) -> list[KeysValues]:
+        return [self._mix(layer, parts, shares[layer]) for layer, parts in sorted(interpolations.items())]
 
     def _mix(self, layer: int, parts: Interpolation, shares: torch.Tensor) -> KeysValues:
         """K and V ``[1, K, N, D]`` of a layer with `shares` ``[2]``."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import pytest
-import torch
 from support.engine import BLOCK_SIZE, Engine
 from support.serving import Pair, asking, prompt
 
@@ -37,7 +36,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 def test_greedy_tokens_are_those_of_transformers(smollm2: Pair, start: Callable[..., Engine]) -> None:
     """For every plan, and for none; contexts and bands are of several chunks."""
-    example = glossary_examples("test")[0].encode(smollm2.tokenizer, torch.device("cpu"))
+    example = glossary_examples("test")[0].encode(smollm2.tokenizer)
     ids, suffix = example.context[:, :CONTEXT], example.suffix
     captured = smollm2.captured(ids)
     smollm2.store.save(captured)
