@@ -44,7 +44,7 @@ class Limit(NamedTuple):
 
 STEPS = {
     "ceilings": Limit("ceilings", 40),
-    "tests": Limit("checks", 100),
+    "tests": Limit("checks", 130),
     "micro": Limit("micro", 90),
     "ttft": Limit("models", 140),
     "graph": Limit("models", 40),

@@ -179,7 +179,7 @@ def attend_rows(
     num_keys = key_slots.shape[1]
     if batch * num_rows == 0:
         return
-    config, split = attention_config(target, q.dtype, head_dim), keys_per_split(num_q_heads)
+    config, split = attention_config(target, q.dtype, head_dim, reads_values=True), keys_per_split(num_q_heads)
     group = num_q_heads // num_kv_heads
     num_packed, num_splits, problems = num_rows * group, cdiv(num_keys, split), batch * num_kv_heads
     lse = torch.empty((problems, num_packed, num_splits), dtype=torch.float32, device=q.device)

@@ -1,8 +1,8 @@
 """Launch configurations of the attention kernels: pure functions of the model's shape and the target.
 
 Neither the tile nor the split depends on the number of rows or keys, so that the bits of a row's result do not either. The
-reasons are what ahead-of-time compilation shows (no configuration spills registers on its target) and arithmetic; nothing here
-was measured on a GPU.
+reasons are what ahead-of-time compilation shows (no configuration spills registers on its target), arithmetic, and for Hopper
+the times that an H200 took (docs/gpu/h200-attention-tiles.csv).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class AttentionConfig:
     num_stages: int
 
 
-def attention_config(target: str, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
-    """Choose the tile of `attention_peaks` and `attend_rows`.
+def attention_config(target: str, dtype: torch.dtype, head_dim: int, *, reads_values: bool) -> AttentionConfig:
+    """Choose the tile of `attention_peaks`, or that of `attend_rows`, which reads values too.
 
     32 rows of a suffix with 4 heads to a kv head are two tiles of 64, which is what a warp group of Hopper multiplies.
 
@@ -33,6 +33,7 @@ def attention_config(target: str, dtype: torch.dtype, head_dim: int) -> Attentio
         target: ``"sm_80"``, ``"sm_90"``, ``"gfx942"``, ...
         dtype: of queries and cache.
         head_dim: columns of a head.
+        reads_values: whether the tile's output is a sum of values, which takes registers as well.
     """
     is_float, is_amd, is_wide = dtype == torch.float32, target.startswith("gfx"), head_dim > 128
     if is_amd:
@@ -44,7 +45,10 @@ def attention_config(target: str, dtype: torch.dtype, head_dim: int) -> Attentio
     # A slot is loaded before its key: of three stages one waits for slots, and one for keys and values.
     num_warps, num_stages = (8, 2) if is_wide else (4, 3)
     if target.startswith(("sm_9", "sm_10")):
-        return AttentionConfig(64, 64, num_warps, num_stages)
+        if is_wide:
+            return AttentionConfig(64, 64, num_warps, num_stages)
+        # With values, 128 keys or 128 rows spill; two stages are then faster than three.
+        return AttentionConfig(64, 64, 4, 2) if reads_values else AttentionConfig(64, 128, 4, 3)
     # Operands and accumulators are in registers: with 64 keys, or 64 rows of wide heads, they spill.
     return AttentionConfig(32 if is_wide else 64, 32, num_warps, num_stages)
 

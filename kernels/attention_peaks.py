@@ -219,7 +219,7 @@ def attention_peaks(
     num_keys = key_slots.shape[1]
     if batch * num_rows * num_keys == 0:
         return
-    config, split = attention_config(target, q.dtype, head_dim), keys_per_lse(num_q_heads)
+    config, split = attention_config(target, q.dtype, head_dim, reads_values=False), keys_per_lse(num_q_heads)
     group = num_q_heads // num_kv_heads
     num_packed, num_splits, problems = num_rows * group, cdiv(num_keys, split), batch * num_kv_heads
     lse = torch.empty((problems, num_packed, num_splits), dtype=torch.float32, device=q.device)

@@ -42,16 +42,31 @@ def has_kernel(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def attending_to_rows(layer: Any) -> Any:
+def attending_to_rows(layer: Any, config: Any) -> Any:
     """Return a decoder layer that shares all modules of `layer`, and whose attention takes :class:`SeenRows` as `rows`.
 
     The layer itself, which other threads may be running, is not changed.
+
+    Args:
+        config: the model's as :func:`config_of_rows` returns it.
     """
-    attention = copy.copy(layer.self_attn)
-    attention.config = copy.copy(attention.config)
-    attention.config._attn_implementation = _NAME
-    other = copy.copy(layer)
-    other._modules = {**layer._modules, "self_attn": attention}
+    attention, other = _shallow(layer.self_attn), _shallow(layer)
+    vars(attention)["config"] = config
+    vars(other)["_modules"] = {**layer._modules, "self_attn": attention}
+    return other
+
+
+def config_of_rows(config: Any) -> Any:
+    """Return a model's configuration as the attention of :func:`attending_to_rows` reads it."""
+    config = copy.copy(config)
+    config._attn_implementation = _NAME
+    return config
+
+
+def _shallow(module: Any) -> Any:
+    """Return a shallow copy of a module; `copy.copy` goes by pickle's protocol, whose time shows on the way to a GPU."""
+    other = object.__new__(type(module))
+    vars(other).update(vars(module))
     return other
 
 

@@ -25,6 +25,7 @@ from .adapters import (
     first_adapted,
     numbers_and_hooks,
 )
+from .attention import config_of_rows
 from .families import Sizes, check_class, family_of, is_its_weights, read_layer, read_queries
 from .guard import watch
 from .reading import Watch
@@ -122,6 +123,11 @@ class Decoder:
     def _plain_norm_weight(self) -> torch.Tensor:
         one = 0.0 if self.family.norm_order == "gemma" else 1.0
         return torch.full((self.config.hidden_size,), one, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def config_of_rows(self) -> Any:
+        """The configuration of layers that attend to rows anywhere in a cache."""
+        return config_of_rows(self.config)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the hidden states that enter layer 0."""

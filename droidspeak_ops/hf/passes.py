@@ -82,7 +82,7 @@ class Pass:
         if not decoder.is_its_weights[layer]:
             hidden_states = hidden_states.clone()  # which a hook may write to
         elif rows is not None and (by_kernel or decoder.config._attn_implementation == "sdpa"):
-            module, given = attending_to_rows(module), {"rows": rows}
+            module, given = attending_to_rows(module, decoder.config_of_rows), {"rows": rows}
         # Without position_ids, which attention reads for nothing but to look for packed sequences, on the host.
         return module(
             hidden_states,

@@ -170,7 +170,7 @@ def test_grouped_heads_give_the_same_bits(family: str, monkeypatch: pytest.Monke
     prompt = tokens(CONTEXT + SUFFIX)
     plan = ds.Plan(select=6, selector=odd)
     ours = selected(sender, receiver, prompt, plan)
-    monkeypatch.setattr("droidspeak_ops.hf.passes.attending_to_rows", lambda layer: _Plain(layer))
+    monkeypatch.setattr("droidspeak_ops.hf.passes.attending_to_rows", lambda layer, config: _Plain(layer))
     plain = selected(sender, receiver, prompt, plan)
     for mine, other in zip(ours.layers, plain.layers, strict=True):
         assert_bitwise_equal(mine.keys, other.keys)

@@ -28,7 +28,9 @@ def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of 64 keys: a few keys are several, more than are combined at once. And a tile that is quick to interpret."""
     for kernel in ("attention_peaks", "attend_rows"):
         config = AttentionConfig(64, 64, num_warps=4, num_stages=1)
-        monkeypatch.setattr(f"droidspeak_ops.kernels.{kernel}.attention_config", lambda *_, config=config: config)
+        monkeypatch.setattr(
+            f"droidspeak_ops.kernels.{kernel}.attention_config", lambda *_, config=config, **options: config
+        )
     monkeypatch.setattr("droidspeak_ops.kernels.attention_peaks.keys_per_lse", lambda num_q_heads: 64)
     monkeypatch.setattr("droidspeak_ops.kernels.attention_peaks.BLOCK_SPLITS", 2)
     monkeypatch.setattr("droidspeak_ops.kernels.attend_rows.keys_per_split", lambda num_q_heads: 64)
@@ -136,5 +138,6 @@ def test_the_tile_depends_on_the_model_alone() -> None:
     for dtype in FLOATS:
         for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
             for head_dim in (16, 64, 80, 128, 256):
-                config = attention_config(target, dtype, head_dim)
-                assert config.block_n <= 512 and 512 % config.block_n == 0  # a split is whole blocks of keys
+                for reads_values in (False, True):
+                    config = attention_config(target, dtype, head_dim, reads_values=reads_values)
+                    assert config.block_n <= 256 and 256 % config.block_n == 0  # splits are whole blocks of keys
