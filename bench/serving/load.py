@@ -14,11 +14,12 @@ import httpx2
 
 from bench.pairs import Task
 from bench.variants import glossary
+from bench.variants.glossary import Entry
 from droidspeak_ops.demo.measure import MAX_ANSWER_TOKENS, glossary_examples
 from droidspeak_ops.example import TextExample
 
 CHARACTERS = (4_000, 7_000)
-"""The least and the most of contexts that are drawn: about 900 to 2,000 tokens."""
+"""The least and the most of a context: about 1,000 to 2,000 tokens."""
 SECONDS = 900  # that an answer may take, under the highest load
 
 
@@ -58,22 +59,21 @@ def arrivals(rate: float, count: int, seed: int) -> list[float]:
 
 
 def draw_contexts(task: Task, contexts: int, questions: int, seed: int) -> list[list[TextExample]]:
-    """Return for each of so many test contexts of a task as many questions.
-
-    Raises:
-        ValueError: there are fewer contexts.
-    """
+    """Return for each of so many test contexts of a task as many questions; glossaries have entries of all that are shipped."""
     rng = random.Random(seed)
     if task.draw is not None:
         return [task.draw("test", rng.randint(*CHARACTERS), questions, rng) for _ in range(contexts)]
-    shipped = list(dict.fromkeys(example.context for example in glossary_examples("test")))
-    if contexts > len(shipped):
-        raise ValueError(f"contexts: expected at most {len(shipped)}, the shipped ones, got {contexts}")
-    return [_ask(context, questions, rng) for context in rng.sample(shipped, contexts)]
+    shipped = dict.fromkeys(example.context for example in glossary_examples("test"))
+    entries = {entry.word: entry for context in shipped for entry in glossary.read_entries(context)}
+    return [_ask(list(entries.values()), rng.randint(*CHARACTERS), questions, rng) for _ in range(contexts)]
 
 
-def _ask(context: str, questions: int, rng: random.Random) -> list[TextExample]:
-    asked = rng.sample(glossary.read_entries(context), questions)
+def _ask(entries: Sequence[Entry], characters: int, questions: int, rng: random.Random) -> list[TextExample]:
+    drawn = rng.sample(entries, len(entries))
+    lengths = accumulate(len(f"{entry.word}: {entry.definition}\n") for entry in drawn)
+    drawn = drawn[: sum(length <= characters for length in lengths)]
+    context = glossary.context_text(drawn)
+    asked = rng.sample(drawn, questions)
     return [TextExample(context, *glossary.ask(entry, reverse=rng.random() < 0.5)) for entry in asked]
 
 

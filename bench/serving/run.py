@@ -3,20 +3,20 @@
     python -m bench.variants.train code
     python -m bench.serving --folder docs/serving --python FOLDER/bin/python    # FOLDER as tools/test_vllm.sh made it
 
-A sender, the base of a pair, captures test contexts of 900 to 2,000 tokens first, which it would read for its own work
+A sender, the base of a pair, captures test contexts of 1,000 to 2,000 tokens first, which it would read for its own work
 anyway; that is not timed. Then two servers of the receiver answer the same requests: `off` is plain vLLM, `on` is told the
 plan. They stand side by side, but are asked one after the other, for each seed and rate in turn: so each has the whole machine,
-and what changes about that meets both. Each load finds empty prefix caches. Requests arrive by a Poisson process, for a seed at
-the same times but for the pace, and those of several contexts are interleaved. With one question to a context, receivers are
-agents of other models that a context is passed on to; with several, one of them goes on asking, and plain vLLM has the context
-cached, too.
+and what changes about that meets both. Each load finds empty prefix caches, and has contexts of its own. Requests arrive by a
+Poisson process, for a seed at the same times but for the pace, and those of several contexts are interleaved. With one question
+to a context, receivers are agents of other models that a context is passed on to; with several, one of them goes on asking, and
+plain vLLM has the context cached, too.
 
 - `requests.csv`: every request. Its seconds are from when it was due, so that waiting counts.
 - `rates.csv`: by rate, the median and the 95th percentile of the times to first token, and answers per second.
 - `summary.csv`: the times at the lowest rate. The knee, which is the rate up to which the median time to first token is no more
   than twice that of `off` at the lowest rate, by interpolation between rates; `at_least` if it is so at all of them. A load
   ends, so that a server is past what it can serve for a while before its median is: `most` is what it answered per second, at
-  the rate where that was most. And the task's score of answers at the lowest rate, with bootstrap intervals over questions.
+  the rate where that was most. And the task's score of answers at all rates, with bootstrap intervals over questions.
 - `serving.png`, and with ``--page`` a table in a page of text.
 """
 
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import shlex
 import statistics
 import sys
@@ -44,6 +43,7 @@ from bench.pairs import PAIRS, NamedPair, fitted_maps
 from bench.serving import plots
 from bench.serving.load import Request, arrivals, draw_contexts, interleaved, play
 from bench.serving.servers import Server, plain, sharing
+from droidspeak_ops.example import TextExample
 from droidspeak_ops.files import replacing
 
 
@@ -58,6 +58,7 @@ SHARED = {"lora": Shared(ds.Plan(select=48), False), "full": Shared(ds.Plan(proj
 """By pair what is best in docs/selected.md and docs/maps.md, with contexts of K and V alone."""
 LIMIT = 2.0
 """Times plain vLLM's median time to first token at the lowest rate, at which knees are compared."""
+CAPTURED_AT_A_TIME = 8
 OPTIONS = ("--dtype", "float32", "--max-model-len", "4096", "--enable-prefix-caching")
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB of each server, for 45,000 tokens
@@ -105,10 +106,13 @@ class Bench:
             fitted_maps(loaded).maps.save(maps)
             self._shares += ["--maps", str(maps)]
             self._hidden_layers = ()
-        contexts = -(-args.requests // min(args.questions))
-        self._contexts = {
-            seed: draw_contexts(pair.task, contexts, max(args.questions), seed) for seed in range(args.seeds)
-        }
+        self._contexts: dict[tuple[int, float], list[list[TextExample]]] = {}
+        for seed in range(args.seeds):
+            count = -(-args.requests // min(args.questions))
+            drawn = draw_contexts(pair.task, count * len(args.rates), max(args.questions), seed)
+            self._contexts |= {
+                (seed, rate): drawn[number * count : (number + 1) * count] for number, rate in enumerate(args.rates)
+            }
 
     def run(self) -> list[Row]:
         """Return a row for each request.
@@ -128,7 +132,7 @@ class Bench:
             for name, command in commands.items():  # one after the other: each compiles with all cores
                 servers[name] = stack.enter_context(self._server(name, command))
                 servers[name].wait()
-                self._answer(servers[name], Load(0, min(args.questions), math.inf), 2)  # warm-up
+                self._answer(servers[name], Load(0, min(args.questions), max(args.rates)), 2)  # warm-up
             self._check_reuse(servers["on"])
             loads = [
                 Load(seed, questions, rate)
@@ -159,7 +163,9 @@ class Bench:
         sender = partial(sharing, self._args.python, str(self._scratch / self._pair.sender), arguments)
         with self._server("sender", sender, "--enforce-eager") as server:
             server.wait()
-            asyncio.run(play(server.url, requests, [0.0] * len(requests)))
+            for start in range(0, len(requests), CAPTURED_AT_A_TIME):
+                some = requests[start : start + CAPTURED_AT_A_TIME]
+                asyncio.run(play(server.url, some, [0.0] * len(some)))
         if (stored := len(self._store.stored())) != len(contexts):
             raise RuntimeError(f"{self._pair.name}: expected {len(contexts)} captured contexts, got {stored}")
 
@@ -171,7 +177,7 @@ class Bench:
 
     def _answer(self, server: Server, load: Load, count: int) -> list[Row]:
         server.forget()
-        asked = interleaved(self._contexts[load.seed], load.questions, load.seed)[:count]
+        asked = interleaved(self._contexts[load.seed, load.rate], load.questions, load.seed)[:count]
         due = arrivals(load.rate, len(asked), load.seed)
         requests = [Request(self._ids(each.context) + self._ids(each.suffix)) for each in asked]
         answers = asyncio.run(play(server.url, requests, due))
@@ -266,9 +272,7 @@ def summary(requests: Sequence[Row], rates: Sequence[Row]) -> list[Row]:
         )
         knees = {way: knee(of_rates[way], LIMIT * off) for way in of_rates}
         most = {way: max(float(row["answers_per_second"]) for row in of_rates[way]) for way in of_rates}
-        scores = {
-            way: [float(row["score"]) for row in of_requests[way] if row["rate"] == lowest] for way in of_requests
-        }
+        scores = {way: [float(row["score"]) for row in of_requests[way]] for way in of_requests}
         rows.append(
             {
                 "pair": pair,
