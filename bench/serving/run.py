@@ -54,7 +54,7 @@ class Shared(NamedTuple):
     is_fitted: bool
 
 
-SHARED = {"lora": Shared(ds.Plan(select=48), False), "full": Shared(ds.Plan(project="rest"), True)}
+SHARED = {"lora": Shared(ds.Plan(project="rest", select=48), True), "full": Shared(ds.Plan(project="rest"), True)}
 """By pair what is best in docs/selected.md and docs/maps.md, with contexts of K and V alone."""
 LIMIT = 2.0
 """Times plain vLLM's median time to first token at the lowest rate, at which knees are compared."""

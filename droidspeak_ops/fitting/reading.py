@@ -37,7 +37,7 @@ class LayerReading:
         sinks: the sender's K and V of the attention sinks among them, ``[2, K, S, D]``, which are reused.
         queries: ``[n, H, D]``, after RoPE.
         suffix: K and V of the suffixes' tokens, ``[2, K, M, D]``.
-        sees: which rows of both together each query sees, ``[n, N + M]``.
+        mask: 0 where a query sees a row of both together, ``[n, N + M]``; otherwise -inf or as little.
         target: the attention's output behind its output projection, over the receiver's own K and V, ``[n, C]``.
         options: of the attention: `scale`, `softcap` and `sinks`.
         output, output_dtype: the attention's output projection, and the dtype that it takes.
@@ -49,7 +49,7 @@ class LayerReading:
     sinks: torch.Tensor
     queries: torch.Tensor
     suffix: torch.Tensor
-    sees: torch.Tensor
+    mask: torch.Tensor
     target: torch.Tensor
     options: dict[str, Any]
     output: Any
@@ -65,7 +65,7 @@ class LayerReading:
         Args:
             weight, bias: ``[2 * K * D, P]`` and ``[2 * K * D]``.
         """
-        read = attend(self.queries, self.keys_values(weight, bias), self.suffix, self.sees, self.options)
+        read = attend(self.queries, self.keys_values(weight, bias), self.suffix, self.mask, self.options)
         found = self.output(read.to(self.output_dtype)).to(self.target.dtype)
         return (found - self.target).square().sum() / self.target.square().sum()
 
@@ -79,25 +79,25 @@ class LayerReading:
 
 
 def attend(
-    queries: torch.Tensor, context: torch.Tensor, suffix: torch.Tensor, sees: torch.Tensor, options: Mapping[str, Any]
+    queries: torch.Tensor, context: torch.Tensor, suffix: torch.Tensor, mask: torch.Tensor, options: Mapping[str, Any]
 ) -> torch.Tensor:
     """Attention ``[n, H * D]`` of queries over K and V of a context, and those of the suffixes, which a gradient passes.
 
     Args:
-        queries, suffix, sees, options: as :class:`LayerReading` has them.
+        queries, suffix, mask, options: as :class:`LayerReading` has them.
         context: ``[2, K, N, D]``.
     """
     keys, values = torch.cat((context, suffix), dim=2)
-    grouped = rearrange(queries, "n (k g) d -> k g n d", k=len(keys))
-    logits = options["scale"] * torch.einsum("kgnd,ksd->kgns", grouped, keys)
+    by_head = {"k": len(keys), "n": len(queries)}
+    logits = rearrange(options["scale"] * queries, "n (k g) d -> k (n g) d", **by_head) @ keys.mT
     if (cap := options["softcap"]) is not None:
         logits = cap * torch.tanh(logits / cap)
-    logits = logits.masked_fill(~sees, -torch.inf)
+    logits = rearrange(logits, "k (n g) s -> k n g s", **by_head) + mask[:, None]
     if (sinks := options["sinks"]) is not None:
-        of_heads = rearrange(sinks.float(), "(k g) -> k g 1 1", k=len(keys)).expand(*logits.shape[:3], 1)
+        of_heads = rearrange(sinks.float(), "(k g) -> k 1 g 1", **by_head).expand(*logits.shape[:3], 1)
         logits = torch.cat((logits, of_heads), dim=-1)
-    shares = logits.softmax(-1)[..., : sees.shape[1]]
-    return rearrange(torch.einsum("kgns,ksd->kgnd", shares, values), "k g n d -> n (k g d)")
+    shares = logits.softmax(-1)[..., : mask.shape[1]]
+    return rearrange(rearrange(shares, "k n g s -> k (n g) s") @ values, "k (n g) d -> n (k g d)", **by_head)
 
 
 class Readings:
@@ -111,7 +111,7 @@ class Readings:
 
     def __init__(self, pair: Pair, contexts: Sequence[SharedContext], folder: Path) -> None:
         self._pair, self._contexts, self._folder = pair, contexts, folder
-        self._sees: list[dict[int | None, torch.Tensor]] = []
+        self._masks: list[dict[int | None, torch.Tensor]] = []
         self._passes: list[Pass] = []
 
     def __len__(self) -> int:
@@ -125,7 +125,7 @@ class Readings:
         packed = PackedSuffixes(decoder, shape[1], [each.shape[1] for each in suffixes])
         ids = torch.cat(suffixes, dim=1)
         stride = -(-ids.shape[1] // QUERIES)
-        sees = {window: packed.over.mask(window)[0, 0, ::stride] == 0 for window in dict.fromkeys(decoder.windows)}
+        masks = {window: packed.over.mask(window)[0, 0, ::stride].float() for window in dict.fromkeys(decoder.windows)}
         own = {layer: receiver_context.kv(layer)[:2] for layer in range(decoder.num_layers)}
         cache, states = packed.cache(own), decoder.embed(ids)
         tensors: dict[str, torch.Tensor] = {}
@@ -137,14 +137,14 @@ class Readings:
                 queries = decoder.queries(layer, states[:, ::stride], rotation)[0]
                 suffix = torch.stack(packed.over.project(layer, states, rows=ids.shape[1])[:2])[:, 0]
                 read = attend(
-                    queries.float(), torch.stack(own[layer])[:, 0].float(), suffix.float(), sees[decoder.windows[layer]],
+                    queries.float(), torch.stack(own[layer])[:, 0].float(), suffix.float(), masks[decoder.windows[layer]],
                     decoder.attention(layer),
                 )  # fmt: skip
                 target = self._output(layer)(read.to(decoder.dtype))
                 tensors |= {f"{layer}.queries": queries, f"{layer}.suffix": suffix, f"{layer}.target": target}
             states = packed.over.run(layer, states, cache)
         save_file(tensors, self._path(len(self)))
-        self._sees.append(sees)
+        self._masks.append(masks)
         self._passes.append(Pass(decoder, shape))
 
     def layer(self, number: int, layer: int, source: Source) -> LayerReading:
@@ -166,7 +166,7 @@ class Readings:
             )
         return LayerReading(
             rows.float(), torch.stack((keys, values)).transpose(1, 2), queries, suffix,
-            self._sees[number][decoder.windows[layer]], target, decoder.attention(layer), self._output(layer),
+            self._masks[number][decoder.windows[layer]], target, decoder.attention(layer), self._output(layer),
             decoder.dtype, weights.k_norm_weight if source == "fitted" else None, weights.k_norm_eps,
             decoder.family.norm_order, rotation,
         )  # fmt: skip

@@ -36,6 +36,8 @@ STRENGTHS = (0.001, 0.01, 0.03, 0.1, 1.0)
 """Candidate strengths of the ridge."""
 CORRECTION_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Candidate shares of a correction."""
+CORRECTED_CONTEXTS = 4
+"""Most contexts on which they are tried, for the time it takes."""
 
 _MAX_KL_RATIO = 0.98  # of the divergence with maps to that without, for the maps to be used
 _ALL, _ALL_SELECTED = Plan(project="rest"), Plan(project="rest", select=0.1)
@@ -134,10 +136,11 @@ def fit(
             maps, unseen = better, (unseen if better is maps else better)
         corrections = {}
         plans = [plan for plan in plans if plan.bands[0][0] in pair.starts]
-        first_fold = _Judged(pair, sent, objectives, groups, range(0, len(objectives), FOLDS))
+        some_of_first_fold = range(0, len(objectives), FOLDS)[:CORRECTED_CONTEXTS]
+        judged = _Judged(pair, sent, objectives, groups, some_of_first_fold)
         for plan in progress.track(plans, description="Choosing corrections"):
             start_layer = plan.bands[0][0]
-            share = _correction_share(plan, unseen, fits["fitted"].without_fold[0][start_layer], first_fold)
+            share = _correction_share(plan, unseen, fits["fitted"].without_fold[0][start_layer], judged)
             if share:
                 corrections[start_layer] = pair.correction(fits["fitted"].on_all[start_layer], share)
         work.clear()
