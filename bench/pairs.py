@@ -236,7 +236,7 @@ def fitted_maps(pair: LoadedPair, calibration: Calibration = TRAINED) -> Fitted:
     if note.exists():
         with suppress(ValueError):  # of maps in a format of before, or damaged
             seconds, tokens = note.read_text().split()
-            return Fitted(ds.Maps.load(path), float(seconds), int(tokens))
+            return Fitted(ds.Maps.load(path, pair.receiver.device), float(seconds), int(tokens))
     path.parent.mkdir(parents=True, exist_ok=True)
     examples = pair.examples("calibration", calibration.contexts, calibration.characters)
     began = time.perf_counter()

@@ -43,7 +43,7 @@ from bench.common import Row, checkout, divergence, parser, read_csv, setting, s
 from bench.pairs import CASES, RIDGE, TEST_CONTEXTS, LoadedPair, fitted_maps
 from bench.paper.choice import best_within
 from bench.paper.paper import frontiers_of
-from bench.selectors import Selector, mean_attention, random_windows
+from bench.other_selectors import Selector, mean_attention, random_windows
 from droidspeak_ops.demo.measure import MAX_ANSWER_TOKENS
 from droidspeak_ops.example import TextExample, examples_digest
 from droidspeak_ops.files import replacing

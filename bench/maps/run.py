@@ -9,9 +9,9 @@ suffix's last token on, with the answer's tokens given; `of_reuse` and `of_band`
 and of the same band alone; `low` and `high` are where 95 % of 10,000 bootstrap values over contexts lie.
 
 - `pairs`: every pair, on held-out test contexts, with maps that are trained and with regressions and shares alone, which all
-  other parts are of. What is fitted is kept beside the variants.
+  other parts are of but for `transfer`. What is fitted is kept beside the variants.
 - `tokens`: calibration tokens against gain.
-- `transfer`: maps calibrated on another domain.
+- `transfer`: maps calibrated on another domain, and trained ones tested on another.
 - `rank`: maps of low rank.
 - `layers`: how well layers and tokens are fitted, and the shares that layers get.
 - `cost`: time of a projected layer and to first token, and bytes. To be run alone on the machine.
@@ -115,12 +115,10 @@ def ways_with(maps: ds.Maps, ridge: ds.Maps) -> dict[str, Way]:
     }
 
 
-def divergences(
-    pair: LoadedPair, ways: dict[str, Way], examples: Sequence[ds.Example], description: str
-) -> dict[str, list[float]]:
+def divergences(pair: LoadedPair, ways: dict[str, Way], examples: Sequence[ds.Example]) -> dict[str, list[float]]:
     """Return by way the divergence from the receiver's own prefill, example by example."""
     found: dict[str, list[float]] = {name: [] for name in ways}
-    for example in track(examples, description=description):
+    for example in track(examples, description=f"{pair.named.name}: test contexts"):
         context = pair.capture(example.context)
         own = answer_logits(pair.receiver, example)
         for name, way in ways.items():
@@ -132,14 +130,13 @@ def divergences(
 # --- parts ------------------------------------------------------------------------------------------------------------------
 
 
-def measure_pair(name: str, contexts: int) -> list[Row]:
+def measure_pair(pair: LoadedPair, contexts: int) -> list[Row]:
     """Measure every way on the test contexts of a pair."""
-    pair = PAIRS[name].load()
     fitted = fitted_maps(pair)
     test = pair.examples("test", contexts)
     ways = ways_with(fitted.maps, fitted_maps(pair, RIDGE).maps)
-    found = divergences(pair, ways, test, f"{name}: test contexts")
-    scores = answer_scores(pair, {way: ways[way] for way in ANSWERED_WAYS}, contexts, f"{name}: answers")
+    found = divergences(pair, ways, test)
+    scores = answer_scores(pair, {way: ways[way] for way in ANSWERED_WAYS}, contexts)
     lengths = [example.context.shape[1] for example in test]
     long = [number for number, length in enumerate(lengths) if length > LONG]
 
@@ -158,7 +155,6 @@ def measure_pair(name: str, contexts: int) -> list[Row]:
     }
     return [
         {
-            "pair": name,
             "way": way,
             **mean_and_interval("kl", kl),
             **ratio_and_interval("of_reuse", kl, found["reuse"]),
@@ -172,11 +168,11 @@ def measure_pair(name: str, contexts: int) -> list[Row]:
     ]
 
 
-def answer_scores(pair: LoadedPair, ways: dict[str, Way], contexts: int, description: str) -> dict[str, str]:
+def answer_scores(pair: LoadedPair, ways: dict[str, Way], contexts: int) -> dict[str, str]:
     """Return the mean score of what the receiver answers, by way, and by full prefill."""
     texts = pair.named.task.examples("test", min(contexts, ANSWERED))
     totals = dict.fromkeys(("full prefill", *ways), 0.0)
-    for text in track(texts, description=description):
+    for text in track(texts, description=f"{pair.named.name}: answers"):
         example = text.encode(pair.tokenizer, pair.receiver.device)
         context = pair.capture(example.context)
         filled = {name: way.fill(pair.receiver, context, example.prompt) for name, way in ways.items()}
@@ -194,9 +190,8 @@ def relative_distance(one: Any, other: Any) -> float:
         return (apart / sum(float(a.double().square().sum()) for a, _ in pairs)) ** 0.5
 
 
-def measure_tokens(name: str, contexts: int, sizes: Sequence[int]) -> list[Row]:
+def measure_tokens(pair: LoadedPair, contexts: int, sizes: Sequence[int]) -> list[Row]:
     """Measure maps that were calibrated on ever more tokens."""
-    pair = PAIRS[name].load()
     groups = by_context(pair.examples("calibration", max(sizes) // 500))
     ways, calibrations = {"reuse": REUSE}, {}
     for size in sizes:
@@ -207,9 +202,9 @@ def measure_tokens(name: str, contexts: int, sizes: Sequence[int]) -> list[Row]:
         for way, holds_hidden in (("fitted", True), ("fitted, no hidden states", False)):
             ways[f"{way}, {size}"] = Way(REST, maps, holds_hidden)
             calibrations[f"{way}, {size}"] = {"way": way, **calibration}
-    found = divergences(pair, ways, pair.examples("test", contexts), f"{name}: test contexts")
+    found = divergences(pair, ways, pair.examples("test", contexts))
     return [
-        {"pair": name, **calibration, **ratio_and_interval("of_reuse", found[way], found["reuse"])}
+        {**calibration, **ratio_and_interval("of_reuse", found[way], found["reuse"])}
         for way, calibration in calibrations.items()
     ]
 
@@ -225,46 +220,46 @@ def cut_to_tokens(groups: Sequence[Sequence[ds.Example]], tokens: int) -> list[d
     return [each._replace(context=each.context[:, -longest:] if longest else each.context) for each in kept]
 
 
-def measure_transfer(name: str, contexts: int) -> list[Row]:
+def measure_transfer(pair: LoadedPair, contexts: int) -> list[Row]:
     """Measure the maps of a pair, and others that were calibrated on another's domain, on the test contexts of both."""
-    pair = PAIRS[name].load()
     elsewhere = replace(pair, named=replace(pair.named, task=CODE if pair.named.task is GLOSSARY else GLOSSARY))
     abroad = ds.fit(pair.sender, pair.receiver, elsewhere.examples("calibration", CALIBRATION_CONTEXTS), steps=0)
-    ways = {"own domain": Way(REST, fitted_maps(pair, RIDGE).maps), "other domain": Way(REST, abroad)}
+    ways = {
+        "own domain": Way(REST, fitted_maps(pair, RIDGE).maps),
+        "other domain": Way(REST, abroad),
+        "own domain, trained": Way(REST, fitted_maps(pair).maps),
+    }
     rows: list[Row] = []
-    for domain, source in zip(ways, (pair, elsewhere), strict=True):
-        found = divergences(source, {"reuse": REUSE, **ways}, source.examples("test", contexts), f"{name}: {domain}")
+    for domain, source in (("own domain", pair), ("other domain", elsewhere)):
+        found = divergences(source, {"reuse": REUSE, **ways}, source.examples("test", contexts))
         for way in ways:
             of_reuse = ratio_and_interval("of_reuse", found[way], found["reuse"])
-            rows.append({"pair": name, "calibrated_on": way, "tested_on": domain, **of_reuse})
+            rows.append({"calibrated_on": way, "tested_on": domain, **of_reuse})
     return rows
 
 
-def measure_rank(name: str, contexts: int) -> list[Row]:
+def measure_rank(pair: LoadedPair, contexts: int) -> list[Row]:
     """Measure maps whose difference from what they replace is cut to a rank."""
-    pair = PAIRS[name].load()
     maps = fitted_maps(pair, RIDGE).maps
     ways = {"full": Way(REST, maps)}
     ways |= {str(rank): Way(REST, of_rank(pair.sender, pair.receiver, maps, rank)) for rank in RANKS}
-    found = divergences(pair, {"reuse": REUSE, **ways}, pair.examples("test", contexts), f"{name}: test contexts")
-    return [{"pair": name, "rank": way, **ratio_and_interval("of_reuse", found[way], found["reuse"])} for way in ways]
+    found = divergences(pair, {"reuse": REUSE, **ways}, pair.examples("test", contexts))
+    return [{"rank": way, **ratio_and_interval("of_reuse", found[way], found["reuse"])} for way in ways]
 
 
-def measure_layers(name: str) -> list[Row]:
+def measure_layers(pair: LoadedPair) -> list[Row]:
     """Measure how well each layer is fitted."""
-    pair = PAIRS[name].load()
     calibration, test = (
         [group[0].context for group in by_context(pair.examples(split, STUDIED_CONTEXTS))]
         for split in ("calibration", "test")
     )
-    delimiters = torch.tensor([pair.tokenizer(text).input_ids[-1] for text in DELIMITERS])
-    rows = errors_by_layer(pair.sender, pair.receiver, fitted_maps(pair, RIDGE).maps, calibration, test, delimiters)
-    return [{"pair": name, **row} for row in rows]
+    ids = [pair.tokenizer(text).input_ids[-1] for text in DELIMITERS]
+    delimiters = torch.tensor(ids, device=pair.receiver.device)
+    return errors_by_layer(pair.sender, pair.receiver, fitted_maps(pair, RIDGE).maps, calibration, test, delimiters)
 
 
-def measure_cost(name: str) -> list[Row]:
+def measure_cost(pair: LoadedPair) -> list[Row]:
     """Time full prefill in turn with each way that runs no layer, and each way's filling in turn with projection."""
-    pair = PAIRS[name].load()
     ids = pair.text(TIMED_TOKENS + SUFFIX_TOKENS)
     context = pair.capture(ids[:, :TIMED_TOKENS])
     full = partial(first_token, pair.receiver, context, ids, None)
@@ -280,7 +275,6 @@ def measure_cost(name: str) -> list[Row]:
         needed = replace(held, hidden_states={}) if way is REUSE else held
         rows.append(
             {
-                "pair": name,
                 "way": name_of_way,
                 "context_tokens": TIMED_TOKENS,
                 "ttft_speedup": f"{speedup(full, start, ROUNDS):.1f}",
@@ -300,15 +294,15 @@ def speedup(slow: Callable[[], object], fast: Callable[[], object], rounds: int)
 # --- the command ------------------------------------------------------------------------------------------------------------
 
 
-PARTS: dict[str, Callable[[str, argparse.Namespace], list[Row]]] = {
-    "pairs": lambda name, args: measure_pair(name, args.contexts),
-    "tokens": lambda name, args: measure_tokens(name, _few(args.contexts), args.sizes),
-    "transfer": lambda name, args: measure_transfer(name, _few(args.contexts)),
-    "rank": lambda name, args: measure_rank(name, _few(args.contexts)),
-    "layers": lambda name, args: measure_layers(name),
-    "cost": lambda name, args: measure_cost(name),
+PARTS: dict[str, Callable[[LoadedPair, argparse.Namespace], list[Row]]] = {
+    "pairs": lambda pair, args: measure_pair(pair, args.contexts),
+    "tokens": lambda pair, args: measure_tokens(pair, _few(args.contexts), args.sizes),
+    "transfer": lambda pair, args: measure_transfer(pair, _few(args.contexts)),
+    "rank": lambda pair, args: measure_rank(pair, _few(args.contexts)),
+    "layers": lambda pair, args: measure_layers(pair),
+    "cost": lambda pair, args: measure_cost(pair),
 }
-"""By part the function that measures it for a pair of that name."""
+"""By part the function that measures it for a pair."""
 
 
 def _few(contexts: int) -> int:
@@ -326,15 +320,16 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     options.add_argument(
         "--sizes", type=int, nargs="+", default=[1_000, 3_000, 12_000, 50_000], help="calibration tokens"
     )
+    options.add_argument("--device", type=torch.device, default="cpu", help="of the models")
     options.add_argument("--folder", type=Path, required=True, help="where CSV files and plots are written")
     args = options.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
 
-    where, found = f"float32, {setting()}", []
+    where, found = f"float32, {setting(args.device)}", []
     for part in args.only:
         rows: list[Row] = []
         for name in args.pairs:
-            rows += PARTS[part](name, args)
+            rows += [{"pair": name, **row} for row in PARTS[part](PAIRS[name].load(args.device), args)]
             write_csv(args.folder / f"{part}.csv", rows, setting=where)
         show(rows, f"{part}: SmolLM2-135M-Instruct and variants of it, {where}")
         found += [{"part": part, **row} for row in rows]

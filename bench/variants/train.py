@@ -103,7 +103,7 @@ def fine_tune(name: str, args: argparse.Namespace, out: Path) -> list[Row]:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     model, tokenizer = load_pretrained(SMOLLM2)
-    model.train()
+    model.to(args.device).train()
     if recipe.rank is not None:
         modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=modules, task_type="CAUSAL_LM")
@@ -119,7 +119,8 @@ def fine_tune(name: str, args: argparse.Namespace, out: Path) -> list[Row]:
     for step in track(range(steps), description=f"Fine-tuning {name}"):
         total = 0.0
         for _ in range(recipe.texts_per_step):
-            loss = loss_of(model, *encode(tokenizer, *recipe.draw(args, rng))) / recipe.texts_per_step
+            ids, learnt = (each.to(args.device) for each in encode(tokenizer, *recipe.draw(args, rng)))
+            loss = loss_of(model, ids, learnt) / recipe.texts_per_step
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -159,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         "--out", type=Path, help="folder to write to (default: one by name in the user's cache folder)"
     )
     options.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder with data.noun")
+    options.add_argument("--device", type=torch.device, default="cpu")
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args(argv)
     if args.out and len(args.variants) > 1:

@@ -34,7 +34,7 @@ from .training import Workplace, is_held_out, train
 FOLDS = 3
 STRENGTHS = (0.001, 0.01, 0.03, 0.1, 1.0)
 """Candidate strengths of the ridge."""
-CORRECTION_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+CORRECTION_SHARES = (0.0, 0.5, 1.0)
 """Candidate shares of a correction."""
 CORRECTED_CONTEXTS = 4
 """Most contexts on which they are tried, for the time it takes."""

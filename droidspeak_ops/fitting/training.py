@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from .pair import Key
 from .reading import LayerReading, Readings
 
 STEPS = 140
-"""Steps of the optimizer in each layer, some contexts each."""
-CONTEXTS_PER_STEP = 2
-LEARNING_RATE = 1e-3
+"""Steps of the optimizer in each layer."""
+TOKENS_PER_STEP = 900
+"""A step takes contexts until they have as many tokens, a long one or two short ones: more steps serve better than larger ones."""
+LEARNING_RATE = 2e-3
 """Relative to the root mean square of a map's weights: ten times as much ends worse than no map at all."""
 IN_MEMORY = 64
 """Contexts of which one layer's readings are in memory at a time."""
@@ -88,9 +89,9 @@ def train_layer(
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / _WARM_UP, total_iters=_WARM_UP)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [_WARM_UP])
     for _ in range(steps):
-        drawn = torch.randperm(len(seen), generator=generator)[:CONTEXTS_PER_STEP].tolist()
+        order = torch.randperm(len(seen), generator=generator).tolist()
         with torch.enable_grad():
-            loss = torch.stack([read(seen[each]).loss(*parts) for each in drawn]).mean()
+            loss = torch.stack([each.loss(*parts) for each in _first(read(seen[place]) for place in order)]).mean()
         # Of the map alone: the receiver's output projection has weights that would take a gradient too.
         for part, gradient in zip(parts, torch.autograd.grad(loss, parts), strict=True):
             part.grad = gradient
@@ -101,6 +102,16 @@ def train_layer(
         return start
     dtype = start.k_weight.dtype
     return LayerMap(*(part.to(dtype).contiguous() for part in (*weight.chunk(2), *bias.chunk(2))))
+
+
+def _first(readings: Iterable[LayerReading]) -> Iterator[LayerReading]:
+    """Yield the readings of a step."""
+    tokens = 0
+    for each in readings:
+        yield each
+        tokens += len(each.rows)
+        if tokens >= TOKENS_PER_STEP:
+            return
 
 
 class Workplace:

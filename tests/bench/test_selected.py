@@ -12,7 +12,7 @@ from support.models import tiny_pair, tokens
 import droidspeak_ops as ds
 from bench import located, pairs, selected, selected_page
 from bench.common import Row, read_csv, write_csv
-from bench.selectors import mean_attention, random_windows
+from bench.other_selectors import mean_attention, random_windows
 from bench.variants import glossary
 from droidspeak_ops.example import TextExample
 from droidspeak_ops.prefill import select

@@ -216,3 +216,19 @@ def compiled_kernels() -> int:
     modules = (project_splice, project_splice_tma, row_norm)
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
     return sum(len(variants) for kernel in kernels for variants, *_ in kernel.device_caches.values())
+
+
+def test_fit_gives_the_maps_of_a_cpu() -> None:
+    sender = tiny("llama", 4)
+    pair = [sender, fine_tuned(sender, 0.1)]
+    examples = [ds.Example.cut(tokens(160), 32) for _ in range(8)]
+    there = [ds.Example(*(part.cuda() for part in each)) for each in examples]
+    options = {"bands": [(1, 3)], "steps": 20, "show_progress": False}
+    wanted = ds.fit(*pair, examples, **options)
+    ours = ds.fit(*(copy.deepcopy(model).cuda() for model in pair), there, **options)
+    assert (ours.choices, ours.layers.keys(), ours.corrections.keys()) == (
+        wanted.choices, wanted.layers.keys(), wanted.corrections.keys(),
+    )  # fmt: skip
+    for key, layer in ours.layers.items():
+        for mine, theirs in zip(vars(layer).values(), vars(wanted.layers[key]).values(), strict=True):
+            assert (mine.cpu() - theirs).norm() <= 1e-4 * theirs.norm()
