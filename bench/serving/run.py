@@ -59,7 +59,7 @@ SHARED = {"lora": Shared(ds.Plan(project="rest", select=48), True), "full": Shar
 LIMIT = 2.0
 """Times plain vLLM's median time to first token at the lowest rate, at which knees are compared."""
 CAPTURED_AT_A_TIME = 8
-OPTIONS = ("--dtype", "float32", "--max-model-len", "4096", "--enable-prefix-caching")
+OPTIONS = ("--dtype", "float32", "--max-model-len", "4096", "--enable-prefix-caching", "--block-size", "32")
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB of each server, for 45,000 tokens
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # all cores compute; vLLM by itself keeps one of them free, here every other one

@@ -9,6 +9,8 @@ import os
 import shlex
 import sys
 
+import torch
+
 from ..vllm.plugin import CONNECTOR, LOAD_FORMAT
 
 
@@ -52,7 +54,9 @@ def command_of(options: argparse.Namespace) -> list[str]:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {name: value for name, value in extra.items() if value},
     }
+    # A context fills whole pages, and vLLM computes the tokens behind them: of its 128 to a page on CPUs, 64 or so.
+    pages = [] if torch.cuda.is_available() else ["--block-size", "32"]
     return [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model, "--load-format", LOAD_FORMAT,
-        "--kv-transfer-config", json.dumps(transfer), *options.vllm,
+        "--kv-transfer-config", json.dumps(transfer), *pages, *options.vllm,
     ]  # fmt: skip
