@@ -40,10 +40,10 @@ from rich.progress import track
 import droidspeak_ops as ds
 from bench import selected_page
 from bench.common import Row, checkout, divergence, parser, read_csv, setting, show, write_csv
+from bench.other_selectors import Selector, mean_attention, random_windows
 from bench.pairs import CASES, RIDGE, TEST_CONTEXTS, LoadedPair, fitted_maps
 from bench.paper.choice import best_within
 from bench.paper.paper import frontiers_of
-from bench.other_selectors import Selector, mean_attention, random_windows
 from droidspeak_ops.demo.measure import MAX_ANSWER_TOKENS
 from droidspeak_ops.example import TextExample, examples_digest
 from droidspeak_ops.files import replacing

@@ -122,7 +122,7 @@ def fitted(pair: pairs.LoadedPair) -> ds.Maps:
 def test_ways_are_measured_against_the_own_prefill(pair: pairs.LoadedPair, fitted: ds.Maps, monkeypatch) -> None:
     monkeypatch.setattr(maps, "BAND", (2, 4))
     ways = {**maps.ways_with(fitted, fitted), "everything": maps.Way(ds.Plan([(0, LAYERS)]))}
-    found = maps.divergences(pair, ways, [ds.Example.cut(tokens(160)) for _ in range(4)], "")
+    found = maps.divergences(pair, ways, [ds.Example.cut(tokens(160)) for _ in range(4)])
     mean = {way: sum(values) / len(values) for way, values in found.items()}
     assert mean["everything"] < 1e-9
     assert mean["fitted"] < mean["reuse"] and mean["band corrected, rest fitted"] < mean["band"]
@@ -152,12 +152,13 @@ def test_errors_by_layer_and_their_plots(pair: pairs.LoadedPair, fitted: ds.Maps
 
 
 def test_what_is_measured_is_kept_when_a_later_pair_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def measure(name: str, contexts: int) -> list[dict[str, object]]:
-        if name == "full":
+    def measure(pair: pairs.LoadedPair, contexts: int) -> list[dict[str, object]]:
+        if pair.named.name == "full":
             raise FileNotFoundError("not made")
-        return [{"pair": name, "contexts": contexts}]
+        return [{"contexts": contexts, "device": pair.receiver.device}]
 
+    monkeypatch.setattr(pairs, "load_variant", lambda name: (tiny_llama(), None))
     monkeypatch.setattr(maps, "measure_pair", measure)
     with pytest.raises(FileNotFoundError):
         maps.main(["--only", "pairs", "--pairs", "lora", "full", "--contexts", "5", "--folder", str(tmp_path)])
-    assert (tmp_path / "pairs.csv").read_text().splitlines()[1].startswith("lora,5,")
+    assert (tmp_path / "pairs.csv").read_text().splitlines()[1].startswith("lora,5,cpu,")
