@@ -94,7 +94,7 @@ def attend(
         logits = cap * torch.tanh(logits / cap)
     logits = rearrange(logits, "k (n g) s -> k n g s", **by_head) + mask[:, None]
     if (sinks := options["sinks"]) is not None:
-        of_heads = rearrange(sinks.float(), "(k g) -> k 1 g 1", **by_head).expand(*logits.shape[:3], 1)
+        of_heads = rearrange(sinks.float(), "(k g) -> k 1 g 1", k=len(keys)).expand(*logits.shape[:3], 1)
         logits = torch.cat((logits, of_heads), dim=-1)
     shares = logits.softmax(-1)[..., : mask.shape[1]]
     return rearrange(rearrange(shares, "k n g s -> k (n g) s") @ values, "k (n g) d -> n (k g d)", **by_head)

@@ -302,7 +302,15 @@ def stored(url: str, monkeypatch: pytest.MonkeyPatch) -> list[None]:
     monkeypatch.setattr(run, "Server", Asked)
     monkeypatch.setattr(pairs, "load_variant", lambda name: (sender if name == "base" else receiver, Words()))
     monkeypatch.setattr(run.ds.ContextStore, "stored", lambda _: found)
+    monkeypatch.setattr(run, "fitted_maps", lambda pair: pairs.Fitted(Written(), 0.0, 0))  # type: ignore[arg-type]
     return found
+
+
+class Written:
+    """Maps as far as the command looks at them."""
+
+    def save(self, path: Path) -> None:
+        path.write_text("maps")
 
 
 ARGUMENTS = "--python py --pairs lora --rates 500 1000 --requests 4 --questions 1 2 --seeds 2 --vllm=--enforce-eager"
@@ -328,14 +336,7 @@ def test_the_command(stored: list[None], tmp_path: Path) -> None:
     assert plain[4] == shares.model != parsed.model and "droidspeak" not in " ".join(plain)
 
 
-def test_maps_go_with_contexts_of_keys_and_values_alone(
-    stored: list[None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    class Maps:
-        def save(self, path: Path) -> None:
-            path.write_text("maps")
-
-    monkeypatch.setattr(run, "fitted_maps", lambda pair: pairs.Fitted(Maps(), 0.0, 0))
+def test_maps_go_with_contexts_of_keys_and_values_alone(stored: list[None], tmp_path: Path) -> None:
     stored += [None] * 16
     run.main([*ARGUMENTS.replace("lora", "full").split(), "--folder", str(tmp_path)])
     sender, shared = (make_parser().parse_args(Asked.told[f"server-{name}"][3:]) for name in ("sender", "on"))
