@@ -64,13 +64,14 @@ def draw_contexts(task: Task, contexts: int, questions: int, seed: int) -> list[
     if task.draw is not None:
         return [task.draw("test", rng.randint(*CHARACTERS), questions, rng) for _ in range(contexts)]
     shipped = dict.fromkeys(example.context for example in glossary_examples("test"))
-    entries = {entry.word: entry for context in shipped for entry in glossary.read_entries(context)}
-    return [_ask(list(entries.values()), rng.randint(*CHARACTERS), questions, rng) for _ in range(contexts)]
+    by_word = {entry.word: entry for context in shipped for entry in glossary.read_entries(context)}
+    entries = list(by_word.values())
+    return [_ask(entries, rng.randint(*CHARACTERS), questions, rng) for _ in range(contexts)]
 
 
 def _ask(entries: Sequence[Entry], characters: int, questions: int, rng: random.Random) -> list[TextExample]:
     drawn = rng.sample(entries, len(entries))
-    lengths = accumulate(len(f"{entry.word}: {entry.definition}\n") for entry in drawn)
+    lengths = accumulate(len(entry.line) + 1 for entry in drawn)
     drawn = drawn[: sum(length <= characters for length in lengths)]
     context = glossary.context_text(drawn)
     asked = rng.sample(drawn, questions)

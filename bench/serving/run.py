@@ -106,9 +106,9 @@ class Bench:
             fitted_maps(loaded).maps.save(maps)
             self._shares += ["--maps", str(maps)]
             self._hidden_layers = ()
+        count = -(-args.requests // min(args.questions))
         self._contexts: dict[tuple[int, float], list[list[TextExample]]] = {}
         for seed in range(args.seeds):
-            count = -(-args.requests // min(args.questions))
             drawn = draw_contexts(pair.task, count * len(args.rates), max(args.questions), seed)
             self._contexts |= {
                 (seed, rate): drawn[number * count : (number + 1) * count] for number, rate in enumerate(args.rates)

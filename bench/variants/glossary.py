@@ -30,6 +30,11 @@ class Entry:
     word: str
     definition: str
 
+    @property
+    def line(self) -> str:
+        """The entry as a context lists it."""
+        return f"{self.word}: {self.definition}"
+
 
 def read_definitions(wordnet: Path, split: str) -> list[str]:
     """Return definitions of 4 to 10 plain words from WordNet's ``data.noun``; a tenth of them, by hash, is the test split."""
@@ -56,7 +61,7 @@ def draw_entries(definitions: list[str], count: int, rng: random.Random) -> list
 
 def context_text(entries: list[Entry]) -> str:
     """Return a context that lists entries, as a chat turn."""
-    lines = "\n".join(f"{entry.word}: {entry.definition}" for entry in entries)
+    lines = "\n".join(entry.line for entry in entries)
     return f"<|im_start|>user\nHere is a glossary.\n\n{lines}<|im_end|>\n"
 
 
@@ -103,5 +108,5 @@ def spread_out(context: str, rng: random.Random) -> TextExample:
     ends = [len(entries) * quarter // 4 for quarter in range(5)]
     drawn = [rng.choice(entries[start:end]) for start, end in itertools.pairwise(ends)]
     rng.shuffle(drawn)
-    listed = "\n".join(f"{entry.word}: {entry.definition}" for entry in drawn)
+    listed = "\n".join(entry.line for entry in drawn)
     return TextExample(context, _turn("Read out some entries of the glossary."), listed)
