@@ -13,6 +13,15 @@ import torch
 
 from ..vllm.plugin import CONNECTOR, LOAD_FORMAT
 
+CPU_OPTIONS = (
+    # A context fills whole pages, and vLLM computes the tokens behind them: of its 128 to a page, 64 or so.
+    "--block-size", "32",
+    # Layers that recompute tokens of a context run outside of vLLM's compiled graph, where norms and activations are slow
+    # unless they are operators of its own.
+    "--compilation-config", json.dumps({"custom_ops": ["all"]}),
+)  # fmt: skip
+"""Options of vLLM on a CPU, before those of the user, which win."""
+
 
 def run(options: argparse.Namespace) -> None:
     """Become vLLM's server, and say what it is told."""
@@ -54,9 +63,8 @@ def command_of(options: argparse.Namespace) -> list[str]:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {name: value for name, value in extra.items() if value},
     }
-    # A context fills whole pages, and vLLM computes the tokens behind them: of its 128 to a page on CPUs, 64 or so.
-    pages = [] if torch.cuda.is_available() else ["--block-size", "32"]
+    on_cpu = () if torch.cuda.is_available() else CPU_OPTIONS
     return [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model, "--load-format", LOAD_FORMAT,
-        "--kv-transfer-config", json.dumps(transfer), *pages, *options.vllm,
+        "--kv-transfer-config", json.dumps(transfer), *on_cpu, *options.vllm,
     ]  # fmt: skip

@@ -42,9 +42,12 @@ def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     Products and sums are in the wider dtype of the two (OLMo 2 keeps cos and sin in float32), the result in that of `x`.
     """
     half = cos.shape[-1]
-    x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1).to(x.dtype)
+    turned, rest = x.split([2 * half, x.shape[-1] - 2 * half], dim=-1)
+    halves = turned.unflatten(-1, (2, half))
+    # Angles of both halves beside each other: a CPU is several times as fast over one long row as over two short ones.
+    cos, sin = torch.stack((cos, cos), dim=1)[:, None], torch.stack((-sin, sin), dim=1)[:, None]
+    rotated = (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x.dtype)
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 def kv_project_ref(layer: Projection) -> None:
@@ -114,13 +117,13 @@ def kv_splice_ref(
         (v, v_scale, v_cache, v_cache_scale, (None, None)),
     ):
         rows = rows.transpose(1, 2).flatten(0, 1)
-        no_scale = torch.ones(rows.shape[:2], dtype=torch.float32, device=rows.device)
-        scale = no_scale if scale is None else scale.transpose(1, 2).flatten(0, 1)
+        scale = None if scale is None else scale.transpose(1, 2).flatten(0, 1)[..., None]
         if rows.dtype == cache.dtype and cache_scale is not None and angles[0] is None and not static_scale:
             store_rows_ref(rows, cache, slot_mapping)
-            store_rows_ref(scale[..., None], cache_scale[..., None], slot_mapping)
+            scale = torch.ones_like(rows[..., :1], dtype=torch.float32) if scale is None else scale
+            store_rows_ref(scale, cache_scale[..., None], slot_mapping)
             continue
-        rows = rows.float() * scale[..., None]
+        rows = rows.float() if scale is None else rows.float() * scale
         if angles[0] is not None and angles[1] is not None:
             rows = rope_ref(rows, angles[0].float(), angles[1].float())
         if cache_scale is not None:
@@ -234,7 +237,11 @@ def store_rows_ref(rows: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.
     rows, block_size = rows.to(cache.dtype), cache.shape[2]
     if cache.dtype.itemsize == 1:  # torch cannot index float8
         rows, cache = rows.view(torch.uint8), cache.view(torch.uint8)
-    cache[slot_mapping // block_size, :, slot_mapping % block_size] = rows
+    block, row = slot_mapping // block_size, slot_mapping % block_size
+    if len(rows) and bool(block[0] == block[-1]) and bool((slot_mapping.diff() == 1).all()):
+        cache[block[0], :, row[0] : row[-1] + 1] = rows.transpose(0, 1)  # several times as fast as by indices
+    else:
+        cache[block, :, row] = rows
 
 
 def _encoded(
