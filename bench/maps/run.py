@@ -69,6 +69,7 @@ STUDIED_CONTEXTS = 6  # of each split, of which errors are measured layer by lay
 ANSWERED = 40  # test contexts whose answers are generated and scored, for the time it takes
 ANSWERED_WAYS = (
     "reuse", "fitted", "fitted, no hidden states", "recent 10 % over fitted", "selected 10 % over fitted",
+    "selected 10 % over ridge",
 )  # fmt: skip
 TIMED_WAYS = ("reuse", "projected", "fitted", "fitted, no hidden states")
 TIMED_TOKENS = 2048
@@ -112,6 +113,7 @@ def ways_with(maps: ds.Maps, ridge: ds.Maps) -> dict[str, Way]:
         "band corrected, rest fitted": Way(ds.Plan([BAND], project="rest"), maps),
         "recent 10 % over fitted": Way(ds.Plan(project="rest", select=0.1, selector="recent"), maps),
         "selected 10 % over fitted": Way(ds.Plan(project="rest", select=0.1), maps),
+        "selected 10 % over ridge": Way(ds.Plan(project="rest", select=0.1), ridge),
     }
 
 
