@@ -47,8 +47,8 @@ def _pairs(rows: Sequence[Row], path: Path) -> None:
     axes.set_title(
         "Held-out contexts, 95 % bootstrap intervals; a band is [15, 20), all else runs no layer", fontsize=10
     )
-    axes.legend(fontsize=8, ncols=4, frameon=False)
-    axes.set_ylim(0, 1.45)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=4, frameon=False)
+    axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
