@@ -114,13 +114,13 @@ def kv_splice_ref(
         (v, v_scale, v_cache, v_cache_scale, (None, None)),
     ):
         rows = rows.transpose(1, 2).flatten(0, 1)
-        scale = None if scale is None else scale.transpose(1, 2).flatten(0, 1)[..., None]
+        no_scale = torch.ones(rows.shape[:2], dtype=torch.float32, device=rows.device)
+        scale = no_scale if scale is None else scale.transpose(1, 2).flatten(0, 1)
         if rows.dtype == cache.dtype and cache_scale is not None and angles[0] is None and not static_scale:
             store_rows_ref(rows, cache, slot_mapping)
-            scale = torch.ones_like(rows[..., :1], dtype=torch.float32) if scale is None else scale
-            store_rows_ref(scale, cache_scale[..., None], slot_mapping)
+            store_rows_ref(scale[..., None], cache_scale[..., None], slot_mapping)
             continue
-        rows = rows.float() if scale is None else rows.float() * scale
+        rows = rows.float() * scale[..., None]
         if angles[0] is not None and angles[1] is not None:
             rows = rope_ref(rows, angles[0].float(), angles[1].float())
         if cache_scale is not None:
