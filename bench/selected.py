@@ -4,8 +4,9 @@
     python -m bench.selected --folder FOLDER --pairs lora --only time    # alone on the machine
     python -m bench.selected --folder FOLDER --only page --page docs/selected.md
 
-Ways are plans that select tokens, ours and those of other work, and what ``bench.paper.paper`` found when it profiled the pair:
-of some lengths the best single band, and the best plan of bands and maps that is five times faster. Steps:
+Ways are plans that select tokens, ours and those of other work; the best single bands of some lengths that
+``bench.paper.paper`` found when it profiled the pair; and the best plan of bands and maps that it had found for five times
+before tokens were selected. `fitted` maps are regressions, `trained` ones were trained on what attention reads as well. Steps:
 
 - `judge`: on test contexts, none of which maps were fitted to, with one question each; `PAIR/judged.csv` has a row for each
   context and way, and a later run adds those that are missing. `score` is that of the answer by the task's metric, `exact` its
@@ -41,8 +42,7 @@ import droidspeak_ops as ds
 from bench import selected_page
 from bench.common import Row, checkout, divergence, parser, read_csv, setting, show, write_csv
 from bench.other_selectors import Selector, mean_attention, random_windows
-from bench.pairs import CASES, RIDGE, TEST_CONTEXTS, LoadedPair, fitted_maps
-from bench.paper.choice import best_within
+from bench.pairs import CASES, RIDGE, TEST_CONTEXTS, TRAINED, Calibration, LoadedPair, fitted_maps
 from bench.paper.paper import frontiers_of
 from droidspeak_ops.demo.measure import MAX_ANSWER_TOKENS
 from droidspeak_ops.example import TextExample, examples_digest
@@ -55,8 +55,6 @@ TIMED_TOKENS = (900, 2048)
 TIMED_SUFFIX = 24
 BANDS = (6, 12, 18, 24)
 """Layers of the bands of which the profile's best one is judged."""
-SPEED = 5.0
-"""Times faster than full prefill, at which the best plan of the profile is judged: one of bands and maps."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +62,23 @@ class Way:
     """A way to fill the receiver's cache.
 
     Args:
+        maps: what its maps are calibrated on; None for a plan without any.
         selector: makes the plan's selector, given the receiver, the context and what the plan selects; None for the plan's own.
     """
 
     name: str
     plan: ds.Plan
-    with_maps: bool = False
+    maps: Calibration | None = None
     selector: Callable[[Any, ds.SharedContext, int | float], Selector] | None = None
 
     def fill(
-        self, receiver: ds.Receiver, maps: ds.Maps, context: ds.SharedContext, prompt_ids: torch.Tensor
+        self, receiver: ds.Receiver, maps: ds.Maps | None, context: ds.SharedContext, prompt_ids: torch.Tensor
     ) -> ds.MixedCache:
         """Return the receiver's cache of a context."""
         plan = self.plan
         if self.selector is not None:
             plan = replace(plan, selector=self.selector(receiver.decoder().model, context, plan.select))
-        used = maps if self.with_maps else None
-        return ds.partial_prefill(receiver, context, plan, prompt_ids=prompt_ids, maps=used)
+        return ds.partial_prefill(receiver, context, plan, prompt_ids=prompt_ids, maps=maps)
 
 
 WAYS = (
@@ -93,16 +91,25 @@ WAYS = (
     Way("deviation 10 %", ds.Plan(select=0.1, selector="deviation")),
     Way("random windows 10 %", ds.Plan(select=0.1, selector=random_windows)),
     Way("mean attention 10 %", ds.Plan(select=0.1), selector=mean_attention),
-    Way("all fitted", ds.Plan(project="rest"), with_maps=True),
-    Way("selected 5 % over fitted", ds.Plan(project="rest", select=0.05), with_maps=True),
-    Way("selected 10 % over fitted", ds.Plan(project="rest", select=0.1), with_maps=True),
-    Way("recent 10 % over fitted", ds.Plan(project="rest", select=0.1, selector="recent"), with_maps=True),
-    Way("recent 20 % over fitted", ds.Plan(project="rest", select=0.2, selector="recent"), with_maps=True),
+    Way("all fitted", ds.Plan(project="rest"), RIDGE),
+    Way("selected 5 % over fitted", ds.Plan(project="rest", select=0.05), RIDGE),
+    Way("selected 10 % over fitted", ds.Plan(project="rest", select=0.1), RIDGE),
+    Way("recent 10 % over fitted", ds.Plan(project="rest", select=0.1, selector="recent"), RIDGE),
+    Way("recent 20 % over fitted", ds.Plan(project="rest", select=0.2, selector="recent"), RIDGE),
+    Way("all trained", ds.Plan(project="rest"), TRAINED),
+    Way("selected 48 tokens over trained", ds.Plan(project="rest", select=48), TRAINED),
+    Way("selected 10 % over trained", ds.Plan(project="rest", select=0.1), TRAINED),
+    Way("recent 48 tokens over trained", ds.Plan(project="rest", select=48, selector="recent"), TRAINED),
+    Way("recent 10 % over trained", ds.Plan(project="rest", select=0.1, selector="recent"), TRAINED),
 )
+BEST_OF_BANDS = "best of bands, rest fitted"
+BEFORE = {"full": (21, 24), "tasks": (21, 24), "far": (18, 21)}
+"""By pair the band of the best plan that ``bench.paper.paper`` found for a fifth of full prefill's time, of bands and maps by
+regression."""
 
 
-def profiled(plain: Frontier, ours: Frontier) -> list[Way]:
-    """Return what the profiles of a pair found: the best single bands with the rest reused, and the best plan with maps."""
+def profiled(pair: str, plain: Frontier) -> list[Way]:
+    """Return what profiles of a pair found: the best single bands with the rest reused, and the best plan of before."""
     single = [each for each in plain.points if len(each.plan.bands) == 1 and each.plan == ds.Plan(each.plan.bands)]
     ways = []
     for layers in BANDS:
@@ -110,27 +117,34 @@ def profiled(plain: Frontier, ours: Frontier) -> list[Way]:
         if of_length:
             plan = min(of_length, key=plain.typical_kl).plan
             ways.append(Way(str(plan), plan))
-    unselected = replace(ours, points=tuple(point for point in ours.points if not point.plan.select))
-    best = best_within(unselected, ours.full_prefill_seconds(max(TIMED_TOKENS)) / SPEED, max(TIMED_TOKENS))
-    return [*ways, Way(f"best profiled at {SPEED:g} times", best.plan, with_maps=True)]
+    if pair in BEFORE:
+        ways.append(Way(BEST_OF_BANDS, ds.Plan([BEFORE[pair]], project="rest"), RIDGE))
+    return ways
+
+
+def maps_of(pair: LoadedPair, ways: Sequence[Way]) -> dict[Calibration | None, ds.Maps | None]:
+    """Return the maps of a pair that ways have, by what they are calibrated on; None for those without."""
+    calibrations = dict.fromkeys(way.maps for way in ways if way.maps is not None)
+    return {None: None, **{each: fitted_maps(pair, each).maps for each in calibrations}}
 
 
 @torch.no_grad()
-def judge(pair: LoadedPair, maps: ds.Maps, ways: Sequence[Way], contexts: int, path: Path) -> list[Row]:
+def judge(pair: LoadedPair, ways: Sequence[Way], contexts: int, path: Path) -> list[Row]:
     """Add to a file the rows that it lacks of so many test contexts and the ways, and return all of it.
 
     Raises:
         ValueError: it has rows of other models, maps or examples.
     """
     rows = read_csv(path) if path.exists() else []
-    measured_with = f"{[*pair.weights, maps.digest()]}"
+    weights, maps = f"{pair.weights}", maps_of(pair, ways)
+    digests = {way.name: "" if way.maps is None else maps[way.maps].digest()[:16] for way in ways}
     receiver, measured_on = ds.Receiver(pair.receiver), {"setting": f"float32, {setting()}", **checkout()}
     texts, examples = pair.named.task.examples("test", contexts), pair.examples("test", contexts)
     for number, (text, example) in enumerate(zip(track(texts, f"{path.parent.name}: judging"), examples, strict=True)):
-        of = hashlib.sha256((measured_with + examples_digest([example])).encode()).hexdigest()[:16]
+        of = hashlib.sha256((weights + examples_digest([example])).encode()).hexdigest()[:16]
         about = {"context": str(number), "tokens": example.context.shape[1], "of": of}
         there = [row for row in rows if row["context"] == about["context"]]
-        if any(row["of"] != about["of"] for row in there):
+        if any(row["of"] != of or row["maps"] != digests.get(row["way"], row["maps"]) for row in there):
             raise ValueError(f"{path}: expected rows of these models, maps and examples, got others; remove it")
         missing = [way for way in ways if way.name not in {row["way"] for row in there}]
         if not missing:
@@ -138,10 +152,10 @@ def judge(pair: LoadedPair, maps: ds.Maps, ways: Sequence[Way], contexts: int, p
         asked = example.prompt[:, : example.context.shape[1] + pair.known(text)]
         context, judged = pair.capture(example.context), Judged(pair, text, example)
         if not there:
-            rows.append({"way": selected_page.FULL, **about, **judged.row(), **measured_on})
+            rows.append({"way": selected_page.FULL, **about, "maps": "", **judged.row(), **measured_on})
         for way in missing:
-            cache = way.fill(receiver, maps, context, asked)
-            rows.append({"way": way.name, **about, **judged.row(cache), **measured_on})
+            cache = way.fill(receiver, maps[way.maps], context, asked)
+            rows.append({"way": way.name, **about, "maps": digests[way.name], **judged.row(cache), **measured_on})
         with replacing(path) as scratch:
             write_csv(scratch, rows)
     return rows
@@ -183,16 +197,16 @@ def _share(held: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def time(pair: LoadedPair, maps: ds.Maps, ways: Sequence[Way], rounds: int) -> list[Row]:
+def time(pair: LoadedPair, ways: Sequence[Way], rounds: int) -> list[Row]:
     """Time full prefill and the ways in turn."""
-    receiver, rows = pair.receiver, []
+    receiver, maps, rows = pair.receiver, maps_of(pair, ways), []
     serving = ds.Receiver(receiver)
     for tokens in TIMED_TOKENS:
         prompt = pair.text(tokens + TIMED_SUFFIX)
         context = pair.capture(prompt[:, :tokens])
 
         def start(way: Way, context: ds.SharedContext = context, prompt: torch.Tensor = prompt) -> None:
-            next_logits(receiver, prompt, way.fill(serving, maps, context, prompt))
+            next_logits(receiver, prompt, way.fill(serving, maps[way.maps], context, prompt))
 
         full: Callable[[], Any] = partial(first_token, receiver, context, prompt, None)
         seconds: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways}
@@ -248,15 +262,15 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     written: list[Row] = []
     for name in args.pairs if args.only == "judge" else dict.fromkeys(CASES[name].pair.name for name in args.pairs):
         case = CASES[name]
-        ways = _chosen(args.ways, [*WAYS, *profiled(*frontiers_of(args.results / case.pair.name))], options)
-        pair = case.pair.load()
-        maps, folder = fitted_maps(pair, RIDGE).maps, args.folder / name
+        plain, _ = frontiers_of(args.results / case.pair.name)
+        ways = _chosen(args.ways, [*WAYS, *profiled(case.pair.name, plain)], options)
+        pair, folder = case.pair.load(), args.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         if args.only == "judge":
             pair = replace(pair, named=replace(pair.named, task=case.task))
-            rows = selected_page.summary(judge(pair, maps, ways, args.contexts, folder / "judged.csv"))
+            rows = selected_page.summary(judge(pair, ways, args.contexts, folder / "judged.csv"))
         else:
-            rows = time(pair, maps, ways, args.rounds)
+            rows = time(pair, ways, args.rounds)
             with replacing(folder / "times.csv") as scratch:
                 write_csv(scratch, rows, setting=f"float32, {setting()}", **checkout())
         show(rows, f"{name}: {case.description}, float32, {setting()}")

@@ -32,7 +32,7 @@ COLOURS = {
     "recent": "#31a354",
     "deviation": "#756bb1",
     "random": "#bdbdbd",
-    "best profiled": "#e7298a",
+    "best of bands": "#e7298a",
 }
 """Colours of ways, by what their names start with."""
 
@@ -185,9 +185,10 @@ def plot(drawn: dict[str, tuple[list[Row], list[Row]]], path: Path) -> None:
                     at = [float(faster[row["way"]]) for row in points]
                     axes.errorbar(at, *error_bars(points, value), fmt="o", ms=4, color=colour, label=start)
             for row in some:
-                if "fitted" in row["way"]:
-                    at = float(faster[row["way"]]), float(row[value])
-                    axes.annotate("over fitted", at, xytext=(3, 3), textcoords="offset points", fontsize=6)
+                for maps in ("fitted", "trained"):
+                    if maps in row["way"]:
+                        at = float(faster[row["way"]]), float(row[value])
+                        axes.annotate(f"over {maps}", at, xytext=(3, 3), textcoords="offset points", fontsize=6)
             speed_axis(axes)
         kl_axis(column[1])
         column[0].set_title(name, fontsize=10)

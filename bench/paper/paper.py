@@ -3,12 +3,12 @@
     python -m bench.variants.train code docs
     python -m bench.paper.paper --folder docs/results --page docs/results.md
 
-For each pair maps are fitted and plans profiled; then what is chosen, and what the paper compares, is judged on other test
+For each pair maps are trained and plans profiled; then what is chosen, and what the paper compares, is judged on other test
 contexts. Steps, each of which writes to the folder and is skipped with `--only` others:
 
 - `costs`: times of the receiver on this machine. To be run alone on it.
 - `profiler`: what profiling a context costs, every band of all layers. To be run alone on the machine.
-- `profile`: quality against cost of every band, without maps (the paper's ways) and with them (ours), with a report of each.
+- `without_maps`, `with_maps`: quality against cost of plans, with a report: the paper's ways; and ours, with trained maps.
 - `choose`: what plans that few contexts choose lose beyond the best ones, `choice.csv`.
 - `expect`: what they lose beyond what was expected of them, `expected.csv`.
 - `judge`: on contexts that no plan was chosen by, `judged.csv`. `kl` is the divergence of next-token distributions from those
@@ -46,7 +46,7 @@ from bench.common import (
     without_interval,
     write_csv,
 )
-from bench.pairs import LONG, PAIRS, RIDGE, TEST_CONTEXTS, LoadedPair, fitted_maps
+from bench.pairs import LONG, PAIRS, TEST_CONTEXTS, LoadedPair, fitted_maps
 from bench.paper import results_page
 from bench.paper.choice import measure_choice, measure_expectations
 from bench.paper.ways import SPEEDS, Way, best_at, ways_of
@@ -59,7 +59,9 @@ from droidspeak_ops.profiling.report import write_report
 from droidspeak_ops.profiling.run import EVAL_TOKENS, measure_context
 from droidspeak_ops.profiling.timing import SUFFIX_TOKENS, first_token, next_logits, timed
 
-PROFILES = ("without_maps", "with_maps")
+WITH_MAPS = "with_maps"
+PROFILES = ("without_maps", WITH_MAPS)
+"""Profiles of a pair: the steps that write them, and their folders."""
 CHOSEN_AT = (2.0, 2.6, 3.5, 5.0, 9.0)
 """Times faster than full prefill, at which it is measured what choosing costs."""
 ANSWERED = ("all reused", "all fitted", *map(best_at, SPEEDS))
@@ -87,7 +89,7 @@ class Comparison:
     @cached_property
     def maps(self) -> ds.Maps:
         """The maps that are fitted to them."""
-        return fitted_maps(self.pair, RIDGE._replace(contexts=self.args.calibrated)).maps
+        return fitted_maps(self.pair).maps
 
     @cached_property
     def test(self) -> list[ds.Example]:
@@ -110,26 +112,23 @@ class Comparison:
         """The ways that are compared."""
         return list(ways_of(*frontiers_of(self.folder), TIMED_TOKENS))
 
-    def profile(self) -> None:
-        """Write frontiers, and reports of them."""
+    def profile(self, which: str) -> None:
+        """Write one of :data:`PROFILES`, and a report of it."""
         costs = ds.CostModel(**json.loads((self.args.folder / "costs.json").read_text(encoding="utf-8")))
-        named = self.pair.named
-        title = f"{named.description} ({named.sender} to {named.receiver})"
-        for which, maps in zip(PROFILES, (None, self.maps), strict=True):
-            folder = self.folder / which
-            folder.mkdir(parents=True, exist_ok=True)
-            frontier = ds.profile(
-                self.pair.sender,
-                self.pair.receiver,
-                self.profiled,
-                maps=maps,
-                granularity=self.args.granularity,
-                costs=costs,
-                journal=folder / "journal",
-            )
-            frontier.save(folder / "frontier.json")
-            remove_journal(folder / "journal")
-            write_report(frontier, folder, title)
+        named, folder = self.pair.named, self.folder / which
+        folder.mkdir(parents=True, exist_ok=True)
+        frontier = ds.profile(
+            self.pair.sender,
+            self.pair.receiver,
+            self.profiled,
+            maps=self.maps if which == WITH_MAPS else None,
+            granularity=self.args.granularity,
+            costs=costs,
+            journal=folder / "journal",
+        )
+        frontier.save(folder / "frontier.json")
+        remove_journal(folder / "journal")
+        write_report(frontier, folder, f"{named.description} ({named.sender} to {named.receiver})")
 
     def choose(self) -> list[Row]:
         """Measure what choosing by few contexts costs."""
@@ -291,7 +290,7 @@ TABLES: dict[str, tuple[str, Callable[[Comparison], list[Row]]]] = {
     "time": ("times", Comparison.time),
 }
 """Steps that write a table for every pair, with the table's name and the method that returns its rows."""
-STEPS = ("costs", "profiler", "profile", *TABLES, "page")
+STEPS = ("costs", "profiler", *PROFILES, *TABLES, "page")
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
@@ -301,7 +300,6 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     options.add_argument(
         "--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="PAIR", help=", ".join(PAIRS)
     )
-    options.add_argument("--calibrated", type=int, default=RIDGE.contexts, help="contexts that maps are fitted to")
     options.add_argument("--profiled", type=int, default=24, help="contexts that plans are chosen by, a third held out")
     options.add_argument("--judged", type=int, default=36, help="contexts that they are judged on")
     options.add_argument("--answered", type=int, default=36, help="of those, contexts whose answers are scored")
@@ -324,9 +322,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         (args.folder / "costs.json").write_text(json.dumps(asdict(costs), indent=1) + "\n", encoding="utf-8")
     if "profiler" in args.only:
         write(args.folder, "profiler", Comparison(args.pairs[0], args).profiler())
-    if "profile" in args.only:
-        for name in args.pairs:
-            Comparison(name, args).profile()
+    for which in PROFILES:
+        if which in args.only:
+            for name in args.pairs:
+                Comparison(name, args).profile(which)
     for step, (table, measure) in TABLES.items():
         if step in args.only:
             for name in args.pairs:

@@ -128,9 +128,9 @@ def fit(
         # Corrections are chosen on the first fold, with maps and corrections that are fitted to the others.
         unseen = _maps(pair, {source: each.without_fold[0] for source, each in fits.items()}, shares, used, domain)
         if steps:
-            start = {(layer, source): pair.layer_map((layer, source), on_all[source][layer], shares[layer])
-                     for source in FITTED for layer in pair.layers}  # fmt: skip
-            trained = train(readings, start, steps, seed, work, partial(progress.track, description="Training maps"))
+            trained = train(
+                readings, maps.repaired, steps, seed, work, partial(progress.track, description="Training maps")
+            )
             held_out = [number for number in range(len(objectives)) if is_held_out(number, len(groups))]
             better = _better(maps, trained, _Judged(pair, sent, objectives, groups, held_out), progress)
             maps, unseen = better, (unseen if better is maps else better)
@@ -308,12 +308,13 @@ def _learn(
     )
     zeros = {layer: torch.zeros_like(each) for layer, each in shares.items()}
 
+    def total(source: Source, shares: Shares) -> float:
+        judged = range(0, len(objectives), FOLDS)
+        return sum(float(objectives[each].kl_of_shares(interpolations(source, each), shares)) for each in judged)
+
+    reused = total("fitted_kv", zeros)  # the sender's own K and V
+
     def helps(source: Source) -> bool:
-        before = after = 0.0
-        for number in range(0, len(objectives), FOLDS):
-            parts = interpolations(source, number)
-            before += float(objectives[number].kl_of_shares(parts, zeros))
-            after += float(objectives[number].kl_of_shares(parts, shares))
-        return after < _MAX_KL_RATIO * before
+        return total(source, shares) < _MAX_KL_RATIO * reused
 
     return shares, {source for source in progress.track(FITTED, description="Validating maps") if helps(source)}

@@ -6,7 +6,7 @@ layer, are learnt by gradient descent on the divergence of the receiver's next t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,13 +84,22 @@ class KLObjective:
         """Return :meth:`kl` with K/V interpolated by `shares`."""
         return self.kl([self._contexts[self._number].kv(0)[:2], *self._mixed(interpolations, shares)])
 
-    def terms_of_shares(self, interpolations: Interpolations, shares: Shares, visit: int) -> Iterator[torch.Tensor]:
-        """Yield terms whose sum is :meth:`kl` with K/V interpolated by `shares`, each with a graph of its own."""
+    def gradient_of_shares(
+        self, interpolations: Interpolations, shares: Shares, visit: int
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the gradient of :meth:`kl` with K/V interpolated by `shares`, with respect to each of these.
+
+        K and V are mixed once. The gradient with respect to them is summed over a few examples at a time.
+        """
         which, first = self._examples_of(visit), self._contexts[self._number].kv(0)[:2]
         count = sum(self._examples[number].answer.shape[1] for number in which)
+        mixed = [part for each in self._mixed(interpolations, shares) for part in each]
+        leaves = [part.detach().requires_grad_() for part in mixed]
+        keys_values = [first, *zip(leaves[::2], leaves[1::2], strict=True)]
         for start in range(0, len(which), _EXAMPLES_PER_GRAPH):
-            keys_values = [first, *self._mixed(interpolations, shares)]
-            yield self._kl(keys_values, which[start : start + _EXAMPLES_PER_GRAPH]).sum() / count
+            kl = self._kl(keys_values, which[start : start + _EXAMPLES_PER_GRAPH]).sum() / count
+            kl.backward(inputs=leaves)  # and none of the receiver's weights
+        return torch.autograd.grad(mixed, list(shares.values()), [leaf.grad for leaf in leaves])
 
     def kl(self, keys_values: Sequence[KeysValues], visit: int = 0) -> torch.Tensor:
         """Return the mean KL divergence from full prefill over the answer tokens of some examples, in nats.
@@ -176,9 +185,9 @@ def learn_shares(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=STEPS)
     for step in track(range(STEPS)):
         visit, index = divmod(step, len(objectives))
-        optimizer.zero_grad()
-        for term in objectives[index].terms_of_shares(interpolations(index), shares, visit):
-            term.backward(inputs=list(shares.values()))  # and none of the receiver's weights
+        gradient = objectives[index].gradient_of_shares(interpolations(index), shares, visit)
+        for each, of_each in zip(shares.values(), gradient, strict=True):
+            each.grad = of_each
         optimizer.step()
         schedule.step()
         with torch.no_grad():

@@ -24,11 +24,11 @@ from ..prefill.maps import LayerMap
 from .pair import Key
 from .reading import LayerReading, Readings
 
-STEPS = 140
+STEPS = 100
 """Steps of the optimizer in each layer."""
 TOKENS_PER_STEP = 900
 """A step takes contexts until they have so many, a long one or two short ones: more steps serve better than larger ones."""
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 6e-3
 """Relative to the root mean square of a map's weights: ten times as much ends worse than no map at all."""
 IN_MEMORY = 64
 """Contexts of which one layer's readings are in memory at a time."""

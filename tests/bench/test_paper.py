@@ -58,7 +58,7 @@ def test_some_tokens_selected_are_those_that_differ_most(pair: LoadedPair) -> No
 def test_the_whole_comparison(pair: LoadedPair, maps: ds.Maps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [ds.Example(tokens(60), tokens(5), tokens(6)) for _ in range(10)]
     monkeypatch.setattr(NamedPair, "load", lambda self: pair)
-    monkeypatch.setattr(paper, "fitted_maps", lambda of, calibration: Fitted(maps, 0.0, 0))
+    monkeypatch.setattr(paper, "fitted_maps", lambda of: Fitted(maps, 0.0, 0))
     monkeypatch.setattr(LoadedPair, "examples", lambda self, split, contexts: examples)
     monkeypatch.setattr(ways, "CONTIGUOUS", (2, 3))
     monkeypatch.setattr(paper, "TIMED_TOKENS", 80)

@@ -173,8 +173,8 @@ def cases(pair: pairs.LoadedPair, maps: ds.Maps, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(selected, "TIMED_TOKENS", (60, 90))
     for module in (pairs, selected):
         monkeypatch.setattr(module, "MAX_ANSWER_TOKENS", 3)
-    monkeypatch.setattr(selected, "profiled", lambda *frontiers: [selected.Way(str(plan), plan) for plan in bands])
-    monkeypatch.setattr(selected, "frontiers_of", lambda folder: ())
+    monkeypatch.setattr(selected, "profiled", lambda pair, plain: [selected.Way(str(plan), plan) for plan in bands])
+    monkeypatch.setattr(selected, "frontiers_of", lambda folder: (None, None))
     monkeypatch.setattr(selected, "fitted_maps", lambda of, calibration: pairs.Fitted(maps, 0.0, 0))
     monkeypatch.setattr(pairs.NamedPair, "load", lambda self: pair)
     return tmp_path
@@ -263,12 +263,11 @@ def test_what_a_profile_found() -> None:
         point(0.1, (9, 15), project="rest"), point(0.1, (9, 15), select=0.1),
     ]  # fmt: skip
     plain = ds.Frontier(model, model, None, tuple(points), (), costs, (1000,) * 3, 1, 3, 0)
-    *bands, best = selected.profiled(plain, plain)
+    bands = selected.profiled("lora", plain)
     assert [way.name for way in bands] == ["band [18, 24)", "band [12, 24)"], "of 6 layers and of 12"
-    assert all(way.name == str(way.plan) for way in bands)
-    assert best.name == "best profiled at 5 times"
-    assert plain.speedup(plain.point(best.plan), 2048) >= 5
-    assert not best.plan.select
+    assert all(way.name == str(way.plan) and way.maps is None for way in bands)
+    *same, before = selected.profiled("far", plain)
+    assert same == bands and before.plan == ds.Plan([(18, 21)], project="rest") and before.maps == pairs.RIDGE
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------------
