@@ -52,3 +52,13 @@ def test_serve_tells_vllm_what_it_is_to_do(options: list[str], role: str, extra:
 def test_serve_refuses_half_a_role(options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         serve.command_of(make_parser().parse_args(["serve", "tuned", "--store", "s", *options]))
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_serve_puts_what_a_cpu_wants_before_what_the_user_does(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    options = ["serve", "tuned", "--store", "s", "--capture", "--vllm=--block-size 64"]
+    command = serve.command_of(make_parser().parse_args(options))
+    sizes = [value for name, value in zip(command, command[1:], strict=False) if name == "--block-size"]
+    assert sizes == (["64"] if has_gpu else ["32", "64"]), "the last one counts"
+    assert ("--compilation-config" in command) != has_gpu
