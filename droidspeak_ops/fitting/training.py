@@ -29,7 +29,7 @@ STEPS = 100
 TOKENS_PER_STEP = 900
 """A step takes contexts until they have so many, a long one or two short ones: more steps serve better than larger ones."""
 LEARNING_RATE = 6e-3
-"""Relative to the root mean square of a map's weights. The loss fell with every larger one that was tried; this is the largest."""
+"""Relative to the root mean square of a map's weights: the largest of those that were tried, of which each was better."""
 IN_MEMORY = 64
 """Contexts of which one layer's readings are in memory at a time."""
 HELD_OUT = 5

@@ -1,6 +1,7 @@
 """The command line that ``droidspeak serve`` gives to vLLM."""
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -59,6 +60,6 @@ def test_serve_puts_what_a_cpu_wants_before_what_the_user_does(has_gpu: bool, mo
     monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
     options = ["serve", "tuned", "--store", "s", "--capture", "--vllm=--block-size 64"]
     command = serve.command_of(make_parser().parse_args(options))
-    sizes = [value for name, value in zip(command, command[1:], strict=False) if name == "--block-size"]
+    sizes = [value for name, value in pairwise(command) if name == "--block-size"]
     assert sizes == (["64"] if has_gpu else ["32", "64"]), "the last one counts"
     assert ("--compilation-config" in command) != has_gpu
