@@ -33,8 +33,8 @@ TEST_CONTEXTS = 64
 """Contexts of the glossary's test split, and as many as are drawn of the others."""
 CALIBRATION_CONTEXTS = 13
 """Contexts that regressions and shares alone are fitted to."""
-TRAINING_CONTEXTS, TRAINING_CHARACTERS = 64, 1_700
-"""Contexts that maps are also trained on, where there are as many, and their length: many short ones teach more."""
+TRAINING_CONTEXTS, TRAINING_LENGTHS = 35, (3_300,) * 5 + (6_600, 13_000)
+"""Contexts that maps are also trained on, where there are as many, and their lengths: those of the task, with more long ones."""
 CALIBRATION_QUESTIONS = 8  # to a context
 CORRECTED_BANDS = ((3, 8), (9, 14), (15, 20), (21, 26))
 """Bands whose starts the maps correct."""
@@ -60,11 +60,11 @@ class Task:
     ask: Callable[[str, random.Random], TextExample] | None = None
     first_turn: bool = False
 
-    def examples(self, split: str, contexts: int, characters: int | None = None) -> list[TextExample]:
+    def examples(self, split: str, contexts: int, lengths: Sequence[int] = LENGTHS) -> list[TextExample]:
         """Return examples of so many contexts of a split: one question each to test on, several to calibrate on.
 
         Args:
-            characters: of a context, where contexts are drawn; None for those of :data:`LENGTHS`.
+            lengths: characters of the contexts, where they are drawn; these in turn.
         """
         rng = random.Random(zlib.crc32(split.encode()))
         if self.draw is None:
@@ -74,7 +74,6 @@ class Task:
                 return [self.ask(context, rng) for context in kept]
             return [example for example in texts if example.context in kept]
         questions = 1 if split == "test" else CALIBRATION_QUESTIONS
-        lengths = LENGTHS if characters is None else (characters,)
         drawn = (self.draw(split, lengths[number % len(lengths)], questions, rng) for number in range(contexts))
         return [example for examples in drawn for example in examples]
 
@@ -179,9 +178,9 @@ class LoadedPair:
         """Digests of the sender's weights and of the receiver's."""
         return [str(Decoder(model).fingerprint(weights=True).weights) for model in (self.sender, self.receiver)]
 
-    def examples(self, split: str, contexts: int, characters: int | None = None) -> list[ds.Example]:
+    def examples(self, split: str, contexts: int, lengths: Sequence[int] = LENGTHS) -> list[ds.Example]:
         """Return the task's examples of so many contexts of a split."""
-        texts = self.named.task.examples(split, contexts, characters)
+        texts = self.named.task.examples(split, contexts, lengths)
         return [each.encode(self.tokenizer, self.receiver.device) for each in texts]
 
     def known(self, text: TextExample) -> int:
@@ -220,12 +219,12 @@ class Calibration(NamedTuple):
     """Contexts that maps are fitted to, as :meth:`Task.examples` draws them, and the steps that they are trained for."""
 
     contexts: int
-    characters: int | None
+    lengths: tuple[int, ...]
     steps: int
 
 
-RIDGE = Calibration(CALIBRATION_CONTEXTS, None, 0)
-TRAINED = Calibration(TRAINING_CONTEXTS, TRAINING_CHARACTERS, STEPS)
+RIDGE = Calibration(CALIBRATION_CONTEXTS, LENGTHS, 0)
+TRAINED = Calibration(TRAINING_CONTEXTS, TRAINING_LENGTHS, STEPS)
 
 
 def fitted_maps(pair: LoadedPair, calibration: Calibration = TRAINED) -> Fitted:
@@ -238,7 +237,7 @@ def fitted_maps(pair: LoadedPair, calibration: Calibration = TRAINED) -> Fitted:
             seconds, tokens = note.read_text().split()
             return Fitted(ds.Maps.load(path, pair.receiver.device), float(seconds), int(tokens))
     path.parent.mkdir(parents=True, exist_ok=True)
-    examples = pair.examples("calibration", calibration.contexts, calibration.characters)
+    examples = pair.examples("calibration", calibration.contexts, calibration.lengths)
     began = time.perf_counter()
     maps = ds.fit(
         pair.sender, pair.receiver, examples, bands=CORRECTED_BANDS, steps=calibration.steps,
