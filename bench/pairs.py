@@ -34,7 +34,7 @@ TEST_CONTEXTS = 64
 CALIBRATION_CONTEXTS = 13
 """Contexts that regressions and shares alone are fitted to."""
 TRAINING_CONTEXTS, TRAINING_LENGTHS = 35, (3_300,) * 5 + (6_600, 13_000)
-"""Contexts that maps are also trained on, where there are as many, and their lengths: those of the task, with more long ones."""
+"""Contexts that maps are also trained on, where there are as many, and their lengths: the task's, with more long ones."""
 CALIBRATION_QUESTIONS = 8  # to a context
 CORRECTED_BANDS = ((3, 8), (9, 14), (15, 20), (21, 26))
 """Bands whose starts the maps correct."""

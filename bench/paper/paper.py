@@ -46,7 +46,7 @@ from bench.common import (
     without_interval,
     write_csv,
 )
-from bench.pairs import LONG, PAIRS, TEST_CONTEXTS, LoadedPair, fitted_maps
+from bench.pairs import LONG, PAIRS, TEST_CONTEXTS, TRAINED, LoadedPair, fitted_maps
 from bench.paper import results_page
 from bench.paper.choice import measure_choice, measure_expectations
 from bench.paper.ways import SPEEDS, Way, best_at, ways_of
@@ -88,8 +88,9 @@ class Comparison:
 
     @cached_property
     def maps(self) -> ds.Maps:
-        """The maps that are fitted to them."""
-        return fitted_maps(self.pair).maps
+        """The maps that are trained for them."""
+        calibration = TRAINED._replace(contexts=self.args.calibrated, steps=self.args.trained)
+        return fitted_maps(self.pair, calibration).maps
 
     @cached_property
     def test(self) -> list[ds.Example]:
@@ -293,21 +294,26 @@ TABLES: dict[str, tuple[str, Callable[[Comparison], list[Row]]]] = {
 STEPS = ("costs", "profiler", *PROFILES, *TABLES, "page")
 
 
+def options() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    found = parser("paper.paper", __doc__)
+    found.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
+    found.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="PAIR", help=", ".join(PAIRS))
+    found.add_argument("--calibrated", type=int, default=TRAINED.contexts, help="contexts that maps are trained on")
+    found.add_argument("--trained", type=int, default=TRAINED.steps, help="steps that they are trained for, in a layer")
+    found.add_argument("--profiled", type=int, default=24, help="contexts that plans are chosen by, a third held out")
+    found.add_argument("--judged", type=int, default=36, help="contexts that they are judged on")
+    found.add_argument("--answered", type=int, default=36, help="of those, contexts whose answers are scored")
+    found.add_argument("--granularity", type=int, default=3, help="layers between the starts of bands")
+    found.add_argument("--rounds", type=int, default=3, help="of timing")
+    found.add_argument("--folder", type=Path, required=True, help="where all is written")
+    found.add_argument("--page", type=Path, help="a page of text with marks between which tables are put")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Run the command; the rows are those of all tables, with the table's name as `table` in front."""
-    options = parser("paper.paper", __doc__)
-    options.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
-    options.add_argument(
-        "--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="PAIR", help=", ".join(PAIRS)
-    )
-    options.add_argument("--profiled", type=int, default=24, help="contexts that plans are chosen by, a third held out")
-    options.add_argument("--judged", type=int, default=36, help="contexts that they are judged on")
-    options.add_argument("--answered", type=int, default=36, help="of those, contexts whose answers are scored")
-    options.add_argument("--granularity", type=int, default=3, help="layers between the starts of bands")
-    options.add_argument("--rounds", type=int, default=3, help="of timing")
-    options.add_argument("--folder", type=Path, required=True, help="where all is written")
-    options.add_argument("--page", type=Path, help="a page of text with marks between which tables are put")
-    args = options.parse_args(argv)
+    args = options().parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
 
     where, written = f"float32, {setting()}", []

@@ -113,6 +113,7 @@ class Readings:
         self._pair, self._contexts, self._folder = pair, contexts, folder
         self._masks: list[dict[int | None, torch.Tensor]] = []
         self._passes: list[Pass] = []
+        self.device = pair.receiver.device
 
     def __len__(self) -> int:
         return len(self._passes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from ..progress import bars
 from . import training
 from .contexts import StoredContexts
 from .pair import FITTED, Key, Pair
+from .parallel import in_parallel
 from .reading import Readings
 from .ridge import NormalEquations
 from .shares import STEPS, Interpolations, KLObjective, Shares, learn_shares
@@ -148,7 +149,7 @@ def fit(
 
 
 class _Judged(NamedTuple):
-    """Contexts by which maps are judged, of which one at a time is in memory."""
+    """Contexts by which maps are judged, of which few at a time are in memory."""
 
     pair: Pair
     contexts: Sequence[SharedContext]
@@ -158,22 +159,29 @@ class _Judged(NamedTuple):
 
     def kl(self, plan: Plan, maps: Maps, source: Source = "fitted") -> float:
         """Return the divergence of contexts that a plan fills; with `source` ``"fitted_kv"`` without hidden states."""
-        total = 0.0
-        for number in self.numbers:
+
+        def of(number: int) -> float:
             cache = partial_prefill(self.pair.receiver.model, self._context(number, source), plan, maps=maps)
-            total += float(self.objectives[number].kl([(layer.keys, layer.values) for layer in cache.layers]))
-        return total
+            return float(self.objectives[number].kl([(layer.keys, layer.values) for layer in cache.layers]))
+
+        return self._total(of)
 
     def kl_selected(self, maps: Maps, source: Source) -> float:
         """Return the divergence with all mapped that is, and a tenth of the tokens recomputed for each example."""
-        model, total = self.pair.receiver.model, 0.0
-        for number in self.numbers:
-            context = self._context(number, source)
+        model = self.pair.receiver.model
+
+        def of(number: int) -> float:
+            context, total = self._context(number, source), 0.0
             for which, example in enumerate(self.groups[number][:_EXAMPLES_SELECTED_FOR]):
                 cache = partial_prefill(model, context, _ALL_SELECTED, prompt_ids=example.prompt, maps=maps)
                 found = answer_logits(model, example, cache)
                 total += float(kl_divergence(self.objectives[number].reference([which]), found).mean())
-        return total
+            return total
+
+        return self._total(of)
+
+    def _total(self, of: Callable[[int], float]) -> float:
+        return sum(in_parallel(of, self.numbers, self.pair.receiver.device))
 
     def _context(self, number: int, source: Source) -> SharedContext:
         context = self.contexts[number]
@@ -309,8 +317,10 @@ def _learn(
     zeros = {layer: torch.zeros_like(each) for layer, each in shares.items()}
 
     def total(source: Source, shares: Shares) -> float:
-        judged = range(0, len(objectives), FOLDS)
-        return sum(float(objectives[each].kl_of_shares(interpolations(source, each), shares)) for each in judged)
+        def of(number: int) -> float:
+            return float(objectives[number].kl_of_shares(interpolations(source, number), shares))
+
+        return sum(in_parallel(of, range(0, len(objectives), FOLDS), pair.receiver.device))
 
     reused = total("fitted_kv", zeros)  # the sender's own K and V
 

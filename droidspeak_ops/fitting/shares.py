@@ -6,6 +6,7 @@ layer, are learnt by gradient descent on the divergence of the receiver's next t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from ..hf.decoder import Decoder
 from ..hf.passes import KeysValues, PackedSuffixes, Pass
 from ..metrics import kl_divergence
 from ..ops.reference import finish_heads_ref
+from .parallel import in_parallel
 
 STEPS = 24
 """Optimizer steps, one context each."""
@@ -96,10 +98,15 @@ class KLObjective:
         mixed = [part for each in self._mixed(interpolations, shares) for part in each]
         leaves = [part.detach().requires_grad_() for part in mixed]
         keys_values = [first, *zip(leaves[::2], leaves[1::2], strict=True)]
-        for start in range(0, len(which), _EXAMPLES_PER_GRAPH):
-            kl = self._kl(keys_values, which[start : start + _EXAMPLES_PER_GRAPH]).sum() / count
-            kl.backward(inputs=leaves)  # and none of the receiver's weights
-        return torch.autograd.grad(mixed, list(shares.values()), [leaf.grad for leaf in leaves])
+
+        @torch.enable_grad()
+        def gradient(some: Sequence[int]) -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(self._kl(keys_values, some).sum() / count, leaves)
+
+        graphs = [which[at : at + _EXAMPLES_PER_GRAPH] for at in range(0, len(which), _EXAMPLES_PER_GRAPH)]
+        parts = in_parallel(gradient, graphs, self.device)
+        total = functools.reduce(lambda one, other: tuple(map(torch.add, one, other)), parts)
+        return torch.autograd.grad(mixed, list(shares.values()), total)
 
     def kl(self, keys_values: Sequence[KeysValues], visit: int = 0) -> torch.Tensor:
         """Return the mean KL divergence from full prefill over the answer tokens of some examples, in nats.

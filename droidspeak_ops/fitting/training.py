@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from ..files import Journal, remove_journal, replacing
 from ..prefill.maps import LayerMap
 from .pair import Key
+from .parallel import in_parallel
 from .reading import LayerReading, Readings
 
 STEPS = 100
@@ -31,7 +32,7 @@ TOKENS_PER_STEP = 900
 LEARNING_RATE = 6e-3
 """Relative to the root mean square of a map's weights: the largest of those that were tried, of which each was better."""
 IN_MEMORY = 64
-"""Contexts of which one layer's readings are in memory at a time."""
+"""Contexts of which the readings of a layer that is trained are in memory."""
 HELD_OUT = 5
 """One of so many contexts is not trained on, and says whether training has helped."""
 
@@ -58,15 +59,22 @@ def train(
         work: keeps layers that are done.
         track: wraps the layers, to show progress.
     """
+
+    def of(key: Key) -> LayerMap:
+        layer, source = key
+        read = lru_cache(IN_MEMORY)(partial(readings.layer, layer=layer, source=source))
+        generator = torch.Generator().manual_seed(_seed(seed, layer, source))
+        return train_layer(read, len(readings), start[key], steps, generator)
+
+    kept = {key: work.trained(*key) for key in start}
+    new = in_parallel(of, [key for key, each in kept.items() if each is None], readings.device)
     trained = {}
-    for layer, source in track(list(start)):
-        found = work.trained(layer, source)
+    for key in track(list(start)):
+        found = kept[key]
         if found is None:
-            read = lru_cache(IN_MEMORY)(partial(readings.layer, layer=layer, source=source))
-            generator = torch.Generator().manual_seed(_seed(seed, layer, source))
-            found = train_layer(read, len(readings), start[layer, source], steps, generator)
-            work.keep(layer, source, found)
-        trained[layer, source] = found
+            found = next(new)
+            work.keep(*key, found)
+        trained[key] = found
     return trained
 
 

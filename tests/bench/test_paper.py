@@ -1,6 +1,7 @@
 """The comparison with the paper on tiny models: its ways, what stands beside them, and what is written."""
 
 import json
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def test_some_tokens_selected_are_those_that_differ_most(pair: LoadedPair) -> No
 def test_the_whole_comparison(pair: LoadedPair, maps: ds.Maps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [ds.Example(tokens(60), tokens(5), tokens(6)) for _ in range(10)]
     monkeypatch.setattr(NamedPair, "load", lambda self: pair)
-    monkeypatch.setattr(paper, "fitted_maps", lambda of: Fitted(maps, 0.0, 0))
+    monkeypatch.setattr(paper, "fitted_maps", lambda of, calibration: Fitted(maps, 0.0, 0))
     monkeypatch.setattr(LoadedPair, "examples", lambda self, split, contexts: examples)
     monkeypatch.setattr(ways, "CONTIGUOUS", (2, 3))
     monkeypatch.setattr(paper, "TIMED_TOKENS", 80)
@@ -109,6 +110,13 @@ def test_the_whole_comparison(pair: LoadedPair, maps: ds.Maps, tmp_path: Path, m
         assert written == {
             "frontier.json", "report.html", "frontier.png", "quality.png", "bands.png", "sensitivity.png",
         }  # fmt: skip
+
+
+def test_it_takes_the_options_that_are_given_on_every_change() -> None:
+    script = (Path(__file__).parents[2] / ".ci" / "run").read_text().replace("\\\n", " ")
+    (command,) = [line for line in script.splitlines() if line.startswith("python -m bench.paper.paper ")]
+    args = paper.options().parse_args(shlex.split(command)[3:])
+    assert set(args.only) == set(paper.STEPS) - {"profiler", "page"}
 
 
 def test_what_is_lost_beyond_what_is_expected() -> None:

@@ -1,0 +1,34 @@
+"""Pieces of a fit that do not depend on each other, several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+AT_A_TIME = 4
+"""Most pieces that are in memory together."""
+
+T, R = TypeVar("T"), TypeVar("R")
+
+
+def in_parallel(compute: Callable[[T], R], pieces: Iterable[T], device: torch.device) -> Iterator[R]:
+    """Yield what is computed of each piece, in their order.
+
+    On a CPU several are computed at a time, each on its share of PyTorch's threads: their operators are too small to gain from
+    more. A piece's result does not depend on what is computed beside it. Gradients are off, but where `compute` turns them on.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, AT_A_TIME) if device.type == "cpu" else 1
+    if workers == 1:
+        yield from map(torch.no_grad()(compute), pieces)
+        return
+    pool = ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, threads // workers))
+    try:
+        with pool:
+            yield from pool.map(torch.no_grad()(compute), pieces)
+    finally:
+        torch.set_num_threads(threads)  # a new thread takes what was last set in any
