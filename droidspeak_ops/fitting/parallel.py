@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -12,18 +12,19 @@ import torch
 AT_A_TIME = 4
 """Most pieces that are in memory together."""
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-def in_parallel(compute: Callable[[T], R], pieces: Iterable[T], device: torch.device) -> Iterator[R]:
+def in_parallel(compute: Callable[[T], R], pieces: Sequence[T], device: torch.device) -> Iterator[R]:
     """Yield what is computed of each piece, in their order.
 
     On a CPU several are computed at a time, each on its share of PyTorch's threads: their operators are too small to gain from
     more. A piece's result does not depend on what is computed beside it. Gradients are off, but where `compute` turns them on.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, AT_A_TIME) if device.type == "cpu" else 1
-    if workers == 1:
+    workers = min(threads, AT_A_TIME, len(pieces)) if device.type == "cpu" else 1
+    if workers <= 1:
         yield from map(torch.no_grad()(compute), pieces)
         return
     pool = ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, threads // workers))

@@ -108,9 +108,8 @@ def fit(
         )
         readings, objectives = Readings(pair, sent, work.folder / "readings"), []
         for number, group in enumerate(progress.track(groups, description="Reading contexts")):
-            sender_context, receiver_context = (
-                capture(model, group[0].context, layers=pair.layers) for model in (sender, receiver)
-            )
+            read_by = partial(capture, input_ids=group[0].context, layers=pair.layers)
+            sender_context, receiver_context = in_parallel(read_by, (sender, receiver), receiver.device)
             pair.add(folds[number % FOLDS], sender_context, receiver_context)
             if steps or number < STEPS:
                 sent.append(sender_context)

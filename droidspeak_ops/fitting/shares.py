@@ -28,8 +28,8 @@ STEPS = 24
 """Optimizer steps, one context each."""
 EXAMPLES_PER_STEP = 6
 """Most examples of a context in one step; they are packed into one row."""
-_EXAMPLES_PER_GRAPH = 2
-"""Of those, as many as are differentiated together: their activations in all layers are in memory."""
+_EXAMPLES_PER_GRAPH = 3
+"""Of those, as many as are differentiated together: two graphs, of which two cores take one each."""
 
 _REFERENCE = "log_probabilities"
 _LEARNING_RATE, _START = 0.3, 0.3

@@ -226,7 +226,7 @@ def test_examples_of_one_context_are_read_once(pair, monkeypatch: pytest.MonkeyP
 
     read = []
     original = fitting.capture
-    monkeypatch.setattr(fitting, "capture", lambda *args, **kw: (read.append(args[1]), original(*args, **kw))[1])
+    monkeypatch.setattr(fitting, "capture", lambda *args, **kw: (read.append(kw), original(*args, **kw))[1])
     cut = examples(3)
     more = [ds.Example(each.context, tokens(5 + number), tokens(3)) for number, each in enumerate(cut)]
     ds.fit(*pair, [*cut, *more], steps=0, show_progress=False)
@@ -239,6 +239,22 @@ def test_the_same_examples_give_the_same_maps(pair) -> None:
     assert one.choices == other.choices
     for key, each in one.layers.items():
         assert_bitwise_equal(each.k_weight, other.layers[key].k_weight)
+
+
+def test_several_at_a_time_give_the_same_maps(pair) -> None:
+    cut, threads = examples(5), torch.get_num_threads()
+    several = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        try:
+            several.append(ds.fit(*pair, cut, steps=3, seed=1, show_progress=False))
+        finally:
+            torch.set_num_threads(threads)
+    one, *others = several
+    for other in others:
+        assert (other.choices, other.layers.keys()) == (one.choices, one.layers.keys())
+        for key, each in one.repaired.items():
+            assert_close(other.repaired[key].k_weight, each.k_weight, torch.float32, operations=100)
 
 
 def test_a_batch_with_maps(pair, maps) -> None:

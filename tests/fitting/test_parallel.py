@@ -41,6 +41,12 @@ def test_a_gpu_computes_one_after_the_other() -> None:
     }
 
 
+def test_few_pieces_have_more_threads_each(threads: int) -> None:
+    assert list(in_parallel(lambda _: torch.get_num_threads(), range(1), CPU)) == [threads]
+    assert list(in_parallel(lambda _: torch.get_num_threads(), range(2), CPU)) == [max(threads // 2, 1)] * 2
+    assert list(in_parallel(lambda _: torch.get_num_threads(), [], CPU)) == []
+
+
 def test_what_was_done_before_a_failure_comes_first(threads: int) -> None:
     def compute(number: int) -> int:
         if number == 2:
