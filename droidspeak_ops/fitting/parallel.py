@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -33,3 +35,7 @@ def in_parallel(compute: Callable[[T], R], pieces: Sequence[T], device: torch.de
             yield from pool.map(torch.no_grad()(compute), pieces)
     finally:
         torch.set_num_threads(threads)  # a new thread takes what was last set in any
+        with suppress(
+            AttributeError
+        ):  # glibc alone has it, and it alone keeps what a thread has freed for threads to come
+            ctypes.CDLL(None).malloc_trim(0)

@@ -17,7 +17,7 @@ from droidspeak_ops import metrics
 from droidspeak_ops.demo.measure import glossary_examples
 
 LAYERS = 4
-SPLITS = ("train", "calibration", "test")
+SPLITS = ("train", "calibration", "test", "packages")
 
 
 def test_no_module_is_in_two_splits() -> None:
@@ -78,6 +78,7 @@ def test_calibration_asks_nothing_of_the_test_split() -> None:
     of_test = {line.split(": ", 1)[1] for each in test for line in each.context.splitlines() if ": " in line}
     assert not definitions & of_test
     assert len({each.context for each in pairs.GLOSSARY.examples("calibration", 5)}) == 5
+    assert pairs.GLOSSARY.examples("packages", 5) == pairs.GLOSSARY.examples("calibration", 5), "there is no other"
 
 
 def test_scores() -> None:
