@@ -35,7 +35,5 @@ def in_parallel(compute: Callable[[T], R], pieces: Sequence[T], device: torch.de
             yield from pool.map(torch.no_grad()(compute), pieces)
     finally:
         torch.set_num_threads(threads)  # a new thread takes what was last set in any
-        with suppress(
-            AttributeError
-        ):  # glibc alone has it, and it alone keeps what a thread has freed for threads to come
-            ctypes.CDLL(None).malloc_trim(0)
+        with suppress(AttributeError):  # other C libraries have no such function, and need none
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what a thread has freed for threads to come
