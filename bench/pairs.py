@@ -1,7 +1,7 @@
 """The pairs of models that maps and plans are measured on, with the task of each receiver: examples, and what an answer scores.
 
-Regressions and plans are made on the `calibration` split, maps are trained on `packages`, and both are judged on `test`. No
-module or definition of the test split was trained on or is in another.
+Regressions and plans are made on the `calibration` split, maps are trained on `packages` (on `calibration` where contexts are
+the shipped ones), and both are judged on `test`. No module or definition of the test split was trained on or is in another.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def fitted_maps(pair: LoadedPair, calibration: Calibration = TRAINED) -> Fitted:
             seconds, tokens = note.read_text().split()
             return Fitted(ds.Maps.load(path, pair.receiver.device), float(seconds), int(tokens))
     path.parent.mkdir(parents=True, exist_ok=True)
-    examples = pair.examples(*calibration[:3])
+    examples = pair.examples(calibration.split, calibration.contexts, calibration.lengths)
     began = time.perf_counter()
     maps = ds.fit(
         pair.sender, pair.receiver, examples, bands=CORRECTED_BANDS, steps=calibration.steps,

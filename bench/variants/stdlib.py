@@ -17,7 +17,7 @@ import sysconfig
 import zlib
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from droidspeak_ops.example import TextExample
@@ -51,21 +51,25 @@ def read_modules(split: str) -> dict[str, str]:
     15 % to test on (`"test"`); `"packages"` are all modules of :data:`PACKAGES`.
     """
     if split == "packages":
-        return {
-            name: text
-            for package in PACKAGES
-            for name, text in _read(Path(import_module(package).__file__ or "").parent, f"{package}/").items()
-        }
-    return {name: text for name, text in _read(Path(sysconfig.get_path("stdlib"))).items() if _split(name) == split}
+        found = {f"{package}/{name}": path for package in PACKAGES for name, path in _modules(_folder(package)).items()}
+    else:
+        library = _modules(Path(sysconfig.get_path("stdlib")))
+        found = {name: path for name, path in library.items() if _split(name) == split}
+    return {name: path.read_text(encoding="utf-8", errors="replace") for name, path in found.items()}
 
 
-def _read(root: Path, prefix: str = "") -> dict[str, str]:
-    found = {}
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _LEFT_OUT.isdisjoint(relative.parts):
-            found[f"{prefix}{relative.as_posix()}"] = path.read_text(encoding="utf-8", errors="replace")
-    return found
+def _folder(package: str) -> Path:
+    """Where a package is, without importing it."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"expected the package {package}, got none; install it: pip install {package}")
+    return Path(spec.origin).parent
+
+
+def _modules(root: Path) -> dict[str, Path]:
+    """Modules below a folder by their path in it, without tests and the like."""
+    paths = {path.relative_to(root): path for path in sorted(root.rglob("*.py"))}
+    return {name.as_posix(): path for name, path in paths.items() if _LEFT_OUT.isdisjoint(name.parts)}
 
 
 def _split(name: str) -> str:
